@@ -1,0 +1,191 @@
+"""BlockMap: the block type of every row of every trainable parameter of a model."""
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .dims import HeadCounts, config_values, head_counts
+from .families import family_rules
+from .layout import MATRIX, ParamLayout, Piece
+from .rules import Rule, user_rules
+from .types import BlockError, BlockType
+
+# What wrappers put into names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model|base_layer)\.")
+
+
+class UnmappedParameterError(BlockError):
+    """A trainable parameter matches no rule."""
+
+
+class BlockMap(Mapping[str, ParamLayout]):
+    """Parameter name -> :class:`ParamLayout`, for every trainable parameter exactly once (tied ones under one name).
+
+    Names are those of ``model.named_parameters()``, wrapper prefixes kept, so that they can be looked up as they come.
+
+    Attributes:
+        heads: the head counts the map was made with, or None.
+    """
+
+    def __init__(self, layouts: Iterable[ParamLayout], heads: HeadCounts | None = None) -> None:
+        self._layouts = {layout.name: layout for layout in layouts}
+        self.heads = heads
+        self._names: dict[int, str] = {}
+
+    def __getitem__(self, name: str) -> ParamLayout:
+        return self._layouts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layouts)
+
+    def __len__(self) -> int:
+        return len(self._layouts)
+
+    def bind(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Remembers which tensor bears which name, so that optimizers can be given tensors without names."""
+        self._names.update({id(tensor): name for name, tensor in named if name in self._layouts})
+
+    def name_of(self, tensor: torch.Tensor) -> str | None:
+        """The name of a bound tensor, or None."""
+        return self._names.get(id(tensor))
+
+    def block_numel(self) -> dict[BlockType, int]:
+        """Elements per block type, over all parameters."""
+        counts = dict.fromkeys(BlockType, 0)
+        for layout in self.values():
+            for block, numel in layout.block_numel().items():
+                counts[block] += numel
+        return {block: numel for block, numel in counts.items() if numel}
+
+    def fingerprint(self) -> str:
+        """A hash of names, shapes and layouts: equal for equal maps, whatever the process or version of Python."""
+        entries = [(p.name, p.shape, p.repeat, p.transposed, p.batch_dims, p.kind,
+                    [(piece.block.value, piece.size, piece.unit) for piece in p.pieces]) for p in self.values()]
+        return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
+
+
+def plain_name(name: str) -> str:
+    """The name without what torch.compile, DDP, FSDP, DeepSpeed or PEFT put before it."""
+    return _WRAPPERS.sub("", name)
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO-3 has left an empty tensor in its place (then ``ds_shape``)."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
+               config: Any = None, family: str | None = None) -> BlockMap:
+    """Maps every trainable parameter of a model to block types.
+
+    Args:
+        model: any module; parameters may be on the meta device or partitioned by ZeRO-3.
+        rules: the user's own rules, tried before all others, e.g. ``[{"match": "*.adapter.*", "block": "ffn"}]``.
+        strict: refuse parameters that no rule knows; otherwise they get the base learning rate (block type ``norm``).
+        config: where to read the numbers of heads; ``model.config`` by default.
+        family: which family's naming table to use; the config's ``model_type`` by default.
+
+    Raises:
+        UnmappedParameterError: strict, and names are unknown; the message names them and the rule that would mend it.
+        BlockError: a bad rule, a rule that matches nothing, or head counts that do not fit the shapes.
+    """
+    config = config if config is not None else _find_config(model)
+    family = family or config_values(config).get("model_type")
+    conv1d = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules()
+              if type(module).__name__ == "Conv1D"}
+    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    shapes = {name: full_shape(p) for name, p in named}
+    aliases: dict[int, list[str]] = {}
+    for name, p in named:
+        aliases.setdefault(id(p), []).append(name)
+    block_map = map_names(shapes, rules=rules, strict=strict, heads=head_counts(config), family=family,
+                          transposed=conv1d, aliases=aliases.values())
+    block_map.bind(named)
+    return block_map
+
+
+def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
+              heads: HeadCounts | None = None, family: str | None = None, transposed: Iterable[str] = (),
+              aliases: Iterable[list[str]] | None = None) -> BlockMap:
+    """:func:`map_blocks` for names and shapes alone.
+
+    Args:
+        shapes: name -> shape, in the model's order.
+        transposed: names of weights whose output axis is the last one (Conv1D).
+        aliases: names of one and the same parameter; it is mapped once, under the first, and as an embedding if any of
+            its names is one.
+        rules, strict, heads, family: as for :func:`map_blocks`.
+    """
+    own = user_rules(rules)
+    table = own + family_rules(family)
+    transposed = set(transposed)
+    used: set[Rule] = set()
+    layouts, unmapped = [], []
+    for names in aliases if aliases is not None else [[name] for name in shapes]:
+        candidates = [_layout(name, shapes[name], table, heads, name in transposed, used) for name in names]
+        known = [layout for layout in candidates if layout is not None]
+        tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
+        layout = tied or (known[0] if known else None)
+        if layout is None:
+            unmapped.append((names[0], shapes[names[0]]))
+            layout = _base_layout(names[0], shapes[names[0]])
+        layouts.append(ParamLayout(names[0], layout.shape, layout.pieces, layout.repeat, layout.transposed,
+                                   layout.batch_dims, layout.kind))
+    _refuse_unused(own, used, shapes)
+    if unmapped and strict:
+        raise UnmappedParameterError(_unmapped_message(unmapped, table))
+    return BlockMap(layouts, heads)
+
+
+def _layout(name: str, shape: tuple[int, ...], table: tuple[Rule, ...], heads: HeadCounts | None, transposed: bool,
+            used: set[Rule]) -> ParamLayout | None:
+    plain = plain_name(name)
+    rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
+    if rule is None:
+        return None
+    used.add(rule)
+    if transposed and not rule.transposed:
+        rule = Rule(rule.match, rule.block, rule.heads, rule.split, rule.interleave, True, rule.batch_dims, rule.vector,
+                    rule.special)
+    elif rule.split and not rule.transposed and len(shape) == 2 and shape[1] == 3 * shape[0]:
+        raise BlockError(f"{name}: a fused weight of shape {shape} looks transposed (Conv1D), which its name alone does "
+                         f"not tell; pass block_map=map_blocks(model)")
+    return rule.layout(name, shape, heads)
+
+
+def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
+    return ParamLayout(name, shape, (Piece(BlockType.NORM, shape[0] if shape else 1),), kind=MATRIX)
+
+
+def _find_config(model: torch.nn.Module) -> Any:
+    """The config of the model or of the first module inside that has one (wrappers keep the model one level down)."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and head_counts(config) is not None:
+            return config
+    return getattr(model, "config", None)
+
+
+def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for rule in own:
+        if rule not in used:
+            close = difflib.get_close_matches(rule.match.strip("*."), shapes, n=1, cutoff=0.0)
+            raise BlockError(f"block rule {rule.match!r} matches no trainable parameter (nearest name: "
+                             f"{close[0] if close else 'none'}); correct it or remove it")
+
+
+def _unmapped_message(unmapped: list[tuple[str, tuple[int, ...]]], table: tuple[Rule, ...]) -> str:
+    name, shape = unmapped[0]
+    parents = name.split(".")[:-1] or [name]
+    parent = parents[-1] if not parents[-1].isdigit() or len(parents) == 1 else ".".join(parents[-2:])
+    nearest = difflib.get_close_matches("*." + parent, [rule.match for rule in table], n=1, cutoff=0.0)
+    rest = f" ({len(unmapped) - 1} more: {', '.join(n for n, _ in unmapped[1:4])}{', …' if len(unmapped) > 4 else ''})"
+    return (f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest if len(unmapped) > 1 else ''}; "
+            f"nearest rule: {nearest[0]!r}; add one to block_rules, for example "
+            f'{{"match": "*.{parent}.*", "block": "ffn"}}')

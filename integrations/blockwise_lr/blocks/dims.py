@@ -1,0 +1,53 @@
+"""Head counts of an attention layer, read from a model's config."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Spellings of the same number in the configs of different families; the first that is set counts.
+_Q_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "nhead")
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "n_head_kv", "num_kv_heads", "num_query_groups", "n_kv_head",
+             "multi_query_group_num")
+_HEAD_DIM = ("head_dim", "kv_channels", "attention_head_dim", "d_kv")
+
+
+@dataclass(frozen=True)
+class HeadCounts:
+    """Attention heads of one rank's layers.
+
+    Attributes:
+        q: query heads.
+        kv: key and value heads (query groups).
+        config: everything else the config says, for families with sizes of their own (MLA ranks, ...).
+    """
+
+    q: int
+    kv: int
+    config: Mapping[str, Any]
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A config object (Hugging Face, a dataclass, a namespace, a dict) as a plain dict."""
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return dict(config)
+    if hasattr(config, "get_text_config"):  # a multimodal config keeps the language model's numbers one level down
+        config = config.get_text_config()
+    # attributes that map old spellings (transformers' attribute_map) are not in to_dict, so ask for each by name too
+    values = dict(config.to_dict()) if hasattr(config, "to_dict") else dict(vars(config))
+    for name in (*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM):
+        if name not in values and getattr(config, name, None) is not None:
+            values[name] = getattr(config, name)
+    return values
+
+
+def head_counts(config: Any) -> HeadCounts | None:
+    """The head counts a config states, or None where it states none."""
+    values = config_values(config)
+    q = next((values[name] for name in _Q_HEADS if isinstance(values.get(name), int)), None)
+    if q is None:
+        return None
+    kv = next((values[name] for name in _KV_HEADS if isinstance(values.get(name), int)), None)
+    return HeadCounts(q=q, kv=kv or (1 if values.get("multi_query") else q), config=values)

@@ -1,0 +1,118 @@
+"""What the rows of one parameter are: block types, and the segments that share one Adam-mini second moment."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .types import BlockError, BlockType
+
+MATRIX, BIAS, NORM = "matrix", "bias", "norm"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive output units of one block type: rows, or columns of a transposed weight.
+
+    Attributes:
+        block: the block type.
+        size: output units per repeat of the pattern.
+        unit: how many of them share one second moment in Adam-mini (a head: head_dim; a neuron: 1). 0: all of this piece
+            share one, over all repeats. None: not known, because the number of heads is not.
+        role: what it is within the block ("q", "k", "gate", ...); shown to users, otherwise unused.
+    """
+
+    block: BlockType
+    size: int
+    unit: int | None = 1
+    role: str = ""
+
+
+@dataclass(frozen=True)
+class ParamLayout:
+    """The pieces of one parameter, as this rank holds it (a tensor-parallel slice has its own layout).
+
+    Along the output axis the pieces follow each other and the whole pattern repeats: Megatron's fused QKV is
+    [q heads of a group, k, v] once per query group, GPT-2's is [q, k, v] once, a plain weight is one piece.
+
+    Attributes:
+        name: the parameter's dotted name.
+        shape: its shape (full, also under ZeRO-3).
+        pieces: the pattern along the output axis.
+        repeat: how often the pattern repeats.
+        transposed: the output axis is the last one (Conv1D; y = x W) and not the first.
+        batch_dims: leading dimensions that count independent matrices (stacked experts).
+        kind: ``matrix``, ``bias`` or ``norm``; the last two are not decayed by default.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    repeat: int = 1
+    transposed: bool = False
+    batch_dims: int = 0
+    kind: str = MATRIX
+
+    def __post_init__(self) -> None:
+        if self.period * self.repeat != self.outputs:
+            raise BlockError(
+                f"{self.name}: the pattern {[(p.role or p.block.value, p.size) for p in self.pieces]} x {self.repeat} "
+                f"covers {self.period * self.repeat} of the {self.outputs} rows of shape {self.shape}; "
+                f"correct the head counts or the rule")
+        for piece in self.pieces:
+            if piece.unit and piece.size % piece.unit:
+                raise BlockError(f"{self.name}: {piece.size} rows of {piece.role or piece.block.value} do not divide "
+                                 f"into heads of {piece.unit}; correct the head counts or the rule")
+
+    @property
+    def period(self) -> int:
+        """Output units in one repeat of the pattern."""
+        return sum(piece.size for piece in self.pieces)
+
+    @property
+    def batch(self) -> int:
+        """Number of independent matrices stacked in the leading dimensions."""
+        return math.prod(self.shape[:self.batch_dims])
+
+    @property
+    def outputs(self) -> int:
+        """Output units of one matrix."""
+        matrix = self.shape[self.batch_dims:]
+        return (matrix[-1] if self.transposed else matrix[0]) if matrix else 1
+
+    @property
+    def inputs(self) -> int:
+        """Elements per output unit."""
+        return self.numel // (self.batch * self.outputs) if self.numel else 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def blocks(self) -> tuple[BlockType, ...]:
+        """The block types in it, in order of appearance."""
+        return tuple(dict.fromkeys(piece.block for piece in self.pieces))
+
+    def spans(self) -> list[tuple[int, int, Piece]]:
+        """(first, last + 1, piece) along the output axis, every repeat written out."""
+        spans, start = [], 0
+        for _ in range(self.repeat):
+            for piece in self.pieces:
+                spans.append((start, start + piece.size, piece))
+                start += piece.size
+        return spans
+
+    def block_numel(self) -> dict[BlockType, int]:
+        """Elements per block type."""
+        counts: dict[BlockType, int] = {}
+        for piece in self.pieces:
+            counts[piece.block] = counts.get(piece.block, 0) + piece.size * self.repeat * self.batch * self.inputs
+        return counts
+
+    def describe(self) -> str:
+        """The layout in a few words, as ``blockwise-lr inspect`` shows it."""
+        axis = "columns" if self.transposed else "rows"
+        if len(self.pieces) == 1:
+            return "all"
+        parts = " + ".join(f"{p.size} {p.role or p.block.value}" for p in self.pieces)
+        return f"{axis}: {parts}" if self.repeat == 1 else f"{axis}: ({parts}) x {self.repeat}"
