@@ -1,0 +1,60 @@
+"""What a kernel is: one optimizer step over one flat tensor, following its plan."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..optim.plan import Rectangles, StepPlan
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """The numbers of one step.
+
+    Attributes:
+        lrs: learning rate per class of the plan.
+        decays: weight decay per class (decoupled: parameters shrink by 1 - lr * decay).
+        beta1, beta2, eps: as in torch.optim.AdamW.
+        step: number of this step, from 1, for the bias correction.
+    """
+
+    lrs: tuple[float, ...]
+    decays: tuple[float, ...]
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+
+    @property
+    def correction1(self) -> float:
+        return 1 - self.beta1**self.step
+
+    @property
+    def correction2_sqrt(self) -> float:
+        return (1 - self.beta2**self.step)**0.5
+
+
+class Kernel(Protocol):
+    """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative).
+
+    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16.
+    """
+
+    name: str
+
+    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+              plan: StepPlan, values: StepValues) -> None:
+        """One AdamW step in place; elements outside the plan's rectangles stay as they are."""
+
+    def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
+        """Adds each segment's sum of squared gradients to its slot of ``sums`` (slots,), float32."""
+
+    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                  plan: StepPlan, values: StepValues) -> None:
+        """One Adam-mini step in place over ``plan.whole``: sums, second moments (slots,), first moments, parameters."""
+
+    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                      plan: StepPlan, values: StepValues) -> None:
+        """The same over ``plan.cut``, whose second moments of this step the caller has already set."""

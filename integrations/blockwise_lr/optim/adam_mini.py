@@ -1,0 +1,156 @@
+"""Adam-mini with one learning rate per block type, exact under any sharding."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..blocks import BlockError, BlockMap, ParamLayout
+from ..kernels import StepValues
+from .base import BlockwiseOptimizer, flat
+from .plan import StepPlan, adam_mini_plan, element_biases, slot_numel
+from .segment_sync import SegmentSync, sync_of
+from .settings import checked_defaults
+from .shards import Fragment, ShardMap
+
+BIAS_SEGMENTS = ("element", "vector")
+
+
+class BlockwiseAdamMini(BlockwiseOptimizer):
+    r"""Adam-mini (arXiv 2406.16793) with one learning rate per block type; all ratios 1 give plain Adam-mini.
+
+    Adam-mini keeps one second moment per *segment*, the mean of its squared gradients, instead of one per element:
+
+    ==============  ========================================  =============================================
+    block           segment                                   source
+    ==============  ========================================  =============================================
+    embedding, head a token's row                             paper, algorithm 3 ("by tokens")
+    q, k            a head                                    paper, algorithm 3 ("by heads"); k by its own
+                                                              heads under grouped-query attention
+    v, o, ffn       an output neuron's row                    paper, algorithm 3 ("by output neurons")
+    router, ssm     an output row                             not in the paper; as other linear layers
+    norm            the whole vector                          official v1.1.1, "other blocks"
+    bias            an element, or the vector                 official v1.1.1 uses plain Adam for biases
+    ==============  ========================================  =============================================
+
+    Rows and heads are those of the unfused model wherever fused weights keep them, and a segment that shard edges or
+    tensor parallelism cut keeps one second moment: its parts' sums of squares are added over the ranks by one small
+    all-reduce per process group and step, started before and awaited after the step of all whole segments.
+
+    The state per tensor is ``exp_avg`` (its shape) and ``exp_avg_sq`` (segments of this shard,). During a step it needs
+    memory for one float per segment and, in the reference kernel, three tiles of 4 MiB, or of the largest segment.
+
+    Args:
+        params, lr, betas, eps, weight_decay, block_map, block_lr_ratios, block_weight_decay, decay_norms_and_biases,
+        min_lr, block_rules, kernel: as for :class:`~blockwise_lr.BlockwiseAdamW`. A block_map that knows the number of
+            heads is needed (``map_blocks(model)`` of a model with a config).
+        bias_segments: "element" (the default: as the official code, at a cost of memory that cannot be measured, and a
+            fused bias of q, k and v needs no sums over ranks) or "vector" (one per bias vector).
+
+    Raises:
+        BlockError: as BlockwiseAdamW, and where the number of heads is not known.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
+                 eps: float = 1e-8, weight_decay: float = 0.1, *, block_map: BlockMap | None = None,
+                 block_lr_ratios: Mapping[str, float] | None = None,
+                 block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
+                 min_lr: float | None = None, bias_segments: str = "element",
+                 block_rules: Iterable[dict] | None = None, kernel: str = "auto") -> None:
+        if bias_segments not in BIAS_SEGMENTS:
+            raise BlockError(f"bias_segments is {bias_segments!r}; use one of {', '.join(BIAS_SEGMENTS)}")
+        self.bias_segments = bias_segments
+        self._sync: SegmentSync | None = None
+        self._early: dict[int, torch.Tensor] = {}  # sums that begin_step has reduced, by id of the flat tensor
+        self._cut_slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        defaults = checked_defaults(lr, betas, eps, weight_decay, block_lr_ratios=block_lr_ratios,
+                                    block_weight_decay=block_weight_decay,
+                                    decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr)
+        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel)
+        for name in self.block_map:  # a missing number of heads is refused now and not at the first step
+            self._plan(0, [Fragment(name, 0, 0, 0)], [self.layout_of(name)])
+
+    def layout_of(self, name: str) -> ParamLayout:
+        layout = super().layout_of(name)
+        return element_biases(layout) if self.bias_segments == "element" else layout
+
+    def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
+        splits = self.shards.splits if self.shards is not None else {}
+        return adam_mini_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
+
+    def attach_shards(self, shards: ShardMap) -> None:
+        super().attach_shards(shards)
+        self._cut_slots.clear()
+        layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}
+        self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
+
+    def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+
+    # ---- sums of cut segments
+
+    def begin_step(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+        """Reduces the sums of all cut segments of a step at once, for callers that step one flat tensor at a time.
+
+        Every rank of the groups must call it, before the first of the step's calls of :meth:`step`. Without it, each
+        call of step reduces the sums of the tensors it steps.
+
+        Args:
+            grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
+                gradient may have another shape or dtype than the tensor, but its elements in the same order.
+        """
+        sums = self._partial_sums(grads)
+        if self._sync is not None:
+            ordered = self._in_order(sums)
+            self._sync.finish(ordered, self._sync.start(ordered))
+        self._early = sums
+
+    def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
+        sums = {}
+        for p, grad, factor in grads:
+            plan = self.plan_of(p)
+            sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
+            if len(plan.cut):
+                self._kernel(p).sum_squares(flat(grad), plan.cut, sums[id(p)])
+                if factor != 1:
+                    sums[id(p)].mul_(factor * factor)
+        return sums
+
+    def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """The sums of all attached flat tensors, zeros for those without a gradient: their rank takes part all the same."""
+        for tensor, _ in self.shards.flats:
+            if id(tensor) not in sums:
+                sums[id(tensor)] = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+        return [sums[id(tensor)] for tensor, _ in self.shards.flats]
+
+    # ---- the step
+
+    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
+        sums, started = self._early, None
+        reduce_now = not self._early
+        if reduce_now:
+            sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
+            started = self._sync and self._sync.start(self._in_order(sums))
+        for p, values in work:
+            self._kernel(p).adam_mini(*self._tensors(p), self.plan_of(p), values)
+        if reduce_now and self._sync is not None:
+            self._sync.finish(self._in_order(sums), started)
+        for p, values in work:
+            self._step_cut(p, sums.pop(id(p)), values)
+
+    def _tensors(self, p: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        state = self.state[p]
+        return flat(p), flat(p.grad), flat(state["exp_avg"]), state["exp_avg_sq"]
+
+    def _step_cut(self, p: torch.Tensor, sums: torch.Tensor, values: StepValues) -> None:
+        plan = self.plan_of(p)
+        if not len(plan.cut):
+            return
+        if id(p) not in self._cut_slots:
+            slots, numel = slot_numel(plan.cut)
+            self._cut_slots[id(p)] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
+        slots, numel = self._cut_slots[id(p)]
+        moments = self.state[p]["exp_avg_sq"]
+        moments[slots] = moments[slots] * values.beta2 + sums[slots] / numel * (1 - values.beta2)
+        self._kernel(p).adam_mini_cut(*self._tensors(p), plan, values)

@@ -1,0 +1,163 @@
+"""What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..blocks import BlockError, BlockMap, ParamLayout, map_names
+from ..blocks.block_map import full_shape
+from ..kernels import Kernel, StepValues, kernel_for
+from .plan import StepPlan
+from .settings import class_decay, group_lr
+from .shards import Fragment, ShardMap
+
+
+class BlockwiseOptimizer(torch.optim.Optimizer):
+    """Base of BlockwiseAdamW and BlockwiseAdamMini; see there for the arguments."""
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, block_map: BlockMap | None,
+                 block_rules: Iterable[dict] | None, kernel: str) -> None:
+        groups = list(params)
+        if groups and isinstance(groups[0], dict):
+            # A weight_decay on a user's own group is theirs to keep; torch would fill in the default where it is absent.
+            groups = [{**group, "group_decay": "weight_decay" in group} for group in groups]
+        super().__init__(groups, defaults)
+        self.kernel_name = kernel
+        kernel_for(torch.device("cpu"), kernel)  # refuses an unknown name now and not at the first step
+        self.block_map = block_map if block_map is not None else self._map_by_name(block_rules)
+        self.shards: ShardMap | None = None
+        self._plans: dict[int, StepPlan] = {}
+        self._check_all_mapped()
+
+    # ---- what is mapped to what
+
+    def _map_by_name(self, rules: Iterable[dict] | None) -> BlockMap:
+        named = [(name, p) for group in self.param_groups for name, p in zip(group.get("param_names", ()),
+                                                                             group["params"])]
+        if not named:
+            raise BlockError(f"{type(self).__name__} needs to know which parameter is which; pass "
+                             f"model.named_parameters(), or block_map=map_blocks(model)")
+        block_map = map_names({name: full_shape(p) for name, p in named if p.requires_grad}, rules=rules)
+        block_map.bind(named)
+        return block_map
+
+    def _check_all_mapped(self) -> None:
+        for group in self.param_groups:
+            names = group.get("param_names") or [None] * len(group["params"])
+            for name, p in zip(names, group["params"]):
+                if p.requires_grad and self.block_map.name_of(p) is None:
+                    if name in self.block_map:
+                        self.block_map.bind([(name, p)])
+                        continue
+                    raise BlockError(f"a parameter {name or ''} of shape {tuple(p.shape)} is in no block; it is not in "
+                                     f"the block_map, so make the map from the model that holds it")
+
+    def attach_shards(self, shards: ShardMap) -> None:
+        """Tells the optimizer that the tensors in its param groups are flat shards, and what lies in them.
+
+        Args:
+            shards: names in it must be in the block map, whose shapes are those of this rank's (tensor-parallel) slices.
+
+        Raises:
+            BlockError: a fragment of a parameter that is not mapped, or that does not fit it.
+        """
+        for _, fragments in shards.flats:
+            for fragment in fragments:
+                layout = self.block_map.get(fragment.name)
+                if layout is None:
+                    raise BlockError(f"a shard holds {fragment.name}, which the block map does not know")
+                if fragment.start < 0 or fragment.start + fragment.numel > layout.numel:
+                    raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
+                                     f"{fragment.name}, which has {layout.numel}")
+        self.shards = shards
+        self._plans = {id(flat): self._make_plan(flat, fragments) for flat, fragments in shards.flats}
+
+    def plan_of(self, tensor: torch.Tensor) -> StepPlan:
+        """The plan of one of the optimizer's tensors: a flat shard, or a whole parameter.
+
+        Raises:
+            BlockError: shards are attached and the tensor is none of them.
+        """
+        plan = self._plans.get(id(tensor))
+        if plan is None:
+            name = self.block_map.name_of(tensor)
+            if name is None:
+                raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a "
+                                 f"parameter of the block map nor an attached shard; call attach_shards first")
+            plan = self._make_plan(tensor, [Fragment(name, 0, tensor.numel(), 0)])
+            self._plans[id(tensor)] = plan
+        return plan
+
+    def _make_plan(self, tensor: torch.Tensor, fragments: Iterable[Fragment]) -> StepPlan:
+        fragments = list(fragments)
+        return self._plan(tensor.numel(), fragments, [self.layout_of(fragment.name) for fragment in fragments])
+
+    def layout_of(self, name: str) -> ParamLayout:
+        """The layout the step uses for a parameter."""
+        return self.block_map[name]
+
+    def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
+        raise NotImplementedError
+
+    # ---- learning rates
+
+    def block_lrs(self) -> list[dict[str, float]]:
+        """Per param group: block type -> its learning rate now, for the block types of the model."""
+        blocks = self.block_map.block_numel()
+        return [{block.value: group_lr(group, block) for block in blocks} for group in self.param_groups]
+
+    def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
+        beta1, beta2 = group["betas"]
+        return StepValues(tuple(group_lr(group, of.block) for of in plan.classes),
+                          tuple(class_decay(group, of) for of in plan.classes), beta1, beta2, group["eps"], step)
+
+    # ---- the step
+
+    def init_state(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """The state of a tensor, made where it is not there yet: before the first step, or before a load."""
+        state = self.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = self._second_moment(tensor)
+        return state
+
+    def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One optimizer step.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as for torch.optim.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        tensors = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for _, p in tensors:
+            self.init_state(p)["step"] += 1
+        self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in tensors])
+        return loss
+
+    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
+        raise NotImplementedError
+
+    def _kernel(self, tensor: torch.Tensor) -> Kernel:
+        return kernel_for(tensor.device, self.kernel_name)
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as one row of elements, sharing its memory.
+
+    Raises:
+        BlockError: it is not contiguous; a copy would not be stepped.
+    """
+    if not tensor.is_contiguous():
+        raise BlockError(f"a parameter of shape {tuple(tensor.shape)} is not contiguous in memory; "
+                         f"make it so with p.data = p.data.contiguous() before building the optimizer")
+    return tensor.view(-1)

@@ -1,0 +1,326 @@
+"""Step plans: a flat tensor as strided rectangles of equal block type, and for Adam-mini the segments in them.
+
+A rectangle is ``outer`` runs of ``inner`` consecutive elements, one every ``stride``: a plain weight is one rectangle, a
+QKV weight fused per head two or three however many heads it has, a transposed one three. So a plan's size grows with the
+number of parameters and cuts, never with rows or elements.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..blocks.layout import BIAS, MATRIX, ParamLayout, Piece
+from ..blocks.types import BlockError, BlockType
+from .shards import Fragment
+
+# columns of a rectangle table
+OFFSET, OUTER, STRIDE, INNER, CLASS, SLOT, SLOT_STEP, UNIT = range(8)
+
+
+@dataclass(frozen=True)
+class StepClass:
+    """Elements that share learning rate and weight decay."""
+
+    block: BlockType
+    kind: str  # "matrix", "bias" or "norm", as in ParamLayout.kind
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """A table of rectangles.
+
+    Attributes:
+        table: int64, (rectangles, 8); columns: OFFSET of the first element in the flat tensor, OUTER runs, STRIDE
+            between their starts, INNER elements per run, CLASS (index into StepPlan.classes); for Adam-mini also: the
+            first run's first SLOT in the second moment, SLOT_STEP from one run's first slot to the next run's (0: all
+            runs share their slots), UNIT consecutive elements of a run per slot.
+        segment_numel: float64, (rectangles,); elements of a whole segment, on all ranks together.
+    """
+
+    table: np.ndarray
+    segment_numel: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def numel(self) -> int:
+        """Elements covered."""
+        return int((self.table[:, OUTER] * self.table[:, INNER]).sum())
+
+
+@dataclass(frozen=True)
+class SegmentRun:
+    """Consecutive segments of one piece of one parameter and their consecutive slots.
+
+    Attributes:
+        name: the parameter.
+        piece: index into its layout's pieces.
+        first: the first segment's number within the piece, over all repeats and stacked matrices.
+        slot: its slot in the flat tensor's second moment.
+        count: how many.
+    """
+
+    name: str
+    piece: int
+    first: int
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How one flat tensor is stepped.
+
+    Attributes:
+        numel: elements of the flat tensor, padding included.
+        classes: what the CLASS column points to.
+        whole: rectangles whose segments lie in this shard whole (AdamW: all rectangles).
+        cut: rectangles of segments that go on in other shards; their sums of squares are reduced before they are
+            stepped. Empty for AdamW.
+        slots: second moments of this shard (Adam-mini); 0 for AdamW.
+        runs: which segments the slots are.
+    """
+
+    numel: int
+    classes: tuple[StepClass, ...]
+    whole: Rectangles
+    cut: Rectangles
+    slots: int = 0
+    runs: tuple[SegmentRun, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the plan takes."""
+        return sum(r.table.nbytes + r.segment_numel.nbytes for r in (self.whole, self.cut)) + 100 * len(self.runs)
+
+
+def adamw_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout]) -> StepPlan:
+    """The plan of an element-wise optimizer: fragments in rectangles of equal block type.
+
+    Args:
+        numel: elements of the flat tensor.
+        fragments: what lies in it.
+        layouts: the layout of each fragment's parameter.
+    """
+    classes: dict[StepClass, int] = {}
+    rows: list[tuple[int, ...]] = []
+    for fragment, layout in zip(fragments, layouts):
+        for piece_rows in _piece_rows(_by_block(layout), fragment, classes):
+            rows.extend(row for row, _ in piece_rows)
+    return StepPlan(numel, tuple(classes), _rectangles(rows, []), _rectangles([], []))
+
+
+def adam_mini_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout], *,
+                   parts: dict[str, int] | None = None) -> StepPlan:
+    """The plan of Adam-mini: rectangles with a slot of the second moment for every segment in this shard.
+
+    Args:
+        numel, fragments, layouts: as for :func:`adamw_plan`.
+        parts: parameters whose rows span that many tensor-parallel slices.
+
+    Raises:
+        BlockError: a layout whose head size is not known.
+    """
+    classes: dict[StepClass, int] = {}
+    rows: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
+    numels: dict[bool, list[float]] = {False: [], True: []}
+    runs: list[SegmentRun] = []
+    slots = 0
+    for fragment, layout in zip(fragments, layouts):
+        split = (parts or {}).get(fragment.name, 1)
+        for index, piece_rows in enumerate(_piece_rows(_known(layout), fragment, classes)):
+            if not piece_rows:
+                continue
+            first = min(row[SLOT] for row, _ in piece_rows)
+            last = max(_last_segment(row) for row, _ in piece_rows)
+            segment = float(segment_numel(layout, index) * split)
+            for row, is_cut in piece_rows:
+                key = is_cut or split > 1
+                rows[key].append((*row[:SLOT], row[SLOT] - first + slots, *row[SLOT_STEP:]))
+                numels[key].append(segment)
+            runs.append(SegmentRun(fragment.name, index, first, slots, last - first + 1))
+            slots += last - first + 1
+    return StepPlan(numel, tuple(classes), _rectangles(rows[False], numels[False]),
+                    _rectangles(rows[True], numels[True]), slots, tuple(runs))
+
+
+def element_biases(layout: ParamLayout) -> ParamLayout:
+    """The layout with one Adam-mini segment per element where it is a bias (plain Adam, as the official code does)."""
+    if layout.kind != BIAS:
+        return layout
+    pieces = tuple(Piece(piece.block, piece.size, 1, piece.role) for piece in layout.pieces)
+    return ParamLayout(layout.name, layout.shape, pieces, layout.repeat, layout.transposed, layout.batch_dims,
+                       layout.kind)
+
+
+def segments_per_repeat(piece: Piece) -> int:
+    """Segments of a piece in one repeat of the pattern; 1 where all repeats share one."""
+    return piece.size // piece.unit if piece.unit else 1
+
+
+def segment_numel(layout: ParamLayout, index: int) -> int:
+    """Elements of one segment of a piece."""
+    piece = layout.pieces[index]
+    return (piece.unit or piece.size * layout.repeat) * layout.inputs
+
+
+def cut_segments(layout: ParamLayout, index: int, positions: np.ndarray) -> np.ndarray:
+    """Numbers of the segments of a piece that shard edges cut, ascending.
+
+    Args:
+        layout: the parameter's layout.
+        index: which of its pieces.
+        positions: element positions of the edges, strictly inside the parameter.
+    """
+    piece = layout.pieces[index]
+    start = sum(p.size for p in layout.pieces[:index])
+    per_repeat = segments_per_repeat(piece)
+    if layout.transposed:  # every column runs through the whole matrix, so an edge anywhere inside cuts all of them
+        matrix = layout.inputs * layout.outputs
+        matrices = np.unique(positions[positions % matrix != 0] // matrix)
+        per_matrix = layout.repeat * per_repeat
+        return (matrices[:, None] * per_matrix + np.arange(per_matrix)).ravel()
+    if not piece.unit:
+        if len(layout.pieces) == layout.repeat == 1:  # one segment per stacked matrix
+            matrix = piece.size * layout.inputs
+            return np.unique(positions[positions % matrix != 0] // matrix)
+        end = ((layout.repeat - 1) * layout.period + start + piece.size) * layout.inputs
+        return np.arange(int(((positions > start * layout.inputs) & (positions < end)).any()))
+    period, unit = layout.period * layout.inputs, piece.unit * layout.inputs
+    repeat, within = positions // period, positions % period - start * layout.inputs
+    inside = (within > 0) & (within < piece.size * layout.inputs) & (within % unit != 0)
+    return np.unique(repeat[inside] * per_repeat + within[inside] // unit)
+
+
+def slot_numel(rectangles: Rectangles) -> tuple[np.ndarray, np.ndarray]:
+    """The slots that rectangles use, ascending, int64, and the elements of each one's whole segment, float32."""
+    slots, numel = [np.empty(0, np.int64)], [np.empty(0)]
+    for row, segment in zip(rectangles.table, rectangles.segment_numel):
+        run = row[SLOT] + np.arange(row[INNER] // row[UNIT])
+        steps = np.arange(row[OUTER] if row[SLOT_STEP] else 1) * row[SLOT_STEP]
+        slots.append((steps[:, None] + run).ravel())
+        numel.append(np.full(len(slots[-1]), segment))
+    unique, index = np.unique(np.concatenate(slots), return_index=True)
+    return unique, np.concatenate(numel)[index].astype(np.float32)
+
+
+def _known(layout: ParamLayout) -> ParamLayout:
+    if any(piece.unit is None for piece in layout.pieces):
+        raise BlockError(f"{layout.name}: Adam-mini needs the number of heads, and nothing says it; "
+                         f"pass block_map=map_blocks(model, config={{'num_attention_heads': …}})")
+    return layout
+
+
+def _by_block(layout: ParamLayout) -> ParamLayout:
+    """The layout with neighbouring pieces of one block type merged; an element-wise step needs no more."""
+    merged: list[Piece] = []
+    for piece in layout.pieces:
+        if merged and merged[-1].block == piece.block:
+            merged[-1] = Piece(piece.block, merged[-1].size + piece.size)
+        else:
+            merged.append(Piece(piece.block, piece.size))
+    if len(merged) == 1:  # all of one block: plain memory, whatever the axis and the repeats
+        return ParamLayout(layout.name, (layout.numel,), (Piece(merged[0].block, layout.numel),), kind=layout.kind)
+    return ParamLayout(layout.name, layout.shape, tuple(merged), layout.repeat, layout.transposed, layout.batch_dims,
+                       layout.kind)
+
+
+Row = tuple[tuple[int, ...], bool]  # (columns of the table with the segment's number for SLOT, whether it is cut)
+
+
+def _piece_rows(layout: ParamLayout, fragment: Fragment, classes: dict[StepClass, int]) -> list[list[Row]]:
+    """The rectangles of a fragment, piece by piece."""
+    build = _columns if layout.transposed else _chunks
+    pieces, start = [], 0
+    for piece in layout.pieces:
+        number = classes.setdefault(StepClass(piece.block, layout.kind), len(classes))
+        pieces.append(build(layout, piece, start, fragment, number) if fragment.numel else [])
+        start += piece.size
+    return pieces
+
+
+def _chunks(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, number: int) -> list[Row]:
+    """Rows: a piece is one consecutive chunk of memory per repeat."""
+    size, period, repeats = piece.size * layout.inputs, layout.period * layout.inputs, layout.batch * layout.repeat
+    unit = piece.unit * layout.inputs if piece.unit else size
+    if len(layout.pieces) == 1 and (piece.unit or layout.repeat == 1):  # the repeats follow without a gap
+        size, period, repeats = size * repeats, period * repeats, 1
+    per_repeat = size // unit if piece.unit or repeats == 1 else 0
+    first, end = fragment.start, fragment.start + fragment.numel
+    base = start * layout.inputs
+    shift = fragment.offset - fragment.start
+    shared = not piece.unit and repeats > 1
+    shared_cut = shared and any(base < edge < (repeats - 1) * period + base + size for edge in (first, end))
+    rows: list[Row] = []
+    full_first, full_end = -(-first // period), end // period
+    for repeat in _partial_periods(first, end, period):
+        low = max(first, repeat * period + base)
+        high = min(end, repeat * period + base + size)
+        rows += _run(low, high, repeat * period + base, unit, repeat * per_repeat, shift, number, shared)
+    if full_end > full_first:
+        at = full_first * period + base
+        rows.append(((at + shift, full_end - full_first, period, size, number, full_first * per_repeat, per_repeat,
+                      unit), False))
+    if shared:  # in several rectangles its sum needs the way of a cut segment, even where no other rank adds to it
+        return [(row, shared_cut or len(rows) > 1) for row, _ in rows]
+    return rows
+
+
+def _partial_periods(first: int, end: int, period: int) -> list[int]:
+    """Periods of which only a part lies in [first, end)."""
+    partial = {first // period} if first % period else set()
+    return sorted(partial | ({end // period} if end % period else set()))
+
+
+def _run(low: int, high: int, base: int, unit: int, segment: int, shift: int, number: int, shared: bool) -> list[Row]:
+    """[low, high) of a chunk that begins at ``base``: the part of a segment before the first unit edge, then whole
+    segments, then the part of a segment after the last edge."""
+    if low >= high:
+        return []
+    if shared:
+        return [((low + shift, 1, 0, high - low, number, segment, 0, high - low), True)]
+    rows: list[Row] = []
+    head = min(high, base + -(-(low - base) // unit) * unit)
+    tail = max(head, base + (high - base) // unit * unit)
+    for begin, stop, is_cut in ((low, head, True), (head, tail, False), (tail, high, True)):
+        if begin < stop:
+            length = stop - begin if is_cut else unit
+            rows.append(((begin + shift, 1, 0, stop - begin, number, segment + (begin - base) // unit, 0, length),
+                         is_cut))
+    return rows
+
+
+def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, number: int) -> list[Row]:
+    """Columns: a piece is a run of every input row, and its segments run through all of them."""
+    width, matrix = layout.outputs, layout.inputs * layout.outputs
+    unit = piece.unit or piece.size
+    shift = fragment.offset - fragment.start
+    rows: list[Row] = []
+    for index in range(fragment.start // matrix, -(-(fragment.start + fragment.numel) // matrix)):
+        low = max(fragment.start, index * matrix)
+        high = min(fragment.start + fragment.numel, (index + 1) * matrix)
+        is_cut = high - low < matrix
+        for repeat in range(layout.repeat):
+            base = repeat * layout.period + start
+            segment = (index * layout.repeat + repeat) * (piece.size // unit) if piece.unit else index
+            for line in _partial_periods(low, high, width):
+                begin, stop = max(low, line * width + base), min(high, line * width + base + piece.size)
+                found = _run(begin, stop, line * width + base, unit, segment, shift, number, False)
+                rows += [(row, True) for row, _ in found]
+            full_first, full_end = -(-low // width), high // width
+            if full_end > full_first:
+                rows.append(((full_first * width + base + shift, full_end - full_first, width, piece.size, number,
+                              segment, 0, unit), is_cut))
+    return rows
+
+
+def _last_segment(row: tuple[int, ...]) -> int:
+    return row[SLOT] + (row[OUTER] - 1) * row[SLOT_STEP] + max(row[INNER] // row[UNIT], 1) - 1
+
+
+def _rectangles(rows: list[tuple[int, ...]], numels: list[float]) -> Rectangles:
+    table = np.array(rows, dtype=np.int64).reshape(-1, 8)
+    return Rectangles(table, np.array(numels, dtype=np.float64))

@@ -1,0 +1,70 @@
+"""ShardMap: which part of which parameter lies where in the flat tensors that this rank's optimizer steps on."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a parameter, row-major, lying at ``offset`` of a flat tensor.
+
+    Under tensor parallelism the parameter is this rank's slice, and ``start`` counts within the slice.
+    """
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where shard edges cut a parameter.
+
+    Attributes:
+        positions: element positions strictly inside the parameter where one rank's shard ends and another's begins,
+            ascending; the same on every rank of the group.
+        group: the ranks that hold the parameter's shards (data parallel); None for the default group.
+    """
+
+    positions: np.ndarray
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class InputSplit:
+    """A parameter whose output rows go on in the slices of other ranks (tensor parallelism along the input axis).
+
+    Attributes:
+        group: the ranks that hold the slices; all of them hold the same fragments of their slices.
+        parts: how many slices make a whole row.
+    """
+
+    group: ProcessGroup
+    parts: int
+
+
+@dataclass
+class ShardMap:
+    """What every adapter supplies: the flat tensors of this rank's optimizer and what lies in them.
+
+    Attributes:
+        flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
+        cuts: parameters that shard edges cut, in an order that is the same on all ranks. Only Adam-mini needs them.
+        splits: parameters whose rows span tensor-parallel ranks. Only Adam-mini needs them.
+    """
+
+    flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    splits: Mapping[str, InputSplit] = field(default_factory=dict)
+
+
+def even_cuts(numel: int, shard: int, first: int = 0) -> np.ndarray:
+    """Positions inside a parameter that lies at ``first`` of a buffer cut every ``shard`` elements."""
+    edges = np.arange(first // shard + 1, -(-(first + numel) // shard), dtype=np.int64) * shard - first
+    return edges[(edges > 0) & (edges < numel)]
