@@ -1,0 +1,12 @@
+"""The DeepSpeed door: importing this package registers our optimizer and scheduler types with DeepSpeed.
+
+After ``import blockwise_lr.deepspeed`` a ds_config may say ``"optimizer": {"type": "BlockwiseAdamW"}`` or
+``"BlockwiseAdamMini"``, and ``"scheduler": {"type": "BlockwiseWarmupCosine"}``. Raises
+:class:`~blockwise_lr.patches.PatchError` where the installed DeepSpeed is not one this package was written for.
+"""
+from ..patches.deepspeed_types import PATCH
+from .engine import block_lrs, optimizer_of
+
+__all__ = ["block_lrs", "optimizer_of"]
+
+PATCH.apply()

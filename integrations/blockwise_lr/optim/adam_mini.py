@@ -106,6 +106,11 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             self._sync.finish(ordered, self._sync.start(ordered))
         self._early = sums
 
+    @property
+    def has_early_sums(self) -> bool:
+        """Whether begin_step's sums wait for tensors that are still to be stepped."""
+        return bool(self._early)
+
     def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
         sums = {}
         for p, grad, factor in grads:

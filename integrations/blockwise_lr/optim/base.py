@@ -1,7 +1,8 @@
 """What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,18 @@ from .shards import Fragment, ShardMap
 
 class BlockwiseOptimizer(torch.optim.Optimizer):
     """Base of BlockwiseAdamW and BlockwiseAdamMini; see there for the arguments."""
+
+    _held = False
+
+    @classmethod
+    @contextmanager
+    def holding_steps(cls) -> Iterator[None]:
+        """While a framework wraps an optimizer: step() does nothing, so that a trial step neither counts nor decays."""
+        BlockwiseOptimizer._held = True
+        try:
+            yield
+        finally:
+            BlockwiseOptimizer._held = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, block_map: BlockMap | None,
                  block_rules: Iterable[dict] | None, kernel: str) -> None:
@@ -134,6 +147,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Args:
             closure: evaluates the model again and returns the loss, as for torch.optim.
         """
+        if BlockwiseOptimizer._held:
+            return None
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,0 +1,44 @@
+"""From a ds_config's optimizer entry to an optimizer of ours."""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..blocks import BlockError, map_blocks
+from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim.base import BlockwiseOptimizer
+
+OPTIMIZER_TYPES: Mapping[str, type[BlockwiseOptimizer]] = {
+    "BlockwiseAdamW": BlockwiseAdamW,
+    "BlockwiseAdamMini": BlockwiseAdamMini,
+}
+_MAPPING_KEYS = ("block_rules", "block_strict")
+
+
+def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],
+                    settings: Mapping[str, Any]) -> BlockwiseOptimizer:
+    """The optimizer of a ds_config's ``"optimizer": {"type": kind, "params": settings}``.
+
+    Args:
+        kind: a key of OPTIMIZER_TYPES.
+        module: the engine's module; names and head counts are read from it.
+        model_parameters: tensors or param groups, as DeepSpeed passes them on from the user.
+        settings: the arguments of the optimizer's class, ``block_rules`` and ``block_strict``.
+
+    Raises:
+        BlockError: an unknown setting, a bad value, a parameter that no rule maps.
+    """
+    cls = OPTIMIZER_TYPES[kind]
+    valid = [name for name in inspect.signature(cls).parameters if name not in ("params", "block_map")]
+    valid += [key for key in _MAPPING_KEYS if key not in valid]
+    unknown = sorted(set(settings) - set(valid))
+    if unknown:
+        raise BlockError(f"optimizer {kind}: unknown parameter {unknown[0]!r}; the valid ones are {', '.join(valid)}")
+    rules, strict = settings.get("block_rules"), settings.get("block_strict", True)
+    block_map = map_blocks(module, rules=rules, strict=strict)
+    arguments = {key: tuple(value) if key == "betas" else value for key, value in settings.items()
+                 if key not in _MAPPING_KEYS}
+    return cls(list(model_parameters), block_map=block_map, **arguments)

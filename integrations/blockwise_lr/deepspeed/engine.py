@@ -1,0 +1,76 @@
+"""What a DeepSpeed engine with one of our optimizers gets beyond it: shards, early sums, learning rates in the monitor."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ..blocks import BlockError
+from ..optim import BlockwiseAdamMini
+from ..optim.base import BlockwiseOptimizer
+from .cut_sums import reduce_cut_segments_once
+from .shard_maps import shard_map
+
+
+def optimizer_of(engine: Any) -> BlockwiseOptimizer:
+    """The blockwise optimizer inside an engine.
+
+    Raises:
+        BlockError: the engine has another optimizer.
+    """
+    optimizer = getattr(engine, "basic_optimizer", None)
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        raise BlockError(f"the engine's optimizer is {type(optimizer).__name__}, not a blockwise one; "
+                         f'set "optimizer": {{"type": "BlockwiseAdamW"}} in the ds_config')
+    return optimizer
+
+
+def block_lrs(engine: Any) -> list[dict[str, float]]:
+    """The current learning rate of each block type, per param group of a DeepSpeed engine.
+
+    Raises:
+        BlockError: the engine's optimizer is not a blockwise one.
+    """
+    return optimizer_of(engine).block_lrs()
+
+
+def attach(engine: Any) -> None:
+    """Tells an engine's blockwise optimizer what DeepSpeed's wrapper has put into it. Does nothing for other optimizers.
+
+    Raises:
+        BlockError: a wrapper or an offload this adapter does not support.
+    """
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, BlockwiseOptimizer):
+        return
+    _refuse_unsupported(engine)
+    shards = shard_map(engine.optimizer, optimizer)
+    if shards is not None:
+        optimizer.attach_shards(shards)
+    if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
+        if shards is not None and shards.cuts and len(shards.flats) > 1:
+            reduce_cut_segments_once(engine.optimizer, optimizer)
+    _report_to_monitor(engine, optimizer)
+
+
+def _refuse_unsupported(engine: Any) -> None:
+    offload = engine.zero_offload_optimizer() if engine.zero_optimization() else None
+    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+        raise BlockError("blockwise optimizers do not support offload_optimizer to nvme; use \"device\": \"cpu\"")
+    if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
+        raise BlockError("blockwise optimizers do not support a partial offload_optimizer (ratio below 1), which steps "
+                         "the rest with another optimizer; set \"ratio\": 1.0")
+
+
+def _report_to_monitor(engine: Any, optimizer: BlockwiseOptimizer) -> None:
+    """Adds each block type's learning rate to what the engine writes to TensorBoard and its other monitors."""
+    write: Callable[[list], None] = engine.monitor.write_events
+
+    @functools.wraps(write)
+    def write_events(events: list, *args: Any, **kwargs: Any) -> None:
+        if any(name == "Train/Samples/lr" for name, *_ in events):
+            events = [*events, *((f"Train/Samples/lr_{block}", lr, engine.global_samples)
+                                 for block, lr in optimizer.block_lrs()[0].items())]
+        write(events, *args, **kwargs)
+
+    engine.monitor.write_events = write_events

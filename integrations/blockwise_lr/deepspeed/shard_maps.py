@@ -1,0 +1,101 @@
+"""ShardMaps of DeepSpeed's optimizers: which part of which parameter lies where in this rank's flat fp32 tensors."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ..blocks import BlockError
+from ..optim import Cut, Fragment, ShardMap
+from ..optim.base import BlockwiseOptimizer
+from ..optim.shards import even_cuts
+
+
+def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer) -> ShardMap | None:
+    """The ShardMap of what DeepSpeed made of our optimizer; None where it left the model's own parameters in it.
+
+    Args:
+        wrapper: ``engine.optimizer``.
+        optimizer: ``engine.basic_optimizer``.
+
+    Raises:
+        BlockError: a kind of wrapper this adapter does not know.
+    """
+    if wrapper is optimizer:
+        return None
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        return _stage3(wrapper, optimizer)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer):
+        offsets = [dict(zip(map(id, group), starts)) for group, starts in zip(wrapper.round_robin_bit16_groups,
+                                                                              wrapper.round_robin_bit16_offsets)]
+        return _partitioned(optimizer, wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups,
+                            wrapper.real_dp_process_group, offsets)
+    if isinstance(wrapper, BF16_Optimizer):
+        return _partitioned(optimizer, wrapper.bf16_groups, wrapper.fp32_groups_flat_partition,
+                            wrapper.real_dp_process_group, None)
+    if isinstance(wrapper, FP16_UnfusedOptimizer):
+        return _unsharded(wrapper, optimizer)
+    raise BlockError(f"DeepSpeed wrapped {type(optimizer).__name__} in {type(wrapper).__name__}, which blockwise_lr does "
+                     f"not know; use ZeRO stage 0 to 3, fp16 or bf16 without further optimizer features")
+
+
+def _name(optimizer: BlockwiseOptimizer, parameter: torch.Tensor) -> str:
+    name = optimizer.block_map.name_of(parameter)
+    if name is None:
+        raise BlockError(f"DeepSpeed shards a parameter of shape {tuple(parameter.shape)} that is not in the module")
+    return name
+
+
+def _partitioned(optimizer: BlockwiseOptimizer, groups: Sequence[Sequence[torch.Tensor]], flats: Sequence[torch.Tensor],
+                 process_groups: Sequence[Any], offsets: Sequence[dict[int, int]] | None) -> ShardMap:
+    """ZeRO-1 and 2, and BF16_Optimizer: a group's parameters lie one after another in a buffer that is cut evenly."""
+    found, cuts = [], {}
+    for number, (parameters, flat, process_group) in enumerate(zip(groups, flats, process_groups)):
+        size = flat.numel()
+        begin = dist.get_rank(group=process_group) * size
+        fragments, position = [], 0
+        for parameter in parameters:
+            name, numel = _name(optimizer, parameter), parameter.numel()
+            start = position if offsets is None else offsets[number][id(parameter)]
+            low, high = max(start, begin), min(start + numel, begin + size)
+            if low < high:
+                fragments.append(Fragment(name, low - start, high - low, low - begin))
+            positions = even_cuts(numel, size, start)
+            if len(positions):
+                cuts[name] = Cut(positions, process_group)
+            position += numel
+        found.append((flat, fragments))
+    return ShardMap(found, cuts)
+
+
+def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3, optimizer: BlockwiseOptimizer) -> ShardMap:
+    """ZeRO-3: every parameter is cut evenly over the ranks, and a rank's pieces are laid one after another."""
+    found, cuts = [], {}
+    for parameters, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat):
+        fragments = []
+        for parameter in parameters:
+            name, shard = _name(optimizer, parameter), parameter.partition_numel()
+            group = parameter.ds_process_group
+            start = dist.get_rank(group=group) * shard
+            _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            held = min(shard, parameter.ds_numel - start)  # less than a shard, or none, where the padding is
+            if held > 0:
+                fragments.append(Fragment(name, start, held, offset))
+            positions = even_cuts(parameter.ds_numel, shard)
+            if len(positions):
+                cuts[name] = Cut(positions, group)
+        found.append((flat, fragments))
+    return ShardMap(found, cuts)
+
+
+def _unsharded(wrapper: FP16_UnfusedOptimizer, optimizer: BlockwiseOptimizer) -> ShardMap:
+    """fp16 or bf16 without ZeRO: an fp32 copy of every parameter."""
+    pairs = ((fp32, fp16) for fp32s, fp16s in zip(wrapper.fp32_groups, wrapper.fp16_groups)
+             for fp32, fp16 in zip(fp32s, fp16s))
+    return ShardMap([(fp32, [Fragment(_name(optimizer, fp16), 0, fp32.numel(), 0)]) for fp32, fp16 in pairs])
