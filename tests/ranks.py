@@ -1,0 +1,149 @@
+"""Persistent rank processes: DeepSpeed and Megatron are imported once per process, and many cases run on them.
+
+``pool(2).run(case, *arguments)`` runs the module-level function ``case`` on two gloo ranks and returns what each rank
+returned. A rank's exception is raised here with the rank's traceback. A pool in which a case failed or hung is replaced
+by a fresh one, because its ranks may stand at different collectives.
+"""
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
+                "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_pools: dict[int, RankPool] = {}
+
+
+class RankError(AssertionError):
+    """A case failed on a rank; the message holds the ranks' tracebacks."""
+
+
+def pool(world_size: int) -> RankPool:
+    """The pool of that many ranks, started at the first call."""
+    if world_size not in _pools:
+        _pools[world_size] = RankPool(world_size)
+    return _pools[world_size]
+
+
+class RankPool:
+    """``world_size`` processes that wait for cases to run."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+
+    def run(self, case: Callable[..., Any], *arguments: Any, timeout: float = 120, errors: bool = False) -> list[Any]:
+        """Runs ``case(*arguments)`` on every rank.
+
+        Args:
+            case: a module-level function; arguments and results go by pickle.
+            timeout: seconds until the ranks are ended and the case fails with their stacks.
+            errors: return each rank's exception in place of its result, for cases that are to fail on every rank.
+
+        Raises:
+            RankError: a rank failed or did not answer in time.
+        """
+        self._start()
+        for pipe in self._pipes:
+            pipe.send((case, arguments))
+        answers = self._answers(time.monotonic() + timeout)
+        failed = [f"rank {rank}:\n{answer[2]}" for rank, answer in enumerate(answers) if answer[0] != "result"]
+        if failed:
+            self.stop()
+            if not errors:
+                raise RankError("\n".join(failed))
+        return [answer[1] for answer in answers]
+
+    def stop(self) -> None:
+        """Ends the processes; the next run starts new ones."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes = []
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._stacks = [], []
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            self._stacks.append(tempfile.NamedTemporaryFile("r", prefix="rank-stack-"))
+            process = context.Process(target=_serve, daemon=True, args=(theirs, rank, self.world_size, port,
+                                                                        self._stacks[-1].name))
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _answers(self, deadline: float) -> list[tuple]:
+        answers: dict[int, tuple] = {}
+        while len(answers) < self.world_size and time.monotonic() < deadline:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+            for pipe in multiprocessing.connection.wait(list(waiting), deadline - time.monotonic()):
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    answer = ("died", RuntimeError("the process died"), "the process died")
+                answers[waiting[pipe]] = answer
+                if answer[0] != "result":  # the others may wait for it in a collective for ever
+                    deadline = min(deadline, time.monotonic() + 5)
+        return [answers.get(rank) or self._hung(rank) for rank in range(self.world_size)]
+
+    def _hung(self, rank: int) -> tuple:
+        os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        with open(self._stacks[rank].name) as stack:
+            return "hung", TimeoutError(f"rank {rank} did not answer"), f"no answer in time\n{stack.read()}"
+
+
+@atexit.register
+def _stop_all() -> None:
+    for started in _pools.values():
+        started.stop()
+
+
+def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) -> None:
+    """A rank: waits for cases until the parent is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test run
+    os.environ.update(_ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+                      LOCAL_WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))
+    while True:
+        try:
+            case, arguments = pipe.recv()
+        except EOFError:
+            return
+        _join_group()
+        try:
+            pipe.send(("result", case(*arguments), ""))
+        except BaseException as error:
+            text = traceback.format_exc()
+            try:
+                pipe.send(("error", error, text))
+            except Exception:  # an exception that does not pickle
+                pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+def _join_group() -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
