@@ -73,7 +73,9 @@ def low_precision(kind, model, stage, dtype, options):
     (ADAMW, "llama", 3, "bf16", {}),
     (ADAMW, "gpt2", 2, "fp16", {}),
     (MINI, "llama", 1, "bf16", {}),
-    (MINI, "gpt2", 0, "fp16", {"fp16": {"loss_scale": 256}}),
+    (MINI, "gpt2", 1, "fp16", {}),
+    # without ZeRO, DeepSpeed 0.19.8 divides fp16 gradients by a loss scale that it has not put on the loss
+    (MINI, "gpt2", 0, "fp16", {"fp16": {"loss_scale": 1}}),
 ])
 def test_low_precision_follows_the_twin(kind, model, stage, dtype, options):
     """Rounding differs (the twin adds micro batches in fp32), so this bounds the drift; the next test is the sharp one."""
