@@ -129,13 +129,12 @@ class Patch:
         """Checks, changes upstream once, and returns what undoes it. A second call changes nothing more."""
         if self._undo is None:
             self.check()
-            undo = Undo()
+            self._undo = Undo()  # before install, whose imports may ask for this patch again
             try:
-                self.install(undo)
+                self.install(self._undo)
             except BaseException:
-                undo()
+                self.undo()
                 raise
-            self._undo = undo
         return self.undo
 
     def undo(self) -> None:

@@ -6,9 +6,11 @@ the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,7 +117,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo")
+    with contextlib.redirect_stdout(sys.stderr):  # it announces the extension it builds
+        deepspeed.init_distributed("gloo")
     if dist.get_rank() == 0:
         tokens(args.out, validation=True)  # trains the tokenizer and encodes the text, once
         tokens(args.out, validation=False)

@@ -31,11 +31,14 @@ class BlockMap(Mapping[str, ParamLayout]):
 
     Attributes:
         heads: the head counts the map was made with, or None.
+        unmapped: names that no rule knows; they have the base learning rate. Empty unless made with strict=False.
     """
 
-    def __init__(self, layouts: Iterable[ParamLayout], heads: HeadCounts | None = None) -> None:
+    def __init__(self, layouts: Iterable[ParamLayout], heads: HeadCounts | None = None,
+                 unmapped: Iterable[str] = ()) -> None:
         self._layouts = {layout.name: layout for layout in layouts}
         self.heads = heads
+        self.unmapped = frozenset(unmapped)
         self._names: dict[int, str] = {}
 
     def __getitem__(self, name: str) -> ParamLayout:
@@ -140,7 +143,7 @@ def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | d
     _refuse_unused(own, used, shapes)
     if unmapped and strict:
         raise UnmappedParameterError(_unmapped_message(unmapped, table))
-    return BlockMap(layouts, heads)
+    return BlockMap(layouts, heads, (name for name, _ in unmapped))
 
 
 def _layout(name: str, shape: tuple[int, ...], table: tuple[Rule, ...], heads: HeadCounts | None, transposed: bool,

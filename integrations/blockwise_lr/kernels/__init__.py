@@ -25,3 +25,8 @@ def kernel_for(device: torch.device, name: str = "auto") -> Kernel:
     if name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}; use one of {', '.join(KERNELS)}")
     return _REFERENCE
+
+
+def usable() -> dict[str, str]:
+    """Kernel name -> where it is usable, or why it is not."""
+    return {"reference": "yes, on every device"}

@@ -1,0 +1,115 @@
+"""The command line: ``blockwise-lr inspect`` and ``doctor``."""
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .blocks import BlockError
+from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="One learning rate per Transformer block type.")
+EXIT_BAD_INPUT, EXIT_UNMAPPED = 2, 3
+
+
+class Format(str, Enum):
+    """How inspect prints."""
+
+    table = "table"
+    json = "json"
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps typer from making a single command the whole program."""
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(help="A Hugging Face config folder or config.json, or package.module:factory.")],
+    rules: Annotated[Optional[Path], typer.Option(help="JSON file with a list of block rules of your own.")] = None,
+    lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
+    ratio: Annotated[Optional[list[str]], typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="Output.")] = Format.table,
+) -> None:
+    """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
+    try:
+        ratios = {name: float(value) for name, _, value in (item.partition("=") for item in ratio or ())}
+        own = json.loads(rules.read_text()) if rules else None
+        rows = inspect_model(load_model(target), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
+    except (BlockError, OSError, ValueError) as error:
+        typer.echo(f"blockwise-lr inspect: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    if form is Format.json:
+        typer.echo(as_json(rows))
+    else:
+        _print_rows(rows)
+    if UNMAPPED in totals(rows):
+        typer.echo("blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
+                   '[{"match": "*.name.*", "block": "ffn"}]', err=True)
+        raise typer.Exit(EXIT_UNMAPPED)
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, so that no name is cut in a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _print_rows(rows: list[Row]) -> None:
+    console = _console()
+    table = Table()
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("rows or columns")
+    table.add_column("block", no_wrap=True)
+    for column in ("ratio", "peak lr", "weight decay"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        style = "red" if row.block == UNMAPPED else None
+        table.add_row(row.parameter, " x ".join(map(str, row.shape)), row.where, row.block, f"{row.ratio:g}",
+                      f"{row.peak_lr:.3g}", f"{row.weight_decay:g}", style=style)
+    console.print(table)
+    sums = Table("block", title="totals")
+    sums.add_column("parameters", justify="right")
+    sums.add_column("share", justify="right")
+    everything = sum(row.numel for row in rows)
+    for block, numel in totals(rows).items():
+        sums.add_row(block, f"{numel:,}", f"{numel / everything:.1%}")
+    sums.add_row("all", f"{everything:,}", "")
+    console.print(sums)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, patches, usable kernels, and whose Apex is installed."""
+    from . import __version__, doctor as report
+
+    console = _console()
+    found = Table("package", "version", title=f"blockwise-lr {__version__}")
+    for package, version in report.versions().items():
+        found.add_row(package, version)
+    found.add_row("apex", report.apex())
+    console.print(found)
+    patches = Table()
+    for column in ("patch", "for", "state", "changes", "why"):
+        patches.add_column(column, overflow="fold")
+    for patch, state in report.patches():
+        patches.add_row(patch.name, f"{patch.package} {patch.versions}", state,
+                        "\n".join(symbol.path.rpartition(":")[2] for symbol in patch.symbols), patch.why)
+    console.print(patches)
+    kernels = Table("kernel", "usable")
+    for name, state in report.kernels().items():
+        kernels.add_row(name, state)
+    console.print(kernels)
+
+
+if __name__ == "__main__":
+    app()

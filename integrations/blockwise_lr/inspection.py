@@ -1,0 +1,141 @@
+"""What ``blockwise-lr inspect`` shows: which parameter is which block, with which learning rate and decay."""
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .blocks import BlockError, BlockMap, BlockType, ParamLayout, map_blocks
+from .optim.plan import StepClass
+from .optim.settings import checked_defaults, class_decay, group_lr
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block type of one parameter.
+
+    Attributes:
+        parameter: its name.
+        shape: its shape.
+        where: which rows or columns, "all" for the whole parameter.
+        block: the block type, or "UNMAPPED".
+        ratio: peak learning rate over the base.
+        peak_lr: ratio * lr.
+        weight_decay: what the optimizer applies.
+        numel: elements of that block type.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    where: str
+    block: str
+    ratio: float
+    peak_lr: float
+    weight_decay: float
+    numel: int
+
+
+UNMAPPED = "UNMAPPED"
+
+
+def load_model(target: str) -> torch.nn.Module:
+    """The model a target names, on the meta device: no weights are made or loaded, whatever its size.
+
+    Args:
+        target: a folder with a Hugging Face config.json, such a file, or ``package.module:factory`` where the factory
+            takes no arguments and returns a module.
+
+    Raises:
+        BlockError: the target is none of these, or its model cannot be built.
+    """
+    path = Path(target)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.is_file():
+        return _hugging_face_model(path)
+    if ":" not in target:
+        raise BlockError(f"{target!r} is no file, no folder with a config.json, and no package.module:factory")
+    module, _, factory = target.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise BlockError(f"cannot find {target!r}: {error}") from error
+    with torch.device("meta"):
+        model = build()
+    if not isinstance(model, torch.nn.Module):
+        raise BlockError(f"{target!r} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _hugging_face_model(path: Path) -> torch.nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise BlockError("reading a Hugging Face config needs transformers; install blockwise-lr[transformers]") from error
+    try:
+        values = json.loads(path.read_text())
+        config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    except (json.JSONDecodeError, KeyError, ValueError) as error:
+        raise BlockError(f"{path} is no Hugging Face config that this transformers knows: {error}") from error
+    with torch.device("meta"):
+        architecture = getattr(transformers, (config.architectures or [""])[0], None)
+        return architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
+
+
+def inspect_model(model: torch.nn.Module, *, rules: Iterable[dict] | None = None, lr: float = 1e-3,
+                  weight_decay: float = 0.1, ratios: Mapping[str, float] | None = None) -> list[Row]:
+    """The rows of the table; a parameter that no rule knows has the block "UNMAPPED".
+
+    Args:
+        model: any module, also on the meta device.
+        rules, lr, weight_decay, ratios: as the optimizers take them.
+    """
+    block_map = map_blocks(model, rules=rules, strict=False)
+    group = checked_defaults(lr, (0.9, 0.95), 1e-8, weight_decay, block_lr_ratios=ratios, block_weight_decay=None,
+                             decay_norms_and_biases=False, min_lr=None)
+    return [row for name in block_map for row in _rows(name, block_map, group)]
+
+
+def _rows(name: str, block_map: BlockMap, group: dict[str, Any]) -> list[Row]:
+    layout, rows = block_map[name], []
+    for block, numel in layout.block_numel().items():
+        of = StepClass(block, layout.kind)
+        where = "all" if len(layout.blocks) == 1 else _where(layout, block)
+        rows.append(Row(name, layout.shape, where, UNMAPPED if name in block_map.unmapped else block.value,
+                        group["block_lr_ratios"][block.value], group_lr(group, block), class_decay(group, of), numel))
+    return rows
+
+
+def _where(layout: ParamLayout, block: BlockType) -> str:
+    axis = "columns" if layout.transposed else "rows"
+    spans: list[list[int]] = []
+    for start, end, piece in layout.spans():
+        if piece.block is not block:
+            continue
+        if spans and spans[-1][1] == start:
+            spans[-1][1] = end
+        else:
+            spans.append([start, end])
+    shown = ", ".join(f"{start}–{end - 1}" for start, end in spans[:2])
+    return f"{axis} {shown}{f', … ({len(spans)} ranges)' if len(spans) > 2 else ''}"
+
+
+def totals(rows: list[Row]) -> dict[str, int]:
+    """Elements per block type."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.block] = counts.get(row.block, 0) + row.numel
+    return counts
+
+
+def as_json(rows: list[Row]) -> str:
+    """The table as JSON."""
+    return json.dumps({"parameters": [asdict(row) for row in rows], "totals": totals(rows)}, indent=1)

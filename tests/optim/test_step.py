@@ -1,0 +1,160 @@
+"""The step alone, on given gradients: against torch's AdamW, a loop over segments, and the official Adam-mini."""
+import copy
+import random
+
+import pytest
+import torch
+
+from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from optim.sharding import Shards
+from twins import REFERENCES, RATIOS, Twin, llama, make
+
+LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.95), 1e-8
+KINDS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
+
+
+def gradients(model, step):
+    generator = torch.Generator().manual_seed(step)
+    return {n: torch.randn(p.shape, generator=generator) * 10 ** float(torch.rand((), generator=generator) * 6 - 3)
+            for n, p in model.named_parameters()}
+
+
+def whole(kind, model, steps=3, **settings):
+    """The model's weights after steps of the optimizer on whole parameters."""
+    optimizer = KINDS[kind](model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
+                            block_map=map_blocks(model), **settings)
+    for step in range(steps):
+        for name, p in model.named_parameters():
+            p.grad = gradients(model, step)[name]
+        optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def twin_weights(kind, model_kind, steps=3):
+    """The same steps on the unfused twin: its leaves' gradients are what autograd makes of the fused ones."""
+    model = make(model_kind)
+    twin = Twin(model_kind, model)
+    optimizer = REFERENCES[kind](twin, BETAS, EPS, DECAY, RATIOS)
+    for step in range(steps):
+        given = gradients(model, step)
+        sum((value * given[name]).sum() for name, value in twin.values().items()).backward()
+        optimizer.step(lambda ratio: ratio * LR)
+    return {n: v.detach() for n, v in twin.values().items()}
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "gpt_neox"])
+def test_adamw_is_torch_to_the_bit(model):
+    found, wanted = whole("BlockwiseAdamW", make(model), kernel="reference"), twin_weights("BlockwiseAdamW", model)
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("model", ["llama", "llama_tied", "gpt2", "gpt_neox"])
+def test_adam_mini_is_the_paper_loop(model):
+    found, wanted = whole("BlockwiseAdamMini", make(model)), twin_weights("BlockwiseAdamMini", model)
+    assert max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gpt_neox"])
+def test_any_cut_gives_the_unsharded_step(kind, model):
+    rng = random.Random(1)
+    wanted = torch.cat([p.reshape(-1) for p in whole(kind, make(model), kernel="reference").values()])
+    for trial in range(6):
+        shards = Shards(make(model), sorted(rng.sample(range(1, wanted.numel()), trial)), KINDS[kind], lr=LR, betas=BETAS,
+                        eps=EPS, weight_decay=DECAY, kernel="reference")
+        for step in range(3):
+            shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
+        if kind == "BlockwiseAdamW":
+            assert torch.equal(shards.weights(), wanted)
+        else:
+            assert float((shards.weights() - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("model", ["gpt2", "gpt_neox"])
+def test_one_moment_per_bias_vector_under_any_cut(model):
+    """A fused bias of q, k and v has three vectors, and under gpt_neox each is spread over the heads."""
+    rng = random.Random(2)
+    wanted = torch.cat([p.reshape(-1) for p in whole("BlockwiseAdamMini", make(model), bias_segments="vector").values()])
+    for trial in range(6):
+        shards = Shards(make(model), sorted(rng.sample(range(1, wanted.numel()), 20)), BlockwiseAdamMini, lr=LR,
+                        betas=BETAS, eps=EPS, weight_decay=DECAY, bias_segments="vector")
+        for step in range(3):
+            shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
+        assert float((shards.weights() - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_plain_adam_mini_is_the_official_one(capsys):
+    """The official package, where its partition is the paper's: split q, k and v, one process."""
+    from adam_mini import Adam_mini
+
+    def llama_square():
+        torch.manual_seed(0)
+        return llama()
+
+    model, theirs = llama_square(), llama_square()
+    ours = BlockwiseAdamMini(model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
+                             block_map=map_blocks(model), block_lr_ratios=dict.fromkeys(RATIOS, 1.0))
+    official = Adam_mini(theirs.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, dim=32, n_heads=4,
+                         n_kv_heads=2, verbose=False)
+    for step in range(5):
+        for (name, p), q in zip(model.named_parameters(), theirs.parameters()):
+            p.grad, q.grad = gradients(model, step)[name], gradients(model, step)[name]
+        ours.step()
+        official.step()
+    for (name, p), q in zip(model.named_parameters(), theirs.parameters()):
+        assert float((p - q).norm() / q.norm()) < 1e-6, name
+    assert sum(s["exp_avg_sq"].numel() for s in ours.state.values()) == sum(
+        s["vmean"].numel() for s in official.state.values())
+
+
+def test_names_alone_are_enough_for_adamw():
+    model = make("llama")
+    wanted = whole("BlockwiseAdamW", make("llama"))
+    optimizer = BlockwiseAdamW(model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    for step in range(3):
+        for name, p in model.named_parameters():
+            p.grad = gradients(model, step)[name]
+        optimizer.step()
+    assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
+
+
+def test_adam_mini_refuses_unknown_heads_and_transposed_names():
+    with pytest.raises(BlockError, match="needs the number of heads"):
+        BlockwiseAdamMini(make("llama").named_parameters())
+    with pytest.raises(BlockError, match=r"looks transposed .* pass block_map=map_blocks\(model\)"):
+        BlockwiseAdamW(make("gpt2").named_parameters())
+    with pytest.raises(BlockError, match="pass model.named_parameters"):
+        BlockwiseAdamW(make("llama").parameters())
+
+
+def test_state_dicts_come_back_to_the_bit():
+    for kind in KINDS.values():
+        model, again = make("gpt2"), make("gpt2")
+        first = kind(model.named_parameters(), lr=LR, block_map=map_blocks(model))
+        second = kind(again.named_parameters(), lr=LR, block_map=map_blocks(again))
+        for step in range(4):
+            for name, p in model.named_parameters():
+                p.grad = gradients(model, step)[name]
+            if step == 2:
+                again.load_state_dict(model.state_dict())
+                second.load_state_dict(copy.deepcopy(first.state_dict()))
+            first.step()
+            if step >= 2:
+                for name, p in again.named_parameters():
+                    p.grad = gradients(model, step)[name]
+                second.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+
+
+def test_decay_of_everything_as_the_paper_does():
+    model = make("gpt2")
+    optimizer = BlockwiseAdamW(model.named_parameters(), lr=LR, weight_decay=0.5, decay_norms_and_biases=True,
+                               block_weight_decay={"vo": 0.25}, block_map=map_blocks(model))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    after = dict(model.named_parameters())
+    norm, output = "transformer.ln_f.weight", "transformer.h.0.attn.c_proj.weight"
+    assert torch.allclose(after[norm], before[norm] * (1 - LR * 0.5))
+    assert torch.allclose(after[output], before[output] * (1 - 4 * LR * 0.25))

@@ -1,0 +1,69 @@
+"""blockwise-lr on the command line."""
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from blockwise_lr.cli import app
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def unknown_model():
+    import torch
+
+    return torch.nn.ModuleDict({"mystery": torch.nn.Linear(2, 3), "wte": torch.nn.Embedding(5, 2)})
+
+
+def test_inspect_reads_a_hugging_face_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    result = run("inspect", tmp_path, "--lr", "3e-4", "--ratio", "qk=4", "--format", "json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    rows = {row["parameter"]: row for row in found["parameters"]}
+    assert rows["model.layers.1.self_attn.q_proj.weight"] == {
+        "parameter": "model.layers.1.self_attn.q_proj.weight", "shape": [64, 64], "where": "all", "block": "qk",
+        "ratio": 4.0, "peak_lr": pytest.approx(1.2e-3), "weight_decay": 0.1, "numel": 4096}
+    assert found["totals"]["qk"] == 2 * (64 * 64 + 32 * 64)
+    table = run("inspect", tmp_path)
+    assert "model.layers.0.post_attention_layernorm.weight" in table.output and "totals" in table.output
+
+
+def test_inspect_shows_ranges_of_a_fused_weight():
+    result = run("inspect", "twins:gpt2", "--format", "json")
+    found = [row for row in json.loads(result.output)["parameters"]
+             if row["parameter"] == "transformer.h.0.attn.c_attn.weight"]
+    assert [(row["where"], row["block"]) for row in found] == [("columns 0–47", "qk"), ("columns 48–71", "vo")]
+
+
+def test_inspect_exits_with_3_when_something_is_unmapped(tmp_path):
+    result = run("inspect", "shell.test_commands:unknown_model")
+    assert result.exit_code == 3 and "UNMAPPED" in result.output
+    rules = tmp_path / "rules.json"
+    rules.write_text('[{"match": "*.mystery.*", "block": "ffn"}]')
+    assert run("inspect", "shell.test_commands:unknown_model", "--rules", rules).exit_code == 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere"], "no file, no folder"),
+    (["twins:gone"], "cannot find"),
+    (["twins:gpt2", "--ratio", "mlp=3"], "unknown block type 'mlp'"),
+    (["twins:gpt2", "--ratio", "ffn=-3"], "above 0"),
+])
+def test_bad_input_exits_with_2_and_says_why(arguments, words):
+    result = run("inspect", *arguments)
+    assert result.exit_code == 2 and words in result.output
+
+
+def test_doctor_names_versions_patches_and_kernels():
+    import torch
+
+    result = run("doctor")
+    assert result.exit_code == 0
+    for words in (torch.__version__, "deepspeed-types", "reference", "DeepSpeedEngine._configure_basic_optimizer"):
+        assert words in result.output
