@@ -29,7 +29,7 @@ from model import GPT, GPTConfig
 HERE = Path(__file__).parent
 LENGTH = 128
 BATCH = 16  # sequences per step, over all ranks
-EVALUATIONS = 16
+EVALUATIONS = 15
 # both arms try learning rates a factor of 2 apart around what is usual for them
 SWEEP = {"AdamW": (1e-3, 2e-3, 4e-3), "BlockwiseAdamW": (1.5e-4, 3e-4, 6e-4)}
 
