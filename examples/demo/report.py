@@ -29,8 +29,8 @@ def table(results: dict) -> Table:
     base = results["runs"][0]
     made = Table(title=f"GPT on Python's standard library, {base['steps'][-1]} steps, DeepSpeed ZeRO-2 on 2 processes")
     for column in ("optimizer", "base lr", "validation loss", f"steps to {base['optimizer']}'s {base['losses'][-1]:.3f}",
-                   "seconds", "optimizer state per rank"):
-        made.add_column(column, justify="left" if column == "optimizer" else "right")
+                   "seconds", "state per rank"):
+        made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
     for run in results["runs"]:
         reached = steps_to(run, base["losses"][-1])
         made.add_row(run["optimizer"], f"{run['lr']:g}", f"{run['losses'][-1]:.3f}",

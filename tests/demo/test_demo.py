@@ -51,7 +51,7 @@ def test_the_demo_prints_its_table_and_draws(finished):
     assert all(run["losses"][-1] < run["losses"][0] for run in results["runs"])
     adamw, blockwise, mini = (run["state_bytes"] for run in results["runs"])
     assert abs(adamw - blockwise) < 64 and mini < 0.51 * adamw  # they differ by a step counter per group
-    for words in ("validation loss", "BlockwiseAdamMini", "optimizer state per rank", "curves.png"):
+    for words in ("validation loss", "BlockwiseAdamMini", "state per rank", "curves.png"):
         assert words in printed
     assert (folder / "curves.png").stat().st_size > 10_000
 
