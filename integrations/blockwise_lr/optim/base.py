@@ -9,7 +9,7 @@ import torch
 
 from ..blocks import BlockError, BlockMap, ParamLayout, map_names
 from ..blocks.block_map import full_shape
-from ..kernels import Kernel, StepValues, kernel_for
+from ..kernels import KERNELS, Kernel, StepValues, kernel_for
 from .plan import StepPlan
 from .settings import class_decay, group_lr
 from .shards import Fragment, ShardMap
@@ -38,7 +38,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             groups = [{**group, "group_decay": "weight_decay" in group} for group in groups]
         super().__init__(groups, defaults)
         self.kernel_name = kernel
-        kernel_for(torch.device("cpu"), kernel)  # refuses an unknown name now and not at the first step
+        if kernel not in KERNELS:
+            raise BlockError(f"unknown kernel {kernel!r}; use one of {', '.join(KERNELS)}")
         self.block_map = block_map if block_map is not None else self._map_by_name(block_rules)
         self.shards: ShardMap | None = None
         self._plans: dict[int, StepPlan] = {}

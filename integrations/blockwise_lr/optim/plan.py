@@ -36,7 +36,7 @@ class Rectangles:
             between their starts, INNER elements per run, CLASS (index into StepPlan.classes); for Adam-mini also: the
             first run's first SLOT in the second moment, SLOT_STEP from one run's first slot to the next run's (0: all
             runs share their slots), UNIT consecutive elements of a run per slot.
-        segment_numel: float64, (rectangles,); elements of a whole segment, on all ranks together.
+        segment_numel: float64, (rectangles,); elements of a whole segment, on all ranks together; 0 for AdamW.
     """
 
     table: np.ndarray
@@ -110,7 +110,7 @@ def adamw_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[Para
     for fragment, layout in zip(fragments, layouts):
         for piece_rows in _piece_rows(_by_block(layout), fragment, classes):
             rows.extend(row for row, _ in piece_rows)
-    return StepPlan(numel, tuple(classes), _rectangles(rows, []), _rectangles([], []))
+    return StepPlan(numel, tuple(classes), _rectangles(rows, [0.0] * len(rows)), _rectangles([], []))
 
 
 def adam_mini_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout], *,

@@ -1,0 +1,170 @@
+"""The C++ kernel: OpenMP and vectors on the CPU, built at first use and kept for the next time."""
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..optim.plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from .interface import StepValues
+from .reference import ReferenceKernel
+
+_LOG = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17"]
+_GRADIENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Elements per tile: what one thread works on at a time. Large enough that starting a tile costs nothing, small enough
+# that a segment's gradient is still in the cache when it is read again.
+TILE = 1 << 16
+SWITCH = "BLOCKWISE_LR_CPU_KERNEL"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None where it cannot be built; then one warning says why.
+
+    The build takes a few seconds, is kept in PyTorch's extension folder (TORCH_EXTENSIONS_DIR), and is safe when several
+    ranks start at once. ``BLOCKWISE_LR_CPU_KERNEL=0`` turns it off.
+    """
+    if os.environ.get(SWITCH, "1") == "0":
+        return None
+    try:
+        return _declare(ctypes.CDLL(_build()))
+    except Exception as error:  # no compiler, no ninja, a read-only home: every step still works without
+        _LOG.warning("blockwise_lr: the C++ kernel could not be built, so optimizer steps on the CPU use plain torch, "
+                     "which is slower (%s: %s); install g++ and ninja, or set %s=0 to silence this",
+                     type(error).__name__, str(error).splitlines()[0] if str(error) else "", SWITCH)
+        return None
+
+
+def _build() -> str:
+    from torch.utils import cpp_extension
+
+    # the flags of the processor too: a home shared by different machines must not share -march=native code
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([*_FLAGS, platform.machine(), _processor()]).encode())
+    name = f"blockwise_lr_cpu_{key.hexdigest()[:12]}"
+    built = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
+    finished = built.with_suffix(".finished")  # another rank may be half-way through writing the library itself
+    if not finished.exists():
+        cpp_extension.load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False,
+                           verbose=False)
+        finished.touch()
+    return str(built)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, count, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    step = [pointer, pointer, number, pointer, pointer, pointer, pointer, count, pointer, pointer] + [real] * 5
+    built.blockwise_adamw.argtypes = [*step, number]
+    built.blockwise_adam_mini.argtypes = [*step, number, number]
+    built.blockwise_sum_squares.argtypes = [pointer, number, pointer, pointer, count, number]
+    for function in (built.blockwise_adamw, built.blockwise_adam_mini, built.blockwise_sum_squares):
+        function.restype = None
+    return built
+
+
+class CppKernel:
+    """The kernel in C++. float32 tensors; others go to the reference. No element-sized temporaries."""
+
+    name = "cpp"
+
+    def __init__(self, built: ctypes.CDLL) -> None:
+        self._built = built
+        self._reference = ReferenceKernel()
+        self._tiles: dict[int, tuple[Rectangles, np.ndarray]] = {}
+
+    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+              plan: StepPlan, values: StepValues) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
+            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values)
+        self._built.blockwise_adamw(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values),
+                                    torch.get_num_threads())
+
+    def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
+        if not _fits(sums, grad):
+            return self._reference.sum_squares(grad, rectangles, sums)
+        tiles = self._tiles_of(rectangles)
+        self._built.blockwise_sum_squares(grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], sums.data_ptr(),
+                                          tiles.ctypes.data, len(tiles), torch.get_num_threads())
+
+    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                  plan: StepPlan, values: StepValues) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
+            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values)
+        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values), 1,
+                                        torch.get_num_threads())
+
+    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                      plan: StepPlan, values: StepValues) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
+            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values)
+        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.cut, values), 0,
+                                        torch.get_num_threads())
+
+    def _arguments(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+                   rectangles: Rectangles, values: StepValues) -> tuple:
+        tiles = self._tiles_of(rectangles)
+        lrs = (ctypes.c_float * len(values.lrs))(*values.lrs)
+        decays = (ctypes.c_float * len(values.decays))(*values.decays)
+        return (param.data_ptr(), grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+                None, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2, values.eps,
+                values.correction1, values.correction2_sqrt)
+
+    def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:
+        known = self._tiles.get(id(rectangles))
+        if known is None:
+            known = self._tiles[id(rectangles)] = (rectangles, tiles(rectangles))  # keeps the id taken
+        return known[1]
+
+
+def _fits(*tensors: torch.Tensor) -> bool:
+    """Whether the first is float32 and the others are, or are gradients of a known type, all of them on the CPU."""
+    return all(t.device.type == "cpu" for t in tensors) and tensors[0].dtype == torch.float32 and all(
+        t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
+
+
+def tiles(rectangles: Rectangles) -> np.ndarray:
+    """Rectangles cut into what threads take, int64, (tiles, 10): the table's columns, segment_numel, spread."""
+    found = [tile for row, numel in zip(rectangles.table, rectangles.segment_numel)
+             for tile in _cut(row, int(numel))]
+    return np.ascontiguousarray(np.concatenate(found or [np.empty((0, 10), np.int64)]))
+
+
+def _cut(row: np.ndarray, numel: int) -> list[np.ndarray]:
+    """One rectangle's tiles: whole segments each. Where runs share slots, a tile is some columns of all runs."""
+    spread = int(row[SLOT_STEP] == 0 and row[OUTER] > 1 and numel > 0)
+    outer, inner, unit = int(row[OUTER]), int(row[INNER]), int(row[UNIT])
+    full = np.array([*row, numel, spread], dtype=np.int64)
+    width = max((TILE // (min(outer, 256) if spread else 1)) // unit, 1) * unit
+    if spread or inner >= TILE:
+        starts = np.arange(0, inner, width)
+        runs = 1 if spread else outer
+        made = np.tile(full, (runs * len(starts), 1))
+        run, start = np.repeat(np.arange(runs), len(starts)), np.tile(starts, runs)
+        made[:, OFFSET] += run * row[STRIDE] + start
+        made[:, SLOT] += run * row[SLOT_STEP] + start // unit
+        made[:, INNER] = np.minimum(width, inner - start)
+        made[:, OUTER] = outer if spread else 1
+        return [made]
+    runs = max(TILE // inner, 1)
+    starts = np.arange(0, outer, runs)
+    made = np.tile(full, (len(starts), 1))
+    made[:, OFFSET] += starts * row[STRIDE]
+    made[:, SLOT] += starts * row[SLOT_STEP]
+    made[:, OUTER] = np.minimum(runs, outer - starts)
+    return [made]

@@ -1,0 +1,183 @@
+"""The C++ kernel against the reference, over random layouts and cuts, and where numbers stop being ordinary."""
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from blockwise_lr.blocks import BlockType, ParamLayout, Piece
+from blockwise_lr.kernels import ReferenceKernel, StepValues, kernel_for
+from blockwise_lr.optim.plan import adam_mini_plan, adamw_plan, slot_numel
+from blockwise_lr.optim.shards import Fragment
+
+REFERENCE, CPP = ReferenceKernel(), kernel_for(torch.device("cpu"), "cpp")
+QK, VO, FFN = BlockType.QK, BlockType.VO, BlockType.FFN
+
+
+def layouts(rng):
+    """One parameter of every kind of layout, of random sizes."""
+    head, heads, width = rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 70)
+    q, k, v = Piece(QK, head * 2, head), Piece(QK, head, head), Piece(VO, head, 1)
+    total = 4 * head * heads
+    return [
+        ParamLayout("plain", (rng.randint(1, 90), width), (Piece(FFN, 0),)),
+        ParamLayout("heads", (head * heads, width), (Piece(QK, head * heads, head),)),
+        ParamLayout("groups", (total, width), (q, k, v), repeat=heads),
+        ParamLayout("bias", (total,), tuple(Piece(p.block, p.size, 0) for p in (q, k, v)), repeat=heads, kind="bias"),
+        ParamLayout("columns", (width, 3 * head * heads),
+                    (Piece(QK, head * heads, head), Piece(QK, head * heads, head), Piece(VO, head * heads, 1)),
+                    transposed=True),
+        ParamLayout("experts", (3, 2 * head, width), (Piece(FFN, 2 * head),), batch_dims=1),
+        ParamLayout("expert columns", (3, width, 2 * head), (Piece(FFN, 2 * head),), batch_dims=1, transposed=True),
+        ParamLayout("norm", (width,), (Piece(BlockType.NORM, width, 0),), kind="norm"),
+    ]
+
+
+_PLAIN = ParamLayout.__post_init__
+
+
+@pytest.fixture(autouse=True)
+def sized_plain(monkeypatch):
+    """Lets the plain layout above take its size from its shape."""
+
+    def fill(self):
+        if self.pieces[0].size == 0:
+            object.__setattr__(self, "pieces", (Piece(self.pieces[0].block, self.shape[0]),))
+        _PLAIN(self)
+
+    monkeypatch.setattr(ParamLayout, "__post_init__", fill)
+
+
+def shard(rng):
+    """A flat shard of random fragments: (numel, fragments, layouts)."""
+    fragments, used, offset = [], [], rng.randint(0, 3)
+    for layout in layouts(rng):
+        start = rng.choice([0, rng.randint(0, layout.numel - 1)])
+        numel = rng.choice([layout.numel - start, rng.randint(1, layout.numel - start)])
+        fragments.append(Fragment(layout.name, start, numel, offset))
+        used.append(layout)
+        offset += numel + rng.choice([0, 5])
+    return offset, fragments, used
+
+
+def tensors(numel, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** torch.empty(numel).uniform_(-6, 3, generator=generator)
+    param, grad = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator) * scale
+    return param, grad.clamp(-6e4, 6e4).to(dtype), torch.randn(numel, generator=generator), torch.rand(
+        numel, generator=generator)
+
+
+def values(plan, step=3):
+    return StepValues(tuple(0.01 * (i + 1) for i in range(len(plan.classes))),
+                      tuple(0.1 * i for i in range(len(plan.classes))), 0.9, 0.95, 1e-8, step)
+
+
+def adamw(kernel, case, dtype=torch.float32, tweak=None):
+    numel, fragments, used = case
+    plan = adamw_plan(numel, fragments, used)
+    param, grad, first, second = tensors(numel, 5, dtype)
+    if tweak is not None:
+        tweak(grad)
+    kernel.adamw(param, grad, first, second, plan, values(plan))
+    return param, first, second
+
+
+def adam_mini(kernel, case, dtype=torch.float32, tweak=None):
+    numel, fragments, used = case
+    plan = adam_mini_plan(numel, fragments, used, parts={"plain": 2})
+    param, grad, first, _ = tensors(numel, 5, dtype)
+    if tweak is not None:
+        tweak(grad)
+    second = torch.rand(plan.slots, generator=torch.Generator().manual_seed(6))
+    kernel.adam_mini(param, grad, first, second, plan, values(plan))
+    sums = torch.zeros(plan.slots)
+    kernel.sum_squares(grad, plan.cut, sums)
+    slots, sizes = (torch.from_numpy(a) for a in slot_numel(plan.cut))
+    second[slots] = 0.95 * second[slots] + 0.05 * sums[slots] / sizes
+    kernel.adam_mini_cut(param, grad, first, second, plan, values(plan))
+    return param, first, second
+
+
+def close(found, wanted):
+    for name, a, b in zip(("parameter", "exp_avg", "exp_avg_sq"), found, wanted):
+        assert float((a - b).norm() / b.norm().clamp_min(1e-30)) < 1e-6, name
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_random_layouts_and_cuts(seed):
+    case = shard(random.Random(seed))
+    close(adamw(CPP, case), adamw(REFERENCE, case))
+    close(adam_mini(CPP, case), adam_mini(REFERENCE, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_gradients_are_read_as_they_are(dtype):
+    for seed in range(8):
+        case = shard(random.Random(seed))
+        close(adamw(CPP, case, dtype), adamw(REFERENCE, case, dtype))
+        close(adam_mini(CPP, case, dtype), adam_mini(REFERENCE, case, dtype))
+
+
+def spoil(value, every):
+    def tweak(grad):
+        grad[::every] = value
+
+    return tweak
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-42, 3e38])
+@pytest.mark.parametrize("step", [adamw, adam_mini])
+def test_nan_inf_and_denormals_go_where_torch_lets_them(step, value):
+    for seed in range(6):
+        case = shard(random.Random(seed))
+        found, wanted = step(CPP, case, tweak=spoil(value, 37)), step(REFERENCE, case, tweak=spoil(value, 37))
+        for a, b in zip(found, wanted):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+        close([a[b.isfinite()].double() for a, b in zip(found, wanted)],
+              [b[b.isfinite()].double() for b in wanted])
+
+
+@pytest.mark.parametrize("step", [adamw, adam_mini])
+def test_results_do_not_depend_on_run_or_threads(step):
+    layout = ParamLayout("big", (600, 700), (Piece(QK, 600, 50),))
+    norm = ParamLayout("wide", (400, 1200), (Piece(QK, 800, 100), Piece(VO, 400, 1)), transposed=True)
+    case = (600 * 700 + 400 * 1200 - 1300, [Fragment("big", 1000, 600 * 700 - 1000, 0),
+                                            Fragment("wide", 0, 400 * 1200 - 300, 600 * 700 - 1000)], [layout, norm])
+    threads, runs = torch.get_num_threads(), []
+    for count in (1, 2, 3, 2):
+        torch.set_num_threads(count)
+        runs.append(step(CPP, case))
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+    close(runs[0], step(REFERENCE, case))
+
+
+def test_many_tiles_and_several_steps_of_a_real_optimizer():
+    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+    from twins import make
+
+    for kind in (BlockwiseAdamW, BlockwiseAdamMini):
+        results = []
+        for kernel in ("reference", "cpp"):
+            model = make("gpt2")
+            optimizer = kind(model.named_parameters(), lr=1e-2, block_map=map_blocks(model), kernel=kernel)
+            for step in range(5):
+                generator = torch.Generator().manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+            results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-6
+
+
+def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
+    script = ("import logging, torch; logging.basicConfig(); from blockwise_lr.kernels import kernel_for\n"
+              "print([kernel_for(torch.device('cpu')).name for _ in range(3)])")
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "['reference', 'reference', 'reference']", done.stderr
+    assert done.stderr.count("the C++ kernel could not be built") == 1
