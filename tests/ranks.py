@@ -2,7 +2,8 @@
 
 ``pool(2).run(case, *arguments)`` runs the module-level function ``case`` on two gloo ranks and returns what each rank
 returned. A rank's exception is raised here with the rank's traceback. A pool in which a case failed or hung is replaced
-by a fresh one, because its ranks may stand at different collectives.
+by a fresh one, because its ranks may stand at different collectives; one in which a case was to fail, and every rank
+answered, is kept.
 """
 from __future__ import annotations
 
@@ -59,10 +60,10 @@ class RankPool:
             pipe.send((case, arguments))
         answers = self._answers(time.monotonic() + timeout)
         failed = [f"rank {rank}:\n{answer[2]}" for rank, answer in enumerate(answers) if answer[0] != "result"]
-        if failed:
+        if failed and not (errors and all(answer[0] in ("result", "error") for answer in answers)):
             self.stop()
-            if not errors:
-                raise RankError("\n".join(failed))
+        if failed and not errors:
+            raise RankError("\n".join(failed))
         return [answer[1] for answer in answers]
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,18 @@ def _build() -> str:
     built = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
     finished = built.with_suffix(".finished")  # another rank may be half-way through writing the library itself
     if not finished.exists():
+        _find_ninja()
         cpp_extension.load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False,
                            verbose=False)
         finished.touch()
     return str(built)
+
+
+def _find_ninja() -> None:
+    """Puts this environment's scripts on PATH: ninja lies there, also where the environment is not activated."""
+    scripts = sysconfig.get_path("scripts")
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
 
 
 def _processor() -> str:
