@@ -1,30 +1,41 @@
 # make demo and make test set up what they need: a virtual environment in .venv with Python 3.10 or 3.11 and PyTorch's
 # CPU build. Name another interpreter with PYTHON=..., an environment of your own with VENV=...
+# make test312 does the same in .venv312 with Python 3.12 (PYTHON312=...), the one that megatron-core 0.19 runs on.
 PYTHON ?= python3
 VENV ?= .venv
+PYTHON312 ?= python3.12
 VENV312 ?= .venv312
 RUN = $(VENV)/bin/python
-PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
-PIP312 = $(VENV312)/bin/python -m pip install -q --disable-pip-version-check
+EXTRAS = deepspeed,megatron,transformers,examples,test
 
-.PHONY: demo test test-megatron bench setup clean help
+.PHONY: demo test test312 bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make test           run the tests"
+	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make bench          measure optimizer steps side by side"
 	@echo "make clean          remove the environments and what the demo wrote"
 
 setup: $(VENV)/.stamp
 
-$(VENV)/.stamp: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
-	  || { echo "blockwise-lr needs Python 3.10 to 3.12; name one with make PYTHON=python3.11"; exit 1; }
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) \
+setup312: $(VENV312)/.stamp
+
+$(VENV)/.stamp: INTERPRETER = $(PYTHON)
+$(VENV)/.stamp: VERSIONS = 3.10 3.11 3.12
+$(VENV)/.stamp: MEND = name one with make PYTHON=...
+$(VENV312)/.stamp: INTERPRETER = $(PYTHON312)
+$(VENV312)/.stamp: VERSIONS = 3.12
+$(VENV312)/.stamp: MEND = name one with make PYTHON312=...
+
+$(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
+	@$(INTERPRETER) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv)' $(VERSIONS) 2>/dev/null \
+	  || { echo "$(INTERPRETER) is no Python of version $(VERSIONS); $(MEND)"; exit 1; }
+	@test -x $(@D)/bin/pip || $(INTERPRETER) -m venv $(@D) \
 	  || { echo "this Python has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
-	@echo "setting up $(VENV) (a few minutes the first time)"
-	@$(PIP) torch==2.13.0
-	@$(PIP) -e ".[deepspeed,transformers,examples,test]"
+	@echo "setting up $(@D) (a few minutes the first time)"
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
 	@touch $@
 
 demo: setup
@@ -32,6 +43,10 @@ demo: setup
 
 test: setup
 	@$(RUN) -m pytest tests
+
+# what Python 3.12 changes: megatron-core 0.19 and the parts that must work on every supported Python
+test312: setup312
+	@$(VENV312)/bin/python -m pytest $(wildcard tests/megatron_door) tests/blocks tests/optim tests/patching
 
 bench: setup
 	@$(RUN) tests/bench/step.py
