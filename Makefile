@@ -30,7 +30,7 @@ $(VENV312)/.stamp: MEND = name one with make PYTHON312=...
 
 $(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
 	@$(INTERPRETER) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv)' $(VERSIONS) 2>/dev/null \
-	  || { echo "$(INTERPRETER) is no Python of version $(VERSIONS); $(MEND)"; exit 1; }
+	  || { echo "$(INTERPRETER) does not start or is none of Python $(VERSIONS); $(MEND)"; exit 1; }
 	@test -x $(@D)/bin/pip || $(INTERPRETER) -m venv $(@D) \
 	  || { echo "this Python has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
 	@echo "setting up $(@D) (a few minutes the first time)"
