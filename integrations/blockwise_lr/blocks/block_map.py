@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from .rules import Rule, user_rules
 from .types import BlockError, BlockType
 
 # What wrappers put into names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model|base_layer)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model|base_layer|"
+                       r"modules_to_save\.[^.]+|original_module)\.")
+# PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has the rank's
+_LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
 
 
 class UnmappedParameterError(BlockError):
@@ -98,8 +102,7 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
         UnmappedParameterError: strict, and names are unknown; the message names them and the rule that would mend it.
         BlockError: a bad rule, a rule that matches nothing, or head counts that do not fit the shapes.
     """
-    config = config if config is not None else _find_config(model)
-    family = family or config_values(config).get("model_type")
+    contexts = _contexts(model, config, family)
     conv1d = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules()
               if type(module).__name__ == "Conv1D"}
     named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
@@ -107,8 +110,7 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
     aliases: dict[int, list[str]] = {}
     for name, p in named:
         aliases.setdefault(id(p), []).append(name)
-    block_map = map_names(shapes, rules=rules, strict=strict, heads=head_counts(config), family=family,
-                          transposed=conv1d, aliases=aliases.values())
+    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values())
     block_map.bind(named)
     return block_map
 
@@ -125,41 +127,85 @@ def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | d
             its names is one.
         rules, strict, heads, family: as for :func:`map_blocks`.
     """
-    own = user_rules(rules)
-    table = own + family_rules(family)
-    transposed = set(transposed)
+    return _map(shapes, user_rules(rules), strict, {"": Context(family, heads)}, set(transposed),
+                aliases if aliases is not None else [[name] for name in shapes])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model's config says about the parameters below it: the naming table to use and the head counts."""
+
+    family: str | None
+    heads: HeadCounts | None
+
+
+def _contexts(model: torch.nn.Module, config: Any, family: str | None) -> dict[str, Context]:
+    """Module name -> context. A vision tower or an encoder inside a larger model has a config of its own."""
+    outer = config if config is not None else _find_config(model)
+    family = family or config_values(outer).get("model_type")
+    contexts = {"": Context(family, head_counts(outer))}
+    if config is not None:
+        return contexts
+    known: dict[int, Context] = {id(outer): contexts[""]}
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if own is not None and id(own) not in known:
+            heads = head_counts(own)
+            known[id(own)] = Context(config_values(own).get("model_type", family), heads) if heads else contexts[""]
+        if own is not None:
+            contexts[name] = known[id(own)]
+    return contexts
+
+
+def _context(name: str, contexts: Mapping[str, Context]) -> Context:
+    """The context of the innermost module around a parameter that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in contexts:
+            return contexts[name]
+    return contexts[""]
+
+
+def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: bool, contexts: Mapping[str, Context],
+         transposed: set[str], aliases: Iterable[list[str]]) -> BlockMap:
     used: set[Rule] = set()
     layouts, unmapped = [], []
-    for names in aliases if aliases is not None else [[name] for name in shapes]:
-        candidates = [_layout(name, shapes[name], table, heads, name in transposed, used) for name in names]
+    for names in aliases:
+        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used)
+                      for name in names]
         known = [layout for layout in candidates if layout is not None]
         tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
         layout = tied or (known[0] if known else None)
         if layout is None:
             unmapped.append((names[0], shapes[names[0]]))
             layout = _base_layout(names[0], shapes[names[0]])
-        layouts.append(ParamLayout(names[0], layout.shape, layout.pieces, layout.repeat, layout.transposed,
-                                   layout.batch_dims, layout.kind))
+        layouts.append(replace(layout, name=names[0]))
     _refuse_unused(own, used, shapes)
     if unmapped and strict:
-        raise UnmappedParameterError(_unmapped_message(unmapped, table))
-    return BlockMap(layouts, heads, (name for name, _ in unmapped))
+        raise UnmappedParameterError(_unmapped_message(unmapped, own + family_rules(contexts[""].family)))
+    return BlockMap(layouts, contexts[""].heads, (name for name, _ in unmapped))
 
 
-def _layout(name: str, shape: tuple[int, ...], table: tuple[Rule, ...], heads: HeadCounts | None, transposed: bool,
+def _layout(name: str, shape: tuple[int, ...], own: tuple[Rule, ...], context: Context, transposed: bool,
             used: set[Rule]) -> ParamLayout | None:
     plain = plain_name(name)
+    factor = _LOW_RANK.search(plain)
+    if factor is not None:
+        plain = plain[:factor.start()] + ".weight"
+    table = own + family_rules(context.family)
     rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
     if rule is None:
         return None
     used.add(rule)
+    if factor is not None and factor.group(1) == "A":
+        # its rows feed all that W makes; of a fused W with q, k and v that is vo, whose learning rate is the smallest
+        return Rule(rule.match, rule.block or BlockType.VO).layout(name, shape, context.heads)
     if transposed and not rule.transposed:
-        rule = Rule(rule.match, rule.block, rule.heads, rule.split, rule.interleave, True, rule.batch_dims, rule.vector,
-                    rule.special)
+        rule = replace(rule, transposed=True)
     elif rule.split and not rule.transposed and len(shape) == 2 and shape[1] == 3 * shape[0]:
         raise BlockError(f"{name}: a fused weight of shape {shape} looks transposed (Conv1D), which its name alone does "
                          f"not tell; pass block_map=map_blocks(model)")
-    return rule.layout(name, shape, heads)
+    return rule.layout(name, shape, context.heads)
 
 
 def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
@@ -169,9 +215,10 @@ def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
 def _find_config(model: torch.nn.Module) -> Any:
     """The config of the model or of the first module inside that has one (wrappers keep the model one level down)."""
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and head_counts(config) is not None:
-            return config
+        for attribute in ("config", "model_args"):  # the latter is torchtitan's
+            config = getattr(module, attribute, None)
+            if config is not None and head_counts(config) is not None:
+                return config
     return getattr(model, "config", None)
 
 

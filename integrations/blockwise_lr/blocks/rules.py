@@ -41,6 +41,7 @@ class Rule:
         batch_dims: leading dimensions of stacked experts.
         vector: matches only parameters of at most one dimension (norm rules, so that no matrix is caught).
         special: for layouts that need more than the above.
+        undecayed: no weight decay whatever its shape (a state-space model's time scales).
     """
 
     match: str
@@ -52,6 +53,7 @@ class Rule:
     batch_dims: int = 0
     vector: bool = False
     special: Special | None = None
+    undecayed: bool = False
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -70,7 +72,8 @@ class Rule:
             BlockError: the layout needs head counts that are not known, or they contradict the shape.
         """
         # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
-        kind = NORM if self.block is BlockType.NORM else BIAS if len(shape) <= 1 + self.batch_dims else MATRIX
+        vector = self.undecayed or len(shape) <= 1 + self.batch_dims
+        kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX
         base = ParamLayout(name, shape, (Piece(BlockType.FFN, _outputs(shape, self.transposed and kind == MATRIX,
                                                                         self.batch_dims)),),
                            transposed=self.transposed and kind == MATRIX, batch_dims=self.batch_dims, kind=kind)
@@ -98,14 +101,34 @@ class Rule:
             third = _divide(base, len(self.split))
             return tuple(Piece(ROLES[r][0], third, None if ROLES[r][1] else 1, r) for r in self.split), 1
         counts = _need(heads, base.name, self)
-        per = {"q": counts.q, "gate": counts.q, "k": counts.kv, "v": counts.kv}
-        head = _divide(base, sum(per[role] for role in self.split))
-        groups = {"none": 1, "head": counts.q, "group": counts.kv}[self.interleave]
-        if any(per[role] % groups for role in self.split):
-            raise BlockError(f"{base.name}: {counts.q} query and {counts.kv} key heads cannot be interleaved per "
-                             f"{self.interleave}; correct the head counts or the rule")
-        pieces = (Piece(ROLES[r][0], per[r] // groups * head, head if ROLES[r][1] else 1, r) for r in self.split)
-        return tuple(pieces), groups
+        try:
+            return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
+        except BlockError as error:
+            raise BlockError(f"{base.name} (shape {base.shape}): {error}") from None
+
+
+def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
+               split: tuple[str, ...] = ("q", "k", "v")) -> tuple[tuple[Piece, ...], int]:
+    """The pieces of a fused attention weight, and how often they repeat.
+
+    Args:
+        outputs: its output units.
+        q, kv: query heads, and key and value heads.
+        interleave, split: as in :class:`Rule`.
+
+    Raises:
+        BlockError: the counts contradict each other or the number of output units.
+    """
+    per = {"q": q, "gate": q, "k": kv, "v": kv}
+    parts = sum(per[role] for role in split)
+    if outputs % parts:
+        raise BlockError(f"{outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
+                         f"config or the rule")
+    head, groups = outputs // parts, {"none": 1, "head": q, "group": kv}[interleave]
+    if any(per[role] % groups for role in split):
+        raise BlockError(f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head counts "
+                         f"or the rule")
+    return tuple(Piece(ROLES[r][0], per[r] // groups * head, head if ROLES[r][1] else 1, r) for r in split), groups
 
 
 def _outputs(shape: tuple[int, ...], transposed: bool, batch_dims: int) -> int:

@@ -1,0 +1,27 @@
+"""Naming tables, one per model family: the first line that matches a name counts.
+
+A family is found by the ``model_type`` of a model's config. Its own lines come first, then GENERIC, which knows the names
+most models share; a model whose names and layouts are all generic needs no table of its own. A new family is one entry
+in one of these tables and one row in the tests:
+
+    generic.py   names that mean the same wherever they appear
+    fused.py     q, k and v in one weight
+    moe.py       routers, stacked experts, multi-head latent attention
+    encoders.py  BERT, T5, ViT and other models that are not decoders
+"""
+from __future__ import annotations
+
+from ..rules import Rule
+from .encoders import ENCODERS
+from .fused import FUSED
+from .generic import GENERIC
+from .moe import MOE
+
+__all__ = ["FAMILIES", "GENERIC", "family_rules"]
+
+FAMILIES: dict[str, tuple[Rule, ...]] = {**FUSED, **MOE, **ENCODERS}
+
+
+def family_rules(family: str | None) -> tuple[Rule, ...]:
+    """The lines that apply to a family, its own first; only the generic ones for None or an unknown family."""
+    return FAMILIES.get(family or "", ()) + GENERIC
