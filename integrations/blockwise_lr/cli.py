@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect`` and ``doctor``."""
+"""The command line: ``blockwise-lr inspect``, ``families`` and ``doctor``."""
 from __future__ import annotations
 
 import json
@@ -85,6 +85,26 @@ def _print_rows(rows: list[Row]) -> None:
         sums.add_row(block, f"{numel:,}", f"{numel / everything:.1%}")
     sums.add_row("all", f"{everything:,}", "")
     console.print(sums)
+
+
+@app.command()
+def families() -> None:
+    """Map a public model of every known family and count. Exit code 3: something is unmapped."""
+    try:
+        from .transformers.public_models import PUBLIC_MODELS, survey
+
+        found = [survey(model) for model in PUBLIC_MODELS]
+    except ImportError as error:
+        typer.echo(f"blockwise-lr families needs transformers; install blockwise-lr[transformers] ({error})", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    table = Table("model", "family", caption="depth cut to the fewest layers that show every kind of layer")
+    for column in ("mapped parameters", "spans", "unmapped"):
+        table.add_column(column, justify="right")
+    for row in found:
+        table.add_row(row.model, row.family, str(row.mapped), str(row.spans), str(row.unmapped))
+    _console().print(table)
+    if any(row.unmapped for row in found):
+        raise typer.Exit(EXIT_UNMAPPED)
 
 
 @app.command()

@@ -126,8 +126,8 @@ def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
                          f"config or the rule")
     head, groups = outputs // parts, {"none": 1, "head": q, "group": kv}[interleave]
     if any(per[role] % groups for role in split):
-        raise BlockError(f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head counts "
-                         f"or the rule")
+        raise BlockError(f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head "
+                         f"counts or the rule")
     return tuple(Piece(ROLES[r][0], per[r] // groups * head, head if ROLES[r][1] else 1, r) for r in split), groups
 
 

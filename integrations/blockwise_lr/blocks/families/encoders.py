@@ -1,4 +1,4 @@
-"""BERT, T5, ViT and OPT: names that mean something else in other families."""
+"""BERT, T5, ViT, vision towers and OPT: names that mean something else in other families."""
 from __future__ import annotations
 
 from ..rules import Rule
@@ -16,6 +16,13 @@ BERT = (
     Rule("*.{cls,pooler,classifier}.*", HEAD),
 )
 
+# the vision tower of Gemma 3 and others; its pooling head is one attention with a learned query
+SIGLIP = (
+    Rule("*.embeddings.{patch_embedding,position_embedding}.*", EMBEDDING),
+    Rule("*.head.*norm*.*", NORM, vector=True),
+    Rule("*.vision_tower.head.*", HEAD),
+)
+
 ENCODERS: dict[str, tuple[Rule, ...]] = {
     "bert": BERT,
     "roberta": BERT,
@@ -26,6 +33,7 @@ ENCODERS: dict[str, tuple[Rule, ...]] = {
         Rule("*.patch_embeddings.projection.*", EMBEDDING),
         *BERT,
     ),
+    "siglip_vision_model": SIGLIP,
     "t5": (
         Rule("*.{SelfAttention,EncDecAttention}.q.*", QK, heads="q"),
         Rule("*.{SelfAttention,EncDecAttention}.k.*", QK, heads="kv"),

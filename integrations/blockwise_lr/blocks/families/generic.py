@@ -1,4 +1,4 @@
-"""Names that mean the same wherever they appear: LLaMA's, GPT-2's, GPT-NeoX's, Mamba's and torchtitan's vocabularies."""
+"""Names that mean the same wherever they appear: those of LLaMA, GPT-2, GPT-NeoX, Mamba and torchtitan."""
 from __future__ import annotations
 
 from ..rules import Rule
@@ -14,6 +14,7 @@ GENERIC: tuple[Rule, ...] = (
     Rule("*.{embed_tokens,wte,wpe,tok_embeddings,word_embeddings,position_embeddings,token_type_embeddings}.weight",
          EMBEDDING),
     Rule("*.{embed_positions,embed_in,embeddings}.weight", EMBEDDING),
+    Rule("*.multi_modal_projector.*", EMBEDDING),  # makes the input vectors of the image's tokens
     Rule("*.{lm_head,embed_out}.*", HEAD),
     Rule("output.weight", HEAD),
     # attention
