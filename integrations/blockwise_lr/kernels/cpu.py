@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..optim.plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..optim.plan import Rectangles, StepPlan
 from .interface import StepValues
 from .reference import ReferenceKernel
+from .tiling import tiles
 
 _LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -137,7 +138,7 @@ class CppKernel:
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:
         known = self._tiles.get(id(rectangles))
         if known is None:
-            known = self._tiles[id(rectangles)] = (rectangles, tiles(rectangles))  # keeps the id taken
+            known = self._tiles[id(rectangles)] = (rectangles, tiles(rectangles, TILE))  # keeps the id taken
         return known[1]
 
 
@@ -145,35 +146,3 @@ def _fits(*tensors: torch.Tensor) -> bool:
     """Whether the first is float32 and the others are, or are gradients of a known type, all of them on the CPU."""
     return all(t.device.type == "cpu" for t in tensors) and tensors[0].dtype == torch.float32 and all(
         t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
-
-
-def tiles(rectangles: Rectangles) -> np.ndarray:
-    """Rectangles cut into what threads take, int64, (tiles, 10): the table's columns, segment_numel, spread."""
-    found = [tile for row, numel in zip(rectangles.table, rectangles.segment_numel)
-             for tile in _cut(row, int(numel))]
-    return np.ascontiguousarray(np.concatenate(found or [np.empty((0, 10), np.int64)]))
-
-
-def _cut(row: np.ndarray, numel: int) -> list[np.ndarray]:
-    """One rectangle's tiles: whole segments each. Where runs share slots, a tile is some columns of all runs."""
-    spread = int(row[SLOT_STEP] == 0 and row[OUTER] > 1 and numel > 0)
-    outer, inner, unit = int(row[OUTER]), int(row[INNER]), int(row[UNIT])
-    full = np.array([*row, numel, spread], dtype=np.int64)
-    width = max((TILE // (min(outer, 256) if spread else 1)) // unit, 1) * unit
-    if spread or inner >= TILE:
-        starts = np.arange(0, inner, width)
-        runs = 1 if spread else outer
-        made = np.tile(full, (runs * len(starts), 1))
-        run, start = np.repeat(np.arange(runs), len(starts)), np.tile(starts, runs)
-        made[:, OFFSET] += run * row[STRIDE] + start
-        made[:, SLOT] += run * row[SLOT_STEP] + start // unit
-        made[:, INNER] = np.minimum(width, inner - start)
-        made[:, OUTER] = outer if spread else 1
-        return [made]
-    runs = max(TILE // inner, 1)
-    starts = np.arange(0, outer, runs)
-    made = np.tile(full, (len(starts), 1))
-    made[:, OFFSET] += starts * row[STRIDE]
-    made[:, SLOT] += starts * row[SLOT_STEP]
-    made[:, OUTER] = np.minimum(runs, outer - starts)
-    return [made]
