@@ -171,7 +171,7 @@ class TorchAdamW:
 
 
 class LoopAdamMini:
-    """Adam-mini (arXiv 2406.16793, algorithm 1) as a loop over segments, one at a time."""
+    """Adam-mini (arXiv 2406.16793) as a loop over segments, one at a time."""
 
     def __init__(self, twin: Twin, betas: tuple[float, float], eps: float, decay: float,
                  ratios: dict[str, float]) -> None:

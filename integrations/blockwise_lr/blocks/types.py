@@ -26,7 +26,7 @@ class BlockType(str, Enum):
         return self.value
 
 
-# Peak learning rate of a block type over the base learning rate (Blockwise LR, arXiv 2502.19002, section 4).
+# Peak learning rate of a block type over the base learning rate (Blockwise LR, arXiv 2502.19002).
 PAPER_RATIOS: Mapping[BlockType, float] = {
     BlockType.EMBEDDING: 10.0,
     BlockType.QK: 8.0,

@@ -63,7 +63,7 @@ def adamw_update(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor,
 
 
 def _second_moment(moment: torch.Tensor, sums: torch.Tensor, numel: float, values: StepValues) -> None:
-    """v <- b2 v + (1 - b2) mean(g^2), one value per segment (Adam-mini, algorithm 1)."""
+    """v <- b2 v + (1 - b2) mean(g^2), one value per segment (Adam-mini, arXiv 2406.16793)."""
     moment.mul_(values.beta2).add_(sums / numel, alpha=1 - values.beta2)
 
 

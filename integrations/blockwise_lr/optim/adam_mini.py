@@ -22,17 +22,18 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     Adam-mini keeps one second moment per *segment*, the mean of its squared gradients, instead of one per element:
 
-    ==============  ========================================  =============================================
+    ==============  ========================================  ===============================================
     block           segment                                   source
-    ==============  ========================================  =============================================
-    embedding, head a token's row                             paper, algorithm 3 ("by tokens")
-    q, k            a head                                    paper, algorithm 3 ("by heads"); k by its own
-                                                              heads under grouped-query attention
-    v, o, ffn       an output neuron's row                    paper, algorithm 3 ("by output neurons")
+    ==============  ========================================  ===============================================
+    embedding, head a token's row                             paper's partition; official embd_names, output_names
+    q, k            a head                                    paper's partition; official wqk_names (k by its own
+                                                              heads under grouped-query attention)
+    v, o, ffn       an output neuron's row                    paper's partition; official wv_names,
+                                                              attn_proj_names, mlp_names
     router, ssm     an output row                             not in the paper; as other linear layers
     norm            the whole vector                          official v1.1.1, "other blocks"
     bias            an element, or the vector                 official v1.1.1 uses plain Adam for biases
-    ==============  ========================================  =============================================
+    ==============  ========================================  ===============================================
 
     Rows and heads are those of the unfused model wherever fused weights keep them, and a segment that shard edges or
     tensor parallelism cut keeps one second moment: its parts' sums of squares are added over the ranks by one small

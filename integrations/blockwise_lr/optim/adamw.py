@@ -15,7 +15,7 @@ from .shards import Fragment
 
 
 class BlockwiseAdamW(BlockwiseOptimizer):
-    r"""AdamW with one learning rate per block type (Blockwise LR, arXiv 2502.19002, section 4).
+    r"""AdamW with one learning rate per block type (Blockwise LR, arXiv 2502.19002).
 
     Every element follows torch.optim.AdamW with the learning rate of its block type: ratio x lr. With all ratios 1 it is
     torch.optim.AdamW, to the bit with the reference kernel.

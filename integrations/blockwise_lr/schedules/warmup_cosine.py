@@ -14,7 +14,7 @@ def warmup_cosine(step: int, warmup: int, total: int) -> tuple[float, float]:
 
     Warmup is linear and reaches the peak at update number ``warmup``; the cosine reaches min_lr at update ``total`` and
     stays there. A learning rate is peak * first + min_lr * second, for every block type with its own peak (arXiv
-    2502.19002, section 4; the official code's get_lr, whose update 0 with a rate of 0 is left out).
+    2502.19002; the official code's get_lr, whose update 0 with a rate of 0 is left out).
     """
     if step <= warmup:
         return step / warmup, 0.0
