@@ -14,10 +14,11 @@ from blockwise_lr.blocks import BlockType, ParamLayout, Piece
 from blockwise_lr.kernels import ReferenceKernel, StepValues, kernel_for
 from blockwise_lr.optim.plan import adam_mini_plan, adamw_plan, slot_numel
 from blockwise_lr.optim.shards import Fragment
+from random_layouts import random_layouts
 
 DEVICES = {"cpp": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
 REFERENCE = ReferenceKernel()
-QK, VO, FFN = BlockType.QK, BlockType.VO, BlockType.FFN
+QK, VO = BlockType.QK, BlockType.VO
 
 
 @pytest.fixture(params=DEVICES)
@@ -27,44 +28,10 @@ def kernel(request):
     return kernel_for(DEVICES[request.param], request.param)
 
 
-def layouts(rng):
-    """One parameter of every kind of layout, of random sizes."""
-    head, heads, width = rng.randint(1, 9), rng.randint(1, 5), rng.randint(1, 70)
-    q, k, v = Piece(QK, head * 2, head), Piece(QK, head, head), Piece(VO, head, 1)
-    total = 4 * head * heads
-    return [
-        ParamLayout("plain", (rng.randint(1, 90), width), (Piece(FFN, 0),)),
-        ParamLayout("heads", (head * heads, width), (Piece(QK, head * heads, head),)),
-        ParamLayout("groups", (total, width), (q, k, v), repeat=heads),
-        ParamLayout("bias", (total,), tuple(Piece(p.block, p.size, 0) for p in (q, k, v)), repeat=heads, kind="bias"),
-        ParamLayout("columns", (width, 3 * head * heads),
-                    (Piece(QK, head * heads, head), Piece(QK, head * heads, head), Piece(VO, head * heads, 1)),
-                    transposed=True),
-        ParamLayout("experts", (3, 2 * head, width), (Piece(FFN, 2 * head),), batch_dims=1),
-        ParamLayout("expert columns", (3, width, 2 * head), (Piece(FFN, 2 * head),), batch_dims=1, transposed=True),
-        ParamLayout("norm", (width,), (Piece(BlockType.NORM, width, 0),), kind="norm"),
-    ]
-
-
-_PLAIN = ParamLayout.__post_init__
-
-
-@pytest.fixture(autouse=True)
-def sized_plain(monkeypatch):
-    """Lets the plain layout above take its size from its shape."""
-
-    def fill(self):
-        if self.pieces[0].size == 0:
-            object.__setattr__(self, "pieces", (Piece(self.pieces[0].block, self.shape[0]),))
-        _PLAIN(self)
-
-    monkeypatch.setattr(ParamLayout, "__post_init__", fill)
-
-
 def shard(rng):
     """A flat shard of random fragments: (numel, fragments, layouts)."""
     fragments, used, offset = [], [], rng.randint(0, 3)
-    for layout in layouts(rng):
+    for layout in random_layouts(rng):
         start = rng.choice([0, rng.randint(0, layout.numel - 1)])
         numel = rng.choice([layout.numel - start, rng.randint(1, layout.numel - start)])
         fragments.append(Fragment(layout.name, start, numel, offset))

@@ -1,7 +1,7 @@
 // One optimizer step over one flat float32 tensor, threads over tiles, vectors within them.
 //
-// Plain C interface, no PyTorch headers: it compiles in seconds. Tiles are rows of eleven int64 numbers:
-//   offset, outer, stride, inner, class, slot, slot_step, unit, segment_numel, spread, layer (not used here)
+// Plain C interface, no PyTorch headers: it compiles in seconds. Tiles are rows of ten int64 numbers:
+//   offset, outer, stride, inner, class, slot, slot_step, unit, segment_numel, spread
 // `outer` runs of `inner` consecutive elements every `stride`; see tiling.py. A tile's segments belong to no other
 // tile, and each is summed by one thread in one order, so results do not depend on the number of threads.
 //
@@ -15,7 +15,7 @@
 namespace {
 
 struct Tile {
-  int64_t offset, outer, stride, inner, cls, slot, slot_step, unit, segment_numel, spread, layer;
+  int64_t offset, outer, stride, inner, cls, slot, slot_step, unit, segment_numel, spread;
 };
 
 struct Values {

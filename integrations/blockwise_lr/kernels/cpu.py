@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sysconfig
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ class CppKernel:
     def __init__(self, built: ctypes.CDLL) -> None:
         self._built = built
         self._reference = ReferenceKernel()
-        self._tiles: dict[int, tuple[Rectangles, np.ndarray]] = {}
+        self._tiles: weakref.WeakKeyDictionary[Rectangles, np.ndarray] = weakref.WeakKeyDictionary()
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
               plan: StepPlan, values: StepValues) -> None:
@@ -136,10 +137,9 @@ class CppKernel:
                 values.correction1, values.correction2_sqrt)
 
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:
-        known = self._tiles.get(id(rectangles))
-        if known is None:
-            known = self._tiles[id(rectangles)] = (rectangles, tiles(rectangles, TILE))  # keeps the id taken
-        return known[1]
+        if rectangles not in self._tiles:
+            self._tiles[rectangles] = tiles(rectangles, TILE)
+        return self._tiles[rectangles]
 
 
 def _fits(*tensors: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Rectangles cut into tiles: what one thread, or one program on a GPU, works on at a time."""
+"""Rectangles cut into tiles: what one thread of the C++ kernel works on at a time."""
 from __future__ import annotations
 
 import numpy as np
@@ -6,38 +6,24 @@ import numpy as np
 from ..optim.plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles
 
 # a tile's columns after those of a rectangle's table
-SEGMENT_NUMEL, SPREAD, LAYER, COLUMNS = 8, 9, 10, 11
+SEGMENT_NUMEL, SPREAD, COLUMNS = 8, 9, 10
 
 
 def tiles(rectangles: Rectangles, size: int) -> np.ndarray:
     """Rectangles cut into tiles of about ``size`` elements, whole segments each; no two tiles of whole segments share one.
 
     Returns:
-        int64, (tiles, 11): the columns of the rectangle table; SEGMENT_NUMEL; SPREAD, 1 where all runs share their slots
-        and the tile holds some columns of all of them; LAYER, how many earlier rectangles have the same slots (only cut
-        ones do), so that sums of squares can be kept apart and added in a fixed order.
+        int64, (tiles, 10): the columns of the rectangle table; SEGMENT_NUMEL; SPREAD, 1 where all runs share their slots
+        and the tile holds some columns of all of them.
     """
-    layers = _layers(rectangles)
-    found = [_cut(row, int(numel), layer, size)
-             for row, numel, layer in zip(rectangles.table, rectangles.segment_numel, layers)]
+    found = [_cut(row, int(numel), size) for row, numel in zip(rectangles.table, rectangles.segment_numel)]
     return np.ascontiguousarray(np.concatenate(found or [np.empty((0, COLUMNS), np.int64)]))
 
 
-def _layers(rectangles: Rectangles) -> list[int]:
-    seen: dict[int, int] = {}
-    layers = []
-    for row in rectangles.table:  # rectangles that share slots share their first one, or overlap in a part of a head
-        slots = range(int(row[SLOT]), int(row[SLOT] + row[INNER] // row[UNIT])) if not row[SLOT_STEP] else ()
-        layer = max((seen.get(slot, 0) for slot in slots), default=0)
-        seen.update(dict.fromkeys(slots, layer + 1))
-        layers.append(layer)
-    return layers
-
-
-def _cut(row: np.ndarray, numel: int, layer: int, size: int) -> np.ndarray:
+def _cut(row: np.ndarray, numel: int, size: int) -> np.ndarray:
     spread = int(row[SLOT_STEP] == 0 and row[OUTER] > 1 and numel > 0)
     outer, inner, unit = int(row[OUTER]), int(row[INNER]), int(row[UNIT])
-    full = np.array([*row, numel, spread, layer], dtype=np.int64)
+    full = np.array([*row, numel, spread], dtype=np.int64)
     width = max((size // (min(outer, 256) if spread else 1)) // unit, 1) * unit
     if spread or inner >= size:
         starts = np.arange(0, inner, width)

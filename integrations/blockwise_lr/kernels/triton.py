@@ -1,224 +1,354 @@
-"""The Triton kernel: one launch per flat tensor on a GPU; the same code runs on the CPU under TRITON_INTERPRET=1."""
+"""The Triton kernel: one launch over one flat tensor, whatever lies in it; also under TRITON_INTERPRET=1 without a GPU.
+
+A plan's rectangles are given to programs by two small tables on the device: which rectangle a program works in, and the
+rectangles. Segments are never shared between programs and no atomics are used, so results are the same in every run.
+
+Consecutive elements that begin at a multiple of four are moved 16 bytes at a time. The compiler is told so by
+multiplying with ALIGN, not by tl.multiple_of: that marks the value wherever it is used, the other branch included.
+"""
 from __future__ import annotations
 
-import os
-from typing import Any
+import contextlib
+import functools
+import weakref
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+import triton
+import triton.language as tl
 
-from ..optim.plan import Rectangles, StepPlan
+from ..optim.plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
 from .interface import StepValues
 from .reference import ReferenceKernel
-from .tiling import COLUMNS, LAYER, tiles
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the CPU build of PyTorch comes without it
-    triton = None
-
-# Elements per program. A GPU hides latency with many programs, so tiles are smaller than on the CPU.
-TILE = 1 << 13
-BLOCK = 1024
+BLOCK = 1024  # elements in a program's hands at a time
+COLUMNS = 128  # of these, columns where a program steps several segments side by side; the rest are rows
+_GRADIENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FIELDS = 12  # columns of a task table, see Tasks
 
 
-def missing() -> str | None:
-    """Why the kernel cannot be used on this machine, or None."""
-    if triton is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no GPU"
-    return None
+# ---- device code
 
 
-if triton is not None:
+@triton.jit
+def _task(owner, table, FIELDS: tl.constexpr):
+    """A program's element offset, slot, class, runs, stride, width, unit, alignment and rectangle; see Tasks."""
+    number = tl.program_id(0)
+    rectangle = tl.load(owner + number)
+    row = table + rectangle * FIELDS
+    within = number - tl.load(row + 0)
+    per_run, columns, unit = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    group, along = within // per_run, within % per_run
+    runs_per_task = tl.load(row + 4)
+    stride = tl.load(row + 6)
+    at = tl.load(row + 8) + group * runs_per_task * stride + along * columns
+    slot = tl.load(row + 9) + group * tl.load(row + 10) + along * (columns // unit)
+    runs = tl.minimum(runs_per_task, tl.load(row + 5) - group * runs_per_task)
+    width = tl.minimum(columns, tl.load(row + 7) - along * columns)
+    flags = tl.load(row + 11)
+    return at, slot, flags // 2, runs, stride, width, unit, flags % 2, rectangle
 
-    @triton.jit
-    def _at(offset, stride, inner, index):
-        """Positions of a tile's elements ``index``, counted run after run."""
-        run = index // inner
-        return offset + run * stride + (index - run * inner)
 
-    @triton.jit
-    def _sum_squares(grad, offset, stride, inner, count, BLOCK: tl.constexpr):
-        """Sum of squares of ``count`` elements in runs of ``inner``."""
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, count, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            g = tl.load(grad + _at(offset, stride, inner, index), mask=index < count, other=0.0).to(tl.float32)
-            total += g * g
-        return tl.sum(total, axis=0)
+@triton.jit
+def _multiple(number, ALIGN: tl.constexpr):
+    return number // ALIGN * ALIGN
 
-    @triton.jit
-    def _column_sums(grad, offset, stride, outer, first, inner, BLOCK: tl.constexpr):
-        """Sums of squares of columns first … first + BLOCK - 1 of a tile, over all its runs."""
-        column = first + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for run in range(0, outer):
-            g = tl.load(grad + offset + run * stride + column, mask=column < inner, other=0.0).to(tl.float32)
-            total += g * g
-        return total
 
-    @triton.jit
-    def _mini_update(param, grad, exp_avg, at, mask, keep, rest1, step):
-        p = tl.load(param + at, mask=mask, other=0.0)
-        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(exp_avg + at, mask=mask, other=0.0)
-        m += rest1 * (g - m)
-        tl.store(exp_avg + at, m, mask=mask)
-        tl.store(param + at, p * keep - step * m, mask=mask)
+@triton.jit
+def _adamw_elements(p, g, m, v, at, mask, keep, step, rest1, beta2, rest2, eps, inverse_root):
+    grad = tl.load(g + at, mask=mask).to(tl.float32)
+    first, second = tl.load(m + at, mask=mask), tl.load(v + at, mask=mask)
+    first += rest1 * (grad - first)
+    second = beta2 * second + rest2 * grad * grad
+    param = tl.load(p + at, mask=mask) * keep - step * (first / (tl.sqrt_rn(second) * inverse_root + eps))
+    tl.store(m + at, first, mask=mask)
+    tl.store(v + at, second, mask=mask)
+    tl.store(p + at, param, mask=mask)
 
-    @triton.jit
-    def _adamw_kernel(param, grad, exp_avg, exp_avg_sq, table, lrs, decays, beta2, rest1, rest2, eps, correction1, root,
-                      COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-        row = table + tl.program_id(0).to(tl.int64) * COLUMNS
-        offset, outer, stride, inner, number = (tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3),
-                                                tl.load(row + 4))
-        lr = tl.load(lrs + number)
-        keep = 1.0 - lr * tl.load(decays + number)
-        step = lr / correction1
-        for start in range(0, outer * inner, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            mask = index < outer * inner
-            at = _at(offset, stride, inner, index)
-            p = tl.load(param + at, mask=mask, other=0.0)
-            g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
-            m = tl.load(exp_avg + at, mask=mask, other=0.0)
-            v = tl.load(exp_avg_sq + at, mask=mask, other=0.0)
-            m += rest1 * (g - m)
-            v = beta2 * v + rest2 * g * g
-            tl.store(exp_avg + at, m, mask=mask)
-            tl.store(exp_avg_sq + at, v, mask=mask)
-            tl.store(param + at, p * keep - step * (m / (tl.sqrt(v) / root + eps)), mask=mask)
 
-    @triton.jit
-    def _adam_mini_kernel(param, grad, exp_avg, moments, table, lrs, decays, beta2, rest1, rest2, eps, correction1, root,
-                          OWN_SUMS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-        row = table + tl.program_id(0).to(tl.int64) * COLUMNS
-        offset, outer, stride, inner = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        number, slot, slot_step, unit = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-        numel, spread = tl.load(row + 8).to(tl.float32), tl.load(row + 9)
-        lr = tl.load(lrs + number)
-        keep = 1.0 - lr * tl.load(decays + number)
-        scale = lr / correction1
-        if unit == 1:  # a segment per column of all runs, or per element: no sums across lanes
-            groups = tl.where(spread != 0, 1, outer)
-            depth = tl.where(spread != 0, outer, 1)
-            for group in range(0, groups):
-                base = offset + group * stride
-                for first in range(0, inner, BLOCK):
-                    column = first + tl.arange(0, BLOCK)
-                    mask = column < inner
-                    where = moments + slot + group * slot_step + column
-                    v = tl.load(where, mask=mask, other=0.0)
-                    if OWN_SUMS:
-                        v = beta2 * v + rest2 * (_column_sums(grad, base, stride, depth, first, inner, BLOCK) / numel)
-                        tl.store(where, v, mask=mask)
-                    step = scale / (tl.sqrt(v) / root + eps)
-                    for run in range(0, depth):
-                        _mini_update(param, grad, exp_avg, base + run * stride + column, mask, keep, rest1, step)
+@triton.jit
+def _adamw(p, g, m, v, owner, table, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
+           BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    at, _, number, runs, stride, width, _, aligned, _ = _task(owner, table, FIELDS)
+    step, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
+    element = tl.arange(0, BLOCK)
+    if (runs == 1) & (aligned == 1):
+        _adamw_elements(p, g, m, v, _multiple(at, 4) + element, element < _multiple(width, 4), keep, step, rest1, beta2,
+                        rest2, eps, inverse_root)
+    else:
+        narrow = width.to(tl.int32)
+        run = element // narrow
+        _adamw_elements(p, g, m, v, at + run * stride + element % narrow, run < runs, keep, step, rest1, beta2, rest2,
+                        eps, inverse_root)
+
+
+@triton.jit
+def _one_sum(g, at, runs, stride, width, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of squares of one segment: runs of width elements."""
+    element, width = tl.arange(0, BLOCK), _multiple(width, ALIGN)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for run in range(0, runs):
+        place = _multiple(at + run * stride, ALIGN)
+        for start in range(0, width, BLOCK):
+            grad = tl.load(g + place + start + element, mask=start + element < width, other=0.0).to(tl.float32)
+            total += grad * grad
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    element, width = tl.arange(0, BLOCK), _multiple(width, ALIGN)
+    for run in range(0, runs):
+        base = _multiple(at + run * stride, ALIGN)
+        for start in range(0, width, BLOCK):
+            place = base + start + element
+            mask = start + element < width
+            first = tl.load(m + place, mask=mask)
+            first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
+            tl.store(m + place, first, mask=mask)
+            tl.store(p + place, tl.load(p + place, mask=mask) * keep - step * first, mask=mask)
+
+
+@triton.jit
+def _side_sums(g, at, runs, stride, width, unit, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Per column, the sum of squares of its segment: ``unit`` neighbouring columns of all runs."""
+    column, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, runs, ROWS):
+        run = start + row
+        place = at + run[:, None] * stride + column[None, :]
+        mask = (run < runs)[:, None] & (column < width)[None, :]
+        grad = tl.load(g + place, mask=mask, other=0.0).to(tl.float32)
+        total += grad * grad
+    sums, segment = tl.sum(total, 0), column // unit.to(tl.int32)
+    same = segment[:, None] == segment[None, :]
+    return tl.sum(tl.where(same, sums[None, :], 0.0), 1)
+
+
+@triton.jit
+def _side_update(p, g, m, at, runs, stride, width, keep, step, rest1, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    column, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    for start in range(0, runs, ROWS):
+        run = start + row
+        place = at + run[:, None] * stride + column[None, :]
+        mask = (run < runs)[:, None] & (column < width)[None, :]
+        first = tl.load(m + place, mask=mask)
+        first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
+        tl.store(m + place, first, mask=mask)
+        tl.store(p + place, tl.load(p + place, mask=mask) * keep - step[None, :] * first, mask=mask)
+
+
+@triton.jit
+def _adam_mini(p, g, m, v, owner, table, numels, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
+               OWN_SUMS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr):
+    at, slot, number, runs, stride, width, unit, aligned, rectangle = _task(owner, table, FIELDS)
+    lr, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
+    if unit > COLUMNS:  # one segment
+        moment = tl.load(v + slot)
+        if OWN_SUMS:
+            if aligned == 1:
+                total = _one_sum(g, at, runs, stride, width, 4, BLOCK)
+            else:
+                total = _one_sum(g, at, runs, stride, width, 1, BLOCK)
+            moment = beta2 * moment + rest2 * (total / tl.load(numels + rectangle))
+            tl.store(v + slot, moment)
+        step = lr / (tl.sqrt_rn(moment) * inverse_root + eps)
+        if aligned == 1:
+            _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, 4, BLOCK)
         else:
-            units = inner // unit
-            groups = tl.where(spread != 0, 1, outer)
-            depth = tl.where(spread != 0, outer, 1)
-            for segment in range(0, groups * units):
-                group = segment // units
-                begin = offset + group * stride + (segment - group * units) * unit
-                where = moments + slot + group * slot_step + (segment - group * units)
-                v = tl.load(where)
-                if OWN_SUMS:
-                    v = beta2 * v + rest2 * (_sum_squares(grad, begin, stride, unit, depth * unit, BLOCK) / numel)
-                    tl.store(where, v)
-                step = scale / (tl.sqrt(v) / root + eps)
-                for start in range(0, depth * unit, BLOCK):
-                    index = start + tl.arange(0, BLOCK)
-                    _mini_update(param, grad, exp_avg, _at(begin, stride, unit, index), index < depth * unit, keep,
-                                 rest1, step)
+            _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, 1, BLOCK)
+    else:  # segments side by side; every column knows its own segment's moment
+        column = tl.arange(0, COLUMNS)
+        slots, held = slot + column // unit.to(tl.int32), column < width
+        moments = tl.load(v + slots, mask=held, other=0.0)
+        if OWN_SUMS:
+            totals = _side_sums(g, at, runs, stride, width, unit, COLUMNS, BLOCK // COLUMNS)
+            moments = beta2 * moments + rest2 * (totals / tl.load(numels + rectangle))
+            tl.debug_barrier()  # every column has read its old moment before one of them writes the new
+            tl.store(v + slots, moments, mask=held & (column % unit.to(tl.int32) == 0))
+        steps = lr / (tl.sqrt_rn(moments) * inverse_root + eps)
+        _side_update(p, g, m, at, runs, stride, width, keep, steps, rest1, COLUMNS, BLOCK // COLUMNS)
 
-    @triton.jit
-    def _sums_kernel(grad, layers, table, slots, COLUMNS: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr):
-        row = table + tl.program_id(0).to(tl.int64) * COLUMNS
-        offset, outer, stride, inner = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-        slot, slot_step, unit, spread = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7), tl.load(row + 9)
-        out = layers + tl.load(row + LAYER) * slots + slot
-        units = inner // unit
-        groups = tl.where(spread != 0, 1, outer)
-        depth = tl.where(spread != 0, outer, 1)
-        if unit == 1:
-            for group in range(0, groups):
-                for first in range(0, inner, BLOCK):
-                    column = first + tl.arange(0, BLOCK)
-                    found = _column_sums(grad, offset + group * stride, stride, depth, first, inner, BLOCK)
-                    tl.store(out + group * slot_step + column, found, mask=column < inner)
+
+@triton.jit
+def _sums(g, sums, owner, table, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr):
+    """Every segment's sum to a slot of its own."""
+    at, slot, _, runs, stride, width, unit, aligned, _ = _task(owner, table, FIELDS)
+    if unit > COLUMNS:
+        if aligned == 1:
+            tl.store(sums + slot, _one_sum(g, at, runs, stride, width, 4, BLOCK))
         else:
-            for segment in range(0, groups * units):
-                group = segment // units
-                within = segment - group * units
-                found = _sum_squares(grad, offset + group * stride + within * unit, stride, unit, depth * unit, BLOCK)
-                tl.store(out + group * slot_step + within, found)
+            tl.store(sums + slot, _one_sum(g, at, runs, stride, width, 1, BLOCK))
+    else:
+        column = tl.arange(0, COLUMNS)
+        totals = _side_sums(g, at, runs, stride, width, unit, COLUMNS, BLOCK // COLUMNS)
+        first = column % unit.to(tl.int32) == 0
+        tl.store(sums + slot + column // unit.to(tl.int32), totals, mask=(column < width) & first)
+
+
+# ---- host code
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Rectangles as programs take them, on the device.
+
+    Attributes:
+        count: programs.
+        owner: int32, (count,); the rectangle each program works in.
+        table: int64, (rectangles, 12); columns: first task, tasks along a run, columns per task, unit, runs per task,
+            runs, stride, elements of a run, offset, slot, slots from one group of runs to the next, 2 class + aligned (every run of a task begins at a multiple of four elements and has a
+            multiple of four).
+        numels: float32, (rectangles,); elements of a whole segment.
+    """
+
+    count: int
+    owner: torch.Tensor
+    table: torch.Tensor
+    numels: torch.Tensor
+
+
+def tasks(rectangles: Rectangles, elementwise: bool, device: torch.device) -> Tasks:
+    """Cuts rectangles into tasks: of BLOCK elements for an element-wise step, of whole segments otherwise, the largest
+    first, so that no program is left alone at the end."""
+    order = np.arange(len(rectangles))
+    columns = np.zeros((len(rectangles), _FIELDS), dtype=np.int64)
+    table = rectangles.table
+    outer, inner, unit = table[:, OUTER], table[:, INNER], np.maximum(table[:, UNIT], 1)
+    if elementwise:
+        width = np.minimum(inner, BLOCK)
+        runs = np.where(inner <= BLOCK, np.maximum(BLOCK // np.maximum(inner, 1), 1), 1)
+    else:
+        width = np.minimum(np.where(unit > COLUMNS, unit, COLUMNS // unit * unit), inner)
+        runs = np.where(table[:, SLOT_STEP] == 0, outer, 1)
+        order = np.argsort(-width * runs, kind="stable")
+    along = -(-inner // width)
+    aligned = (table[:, [OFFSET, INNER]] % 4 == 0).all(1) & (width % 4 == 0) & ((table[:, STRIDE] % 4 == 0) | (outer == 1))
+    count = along * -(-outer // runs)
+    columns[:] = np.stack([count, along, width, unit, runs, outer, table[:, STRIDE], inner, table[:, OFFSET],
+                           table[:, SLOT], table[:, SLOT_STEP], 2 * table[:, CLASS] + aligned], axis=1)
+    columns, count = columns[order], count[order]
+    columns[:, 0] = np.cumsum(count) - count
+    owner = np.repeat(np.arange(len(order), dtype=np.int32), count)
+    return Tasks(len(owner), torch.from_numpy(owner).to(device), torch.from_numpy(columns).to(device),
+                 torch.from_numpy(rectangles.segment_numel[order].astype(np.float32)).to(device))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How the sums of rectangles that may share slots are added, in one order.
+
+    Attributes:
+        tasks: every rectangle with slots of its own in a buffer of ``size`` floats.
+        rounds: (slots, places of the buffer): no slot twice in a round.
+    """
+
+    tasks: Tasks
+    size: int
+    rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def sums_of(rectangles: Rectangles, device: torch.device) -> Sums:
+    """The tasks of :meth:`TritonKernel.sum_squares`."""
+    table, slots, size = rectangles.table.copy(), [], 0
+    for row in table:
+        per_run, runs = row[INNER] // row[UNIT], 1 if row[SLOT_STEP] == 0 else row[OUTER]
+        slots.append((row[SLOT] + np.arange(runs)[:, None] * row[SLOT_STEP] + np.arange(per_run)).ravel())
+        row[SLOT], row[SLOT_STEP] = size, per_run if runs > 1 else 0
+        size += len(slots[-1])
+    wanted = np.concatenate(slots)
+    order = np.argsort(wanted, kind="stable")
+    ordered = wanted[order]
+    first = np.searchsorted(ordered, ordered)  # where the equal slots begin
+    turn = np.arange(size) - first
+    rounds = tuple(tuple(torch.from_numpy(numbers[turn == number]).to(device) for numbers in (ordered, order))
+                   for number in range(int(turn.max()) + 1))
+    return Sums(tasks(Rectangles(table, rectangles.segment_numel), False, device), size, rounds)
 
 
 class TritonKernel:
-    """The kernel in Triton. float32 tensors, gradients of any floating type; others go to the reference."""
+    """The kernel in Triton. float32 tensors; others go to the reference."""
 
     name = "triton"
 
     def __init__(self) -> None:
         self._reference = ReferenceKernel()
-        self._tables: dict[tuple[int, torch.device], tuple[Rectangles, torch.Tensor]] = {}
+        self._known: weakref.WeakKeyDictionary[Rectangles, dict] = weakref.WeakKeyDictionary()
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
               plan: StepPlan, values: StepValues) -> None:
-        if not _all_float32(param, exp_avg, exp_avg_sq):
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
             return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values)
-        table = self._table(plan.whole, param.device)
-        if len(table):
-            _adamw_kernel[(len(table),)](param, grad, exp_avg, exp_avg_sq, table, *_numbers(values, param.device),
-                                         COLUMNS=COLUMNS, BLOCK=BLOCK)
+        work = self._made(plan.whole, param.device, "elements", functools.partial(tasks, elementwise=True))
+        if work.count:
+            with _on(param.device):
+                _adamw[(work.count,)](param, grad, exp_avg, exp_avg_sq, work.owner, work.table,
+                                      *_numbers(values, param.device), BLOCK=BLOCK, FIELDS=_FIELDS)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
-        table = self._table(rectangles, grad.device)
-        if not len(table):
+        if not _fits(sums, grad):
+            return self._reference.sum_squares(grad, rectangles, sums)
+        if not len(rectangles):
             return
-        depth = int(table[:, LAYER].max()) + 1
-        layers = torch.zeros(depth, sums.numel(), dtype=torch.float32, device=grad.device)
-        _sums_kernel[(len(table),)](grad, layers, table, sums.numel(), COLUMNS=COLUMNS, LAYER=LAYER, BLOCK=BLOCK)
-        sums.add_(layers.sum(0))
+        work = self._made(rectangles, grad.device, "sums", sums_of)
+        buffer = torch.empty(work.size, dtype=torch.float32, device=grad.device)
+        with _on(grad.device):
+            _sums[(work.tasks.count,)](grad, buffer, work.tasks.owner, work.tasks.table, BLOCK=BLOCK, COLUMNS=COLUMNS,
+                                       FIELDS=_FIELDS)
+        for slots, places in work.rounds:
+            sums[slots] += buffer[places]
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                   plan: StepPlan, values: StepValues) -> None:
-        if not _all_float32(param, exp_avg, exp_avg_sq):
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
             return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._mini(plan.whole, True, param, grad, exp_avg, exp_avg_sq, values)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.whole, values, own_sums=True)
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                       plan: StepPlan, values: StepValues) -> None:
-        if not _all_float32(param, exp_avg, exp_avg_sq):
+        if not _fits(param, grad, exp_avg, exp_avg_sq):
             return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._mini(plan.cut, False, param, grad, exp_avg, exp_avg_sq, values)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.cut, values, own_sums=False)
 
-    def _mini(self, rectangles: Rectangles, own_sums: bool, param: torch.Tensor, grad: torch.Tensor,
-              exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, values: StepValues) -> None:
-        table = self._table(rectangles, param.device)
-        if len(table):
-            _adam_mini_kernel[(len(table),)](param, grad, exp_avg, exp_avg_sq, table, *_numbers(values, param.device),
-                                             OWN_SUMS=own_sums, COLUMNS=COLUMNS, BLOCK=BLOCK)
+    def _mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
+              rectangles: Rectangles, values: StepValues, own_sums: bool) -> None:
+        work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
+        if work.count:
+            with _on(param.device):
+                _adam_mini[(work.count,)](param, grad, exp_avg, exp_avg_sq, work.owner, work.table, work.numels,
+                                          *_numbers(values, param.device), OWN_SUMS=own_sums, BLOCK=BLOCK,
+                                          COLUMNS=COLUMNS, FIELDS=_FIELDS)
 
-    def _table(self, rectangles: Rectangles, device: torch.device) -> torch.Tensor:
-        key = (id(rectangles), device)
-        if key not in self._tables:  # the rectangles are kept too, so that their id stays taken
-            self._tables[key] = (rectangles, torch.from_numpy(tiles(rectangles, TILE)).to(device))
-        return self._tables[key][1]
-
-
-def _all_float32(*tensors: torch.Tensor) -> bool:
-    return all(tensor.dtype == torch.float32 for tensor in tensors)
+    def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make):
+        known = self._known.setdefault(rectangles, {})
+        if (kind, device) not in known:
+            known[kind, device] = make(rectangles, device=device)
+        return known[kind, device]
 
 
-def _numbers(values: StepValues, device: torch.device) -> tuple[Any, ...]:
-    """The step's numbers as kernel arguments; per-class ones go to the device without waiting for it."""
-    per_class = torch.tensor([values.lrs, values.decays], dtype=torch.float32)
+def interpreted() -> bool:
+    """Whether the device code runs in Triton's interpreter, on the CPU."""
+    return not isinstance(_adamw, triton.JITFunction)
+
+
+def _on(device: torch.device):
+    """Launches go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _numbers(values: StepValues, device: torch.device) -> tuple:
+    """The step's numbers as the device code takes them; those per class by one copy that the host does not wait for."""
+    per_class = torch.tensor([*(lr / values.correction1 for lr in values.lrs),
+                              *(1 - lr * decay for lr, decay in zip(values.lrs, values.decays))], dtype=torch.float32)
     if device.type == "cuda":
         per_class = per_class.pin_memory().to(device, non_blocking=True)
-    return (per_class[0], per_class[1], values.beta2, 1 - values.beta1, 1 - values.beta2, values.eps, values.correction1,
-            values.correction2_sqrt)
+    return (per_class, len(values.lrs), 1 - values.beta1, values.beta2, 1 - values.beta2, values.eps,
+            1 / values.correction2_sqrt)
+
+
+def _fits(*tensors: torch.Tensor) -> bool:
+    """Whether the first is float32 and the others are, or are gradients of a known type, all where Triton runs."""
+    place = ("cpu", "cuda") if interpreted() else ("cuda",)
+    return all(t.device.type in place for t in tensors) and tensors[0].dtype == torch.float32 and all(
+        t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))

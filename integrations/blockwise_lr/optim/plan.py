@@ -27,7 +27,7 @@ class StepClass:
     kind: str  # "matrix", "bias" or "norm", as in ParamLayout.kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: kernels keep what they make of a table as long as it lives
 class Rectangles:
     """A table of rectangles.
 
