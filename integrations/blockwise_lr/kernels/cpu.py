@@ -33,8 +33,8 @@ SWITCH = "BLOCKWISE_LR_CPU_KERNEL"
 def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None where it cannot be built; then one warning says why.
 
-    The build takes a few seconds, is kept in PyTorch's extension folder (TORCH_EXTENSIONS_DIR), and is safe when several
-    ranks start at once. ``BLOCKWISE_LR_CPU_KERNEL=0`` turns it off.
+    The build takes a few seconds, is kept in PyTorch's extension folder (TORCH_EXTENSIONS_DIR), and is safe when
+    several ranks start at once. ``BLOCKWISE_LR_CPU_KERNEL=0`` turns it off.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return None
@@ -57,8 +57,8 @@ def _build() -> str:
     finished = built.with_suffix(".finished")  # another rank may be half-way through writing the library itself
     if not finished.exists():
         _find_ninja()
-        cpp_extension.load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False,
-                           verbose=False)
+        cpp_extension.load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"],
+                           is_python_module=False, verbose=False)
         finished.touch()
     return str(built)
 
@@ -132,8 +132,8 @@ class CppKernel:
         tiles = self._tiles_of(rectangles)
         lrs = (ctypes.c_float * len(values.lrs))(*values.lrs)
         decays = (ctypes.c_float * len(values.decays))(*values.decays)
-        return (param.data_ptr(), grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-                None, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2, values.eps,
+        return (param.data_ptr(), grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(), None, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2, values.eps,
                 values.correction1, values.correction2_sqrt)
 
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:

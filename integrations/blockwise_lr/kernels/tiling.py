@@ -10,11 +10,11 @@ SEGMENT_NUMEL, SPREAD, COLUMNS = 8, 9, 10
 
 
 def tiles(rectangles: Rectangles, size: int) -> np.ndarray:
-    """Rectangles cut into tiles of about ``size`` elements, whole segments each; no two tiles of whole segments share one.
+    """Rectangles cut into tiles of about ``size`` elements, each of whole segments.
 
     Returns:
-        int64, (tiles, 10): the columns of the rectangle table; SEGMENT_NUMEL; SPREAD, 1 where all runs share their slots
-        and the tile holds some columns of all of them.
+        int64, (tiles, 10): the columns of the rectangle table; SEGMENT_NUMEL; SPREAD, 1 where all runs share their
+        slots and the tile holds some columns of all of them.
     """
     found = [_cut(row, int(numel), size) for row, numel in zip(rectangles.table, rectangles.segment_numel)]
     return np.ascontiguousarray(np.concatenate(found or [np.empty((0, COLUMNS), np.int64)]))

@@ -198,8 +198,8 @@ class Tasks:
         count: programs.
         owner: int32, (count,); the rectangle each program works in.
         table: int64, (rectangles, 12); columns: first task, tasks along a run, columns per task, unit, runs per task,
-            runs, stride, elements of a run, offset, slot, slots from one group of runs to the next, 2 class + aligned (every run of a task begins at a multiple of four elements and has a
-            multiple of four).
+            runs, stride, elements of a run, offset, slot, slots from one group of runs to the next,
+            2 class + aligned (every run of a task begins at a multiple of four elements and has a multiple of four).
         numels: float32, (rectangles,); elements of a whole segment.
     """
 
@@ -224,7 +224,8 @@ def tasks(rectangles: Rectangles, elementwise: bool, device: torch.device) -> Ta
         runs = np.where(table[:, SLOT_STEP] == 0, outer, 1)
         order = np.argsort(-width * runs, kind="stable")
     along = -(-inner // width)
-    aligned = (table[:, [OFFSET, INNER]] % 4 == 0).all(1) & (width % 4 == 0) & ((table[:, STRIDE] % 4 == 0) | (outer == 1))
+    fours = (table[:, [OFFSET, INNER]] % 4 == 0).all(1) & (width % 4 == 0)
+    aligned = fours & ((table[:, STRIDE] % 4 == 0) | (outer == 1))
     count = along * -(-outer // runs)
     columns[:] = np.stack([count, along, width, unit, runs, outer, table[:, STRIDE], inner, table[:, OFFSET],
                            table[:, SLOT], table[:, SLOT_STEP], 2 * table[:, CLASS] + aligned], axis=1)
