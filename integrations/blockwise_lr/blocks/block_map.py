@@ -87,6 +87,11 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def embedding_copies(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    """Names of parameters that Megatron keeps equal to the embedding of another pipeline stage (``shared_embedding``)."""
+    return [name for name, p in named if getattr(p, "shared_embedding", False)]
+
+
 def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
                config: Any = None, family: str | None = None) -> BlockMap:
     """Maps every trainable parameter of a model to block types.
@@ -110,14 +115,14 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
     aliases: dict[int, list[str]] = {}
     for name, p in named:
         aliases.setdefault(id(p), []).append(name)
-    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values())
+    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values(), embedding_copies(named))
     block_map.bind(named)
     return block_map
 
 
 def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
               heads: HeadCounts | None = None, family: str | None = None, transposed: Iterable[str] = (),
-              aliases: Iterable[list[str]] | None = None) -> BlockMap:
+              aliases: Iterable[list[str]] | None = None, copies: Iterable[str] = ()) -> BlockMap:
     """:func:`map_blocks` for names and shapes alone.
 
     Args:
@@ -125,10 +130,11 @@ def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | d
         transposed: names of weights whose output axis is the last one (Conv1D).
         aliases: names of one and the same parameter; it is mapped once, under the first, and as an embedding if any of
             its names is one.
+        copies: names of embeddings that go by another name (an output layer tied to another pipeline stage's embedding).
         rules, strict, heads, family: as for :func:`map_blocks`.
     """
     return _map(shapes, user_rules(rules), strict, {"": Context(family, heads)}, set(transposed),
-                aliases if aliases is not None else [[name] for name in shapes])
+                aliases if aliases is not None else [[name] for name in shapes], copies)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,8 @@ def _context(name: str, contexts: Mapping[str, Context]) -> Context:
 
 
 def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: bool, contexts: Mapping[str, Context],
-         transposed: set[str], aliases: Iterable[list[str]]) -> BlockMap:
+         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str]) -> BlockMap:
+    given, own = own, own + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     used: set[Rule] = set()
     layouts, unmapped = [], []
     for names in aliases:
@@ -180,7 +187,7 @@ def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: b
             unmapped.append((names[0], shapes[names[0]]))
             layout = _base_layout(names[0], shapes[names[0]])
         layouts.append(replace(layout, name=names[0]))
-    _refuse_unused(own, used, shapes)
+    _refuse_unused(given, used, shapes)
     if unmapped and strict:
         raise UnmappedParameterError(_unmapped_message(unmapped, own + family_rules(contexts[""].family)))
     return BlockMap(layouts, contexts[""].heads, (name for name, _ in unmapped))

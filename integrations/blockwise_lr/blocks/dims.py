@@ -1,9 +1,12 @@
 """Head counts of an attention layer, read from a model's config."""
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from .types import BlockError
 
 # Spellings of the same number in the configs of different families; the first that is set counts.
 _Q_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "nhead")
@@ -40,14 +43,25 @@ def config_values(config: Any) -> dict[str, Any]:
     for name in (*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM):
         if name not in values and getattr(config, name, None) is not None:
             values[name] = getattr(config, name)
+    if "tensor_model_parallel_size" in values:  # Megatron's TransformerConfig, which names no family
+        values.setdefault("model_type", "megatron")
     return values
 
 
 def head_counts(config: Any) -> HeadCounts | None:
-    """The head counts a config states, or None where it states none."""
+    """The head counts a config states, or None where it states none; of a Megatron config, those of one rank's slice.
+
+    Raises:
+        BlockError: heads that do not divide over Megatron's tensor-parallel ranks.
+    """
     values = config_values(config)
     q = next((values[name] for name in _Q_HEADS if isinstance(values.get(name), int)), None)
     if q is None:
         return None
     kv = next((values[name] for name in _KV_HEADS if isinstance(values.get(name), int)), None)
-    return HeadCounts(q=q, kv=kv or (1 if values.get("multi_query") else q), config=values)
+    kv = kv or (1 if values.get("multi_query") else q)
+    parts = values.get("tensor_model_parallel_size") or 1
+    if q % parts or kv % parts:
+        raise BlockError(f"{q} query heads and {kv} query groups do not divide over {parts} tensor-parallel ranks; use a "
+                         f"tensor-parallel size that divides {math.gcd(q, kv)}")
+    return HeadCounts(q=q // parts, kv=kv // parts, config=values)

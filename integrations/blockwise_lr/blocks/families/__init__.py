@@ -7,6 +7,7 @@ in one of these tables and one row in the tests:
     generic.py   names that mean the same wherever they appear
     fused.py     q, k and v in one weight
     moe.py       routers, stacked experts, multi-head latent attention
+    megatron.py  Megatron's own models
     encoders.py  BERT, T5, ViT and other models that are not decoders
 """
 from __future__ import annotations
@@ -15,11 +16,12 @@ from ..rules import Rule
 from .encoders import ENCODERS
 from .fused import FUSED
 from .generic import GENERIC
+from .megatron import MEGATRON
 from .moe import MOE
 
 __all__ = ["FAMILIES", "GENERIC", "family_rules"]
 
-FAMILIES: dict[str, tuple[Rule, ...]] = {**FUSED, **MOE, **ENCODERS}
+FAMILIES: dict[str, tuple[Rule, ...]] = {**FUSED, **MOE, **ENCODERS, **MEGATRON}
 
 
 def family_rules(family: str | None) -> tuple[Rule, ...]:

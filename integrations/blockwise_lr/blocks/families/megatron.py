@@ -1,0 +1,81 @@
+"""Megatron's names and layouts: megatron-core 0.16 to 0.19, legacy Megatron-DeepSpeed, and hybrid Mamba models.
+
+Sources: megatron.core.transformer.attention (SelfAttention.get_query_key_value_tensors for the order of rows in a fused
+weight), multi_latent_attention, moe, multi_token_prediction, megatron.core.ssm.mamba_mixer; for the legacy names
+Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism every layout is that of this rank's slice.
+"""
+from __future__ import annotations
+
+from ..dims import HeadCounts
+from ..layout import Piece
+from ..rules import Rule, qkv_pieces
+from ..types import BlockError, BlockType
+
+EMBEDDING, HEAD, QK, VO, FFN, NORM, ROUTER, SSM = BlockType
+
+Pieces = tuple[tuple[Piece, ...], int]
+
+
+def _qkv(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """[q heads of a group, their output gates where the config has them, k, v], once per query group."""
+    roles = ("q", "gate", "k", "v") if heads.config.get("attention_output_gate") else ("q", "k", "v")
+    return qkv_pieces(shape[0], heads.q, heads.kv, "group", roles)
+
+
+def _kv_up(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """MLA: [k without positions, v] per head."""
+    k, v = heads.config.get("qk_head_dim"), heads.config.get("v_head_dim")
+    if not k or not v:
+        raise BlockError("linear_kv_up_proj needs the config's qk_head_dim and v_head_dim; pass map_blocks(model, config=…)")
+    return (Piece(QK, k, k, "k"), Piece(VO, v, 1, "v")), shape[0] // (k + v)
+
+
+def _kv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """MLA: the latent that k and v are made from, then the rotary part of k. A tensor-parallel slice, which may hold any
+    of these rows, takes the lower rate of the latent throughout."""
+    latent, rotary = heads.config.get("kv_lora_rank") or 0, heads.config.get("qk_pos_emb_head_dim") or 0
+    if latent and rotary and shape[0] == latent + rotary:
+        return (Piece(VO, latent, 1, "latent"), Piece(QK, rotary, rotary, "k")), 1
+    return (Piece(VO, shape[0], 1, "latent"),), 1
+
+
+def _qkv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """MLA, fused: the query's latent rows, then those of :func:`_kv_down`."""
+    q = heads.config.get("q_lora_rank") or 0
+    if not 0 < q < shape[0]:
+        raise BlockError(f"linear_qkv_down_proj has {shape[0]} rows and the config's q_lora_rank is {q}; give a rule")
+    rest, _ = _kv_down((shape[0] - q,), heads)
+    return (Piece(QK, q, 1, "q"), *rest), 1
+
+
+MEGATRON: dict[str, tuple[Rule, ...]] = {"megatron": (
+    # attention
+    Rule("*.linear_qkv.{weight,bias}", special=_qkv),
+    Rule("*.linear_q.{weight,bias}", QK, heads="q"),
+    Rule("*.linear_kv.{weight,bias}", split=("k", "v"), interleave="group"),
+    Rule("*.linear_proj.{weight,bias}", VO),
+    # multi-latent attention
+    Rule("*.{linear_q_proj,linear_q_up_proj}.{weight,bias}", QK, heads="q"),
+    Rule("*.linear_q_down_proj.{weight,bias}", QK),
+    Rule("*.linear_kv_down_proj.{weight,bias}", special=_kv_down),
+    Rule("*.linear_qkv_down_proj.{weight,bias}", special=_qkv_down),
+    Rule("*.linear_kv_up_proj.{weight,bias}", special=_kv_up),
+    # feed-forward: dense, local and grouped experts (weight0, weight1, ...), shared experts, multi-token prediction
+    Rule("*.{router,gate}.{weight,bias}", ROUTER),
+    Rule("*.shared_experts.gate_weight", ROUTER),
+    Rule("*.{linear_fc1,linear_fc2}.{weight,bias}*", FFN),
+    Rule("*.eh_proj.{weight,bias}", FFN),
+    # state-space mixers
+    Rule("*.mixer.{in_proj,out_proj}.{weight,bias}", SSM),
+    Rule("*.mixer.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
+    Rule("*.mixer.{A_log,D,dt_bias}", SSM, undecayed=True),
+    # embeddings and output layers
+    Rule("*.{word_embeddings,position_embeddings,tokentype_embeddings}.weight", EMBEDDING),
+    Rule("*.tied_modules.{embed,embedding,embeddings,word_embeddings}.weight", EMBEDDING),
+    Rule("*.{output_layer,lm_head}.{weight,bias}", HEAD),
+    # Megatron-DeepSpeed and Megatron before its core
+    Rule("*.query_key_value.{weight,bias}", split=("q", "k", "v"), interleave="group"),
+    Rule("*.{attention,self_attention,inter_attention}.query.{weight,bias}", QK, heads="q"),
+    Rule("*.{attention,self_attention,inter_attention}.key_value.{weight,bias}", split=("k", "v"), interleave="group"),
+    Rule("*.{attention,self_attention,inter_attention}.dense.{weight,bias}", VO),
+)}

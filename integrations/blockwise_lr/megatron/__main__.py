@@ -1,0 +1,39 @@
+"""``python -m blockwise_lr.megatron [--on-cpu] SCRIPT ARGS…``: runs a Megatron script with blockwise optimizers in it."""
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+_USAGE = """usage: torchrun … -m blockwise_lr.megatron [--on-cpu] SCRIPT ARGS…
+
+Runs SCRIPT, for example Megatron-LM's own pretrain_gpt.py, with --optimizer blockwise_adamw and blockwise_adam_mini and
+the flags --block-lr-ratios, --block-weight-decay, --block-rules, --[no-]block-strict added to Megatron's parser; SCRIPT
+--help lists them. --on-cpu trains on gloo without a GPU (add --distributed-backend gloo)."""
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    on_cpu = arguments[:1] == ["--on-cpu"]
+    arguments = arguments[1:] if on_cpu else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        sys.exit(0 if arguments else 2)
+    if not os.path.isfile(arguments[0]):
+        sys.exit(f"blockwise_lr.megatron: there is no script {arguments[0]!r}")
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))  # as python does; a checkout's megatron counts
+    if on_cpu:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        from ..patches.megatron_on_cpu import PATCH
+
+        PATCH.apply()
+    from .door import apply_patches
+
+    apply_patches()
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Settings of the Megatron door: as library users register them, or as flags in Megatron's own argument parser."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..blocks import BlockError, lr_ratios
+from ..blocks.rules import user_rules
+from ..blocks.types import block_values
+from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim.base import BlockwiseOptimizer
+
+KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
+    "blockwise_adamw": BlockwiseAdamW,
+    "blockwise_adam_mini": BlockwiseAdamMini,
+}
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What Megatron's own optimizer settings do not say.
+
+    Attributes:
+        kind: a key of KINDS.
+        block_lr_ratios: peak learning rate of block types over --lr.
+        block_weight_decay: weight decay of block types; Megatron's own rule and --weight-decay hold for the others.
+        block_rules: naming rules of the user's own.
+        block_strict: refuse parameters that no rule maps.
+        row_parallel_sums: Adam-mini sums a row's squares over tensor-parallel ranks where these hold parts of it, so that
+            the result does not depend on their number. False keeps each rank's part a segment of its own: no all-reduce
+            over tensor-parallel ranks, one second moment more per row and rank, and a result that depends on TP.
+        kernel: "auto", or a kernel's name.
+    """
+
+    kind: str = "blockwise_adamw"
+    block_lr_ratios: Mapping[str, float] | None = None
+    block_weight_decay: Mapping[str, float] | None = None
+    block_rules: tuple[Any, ...] = ()
+    block_strict: bool = True
+    row_parallel_sums: bool = True
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuses bad values before any model is built."""
+        if self.kind not in KINDS:
+            raise BlockError(f"unknown optimizer {self.kind!r}; use one of {', '.join(KINDS)}")
+        lr_ratios(self.block_lr_ratios)
+        block_values(self.block_weight_decay, "block_weight_decay", positive=False)
+        user_rules(self.block_rules)
+
+
+_registered = BlockSettings()
+
+
+def remember(settings: BlockSettings) -> None:
+    """Makes these the settings of every OptimizerConfig that names one of our optimizers."""
+    global _registered
+    _registered = settings
+
+
+def settings_of(config: Any) -> BlockSettings | None:
+    """The settings for an OptimizerConfig, or None where its optimizer is not ours.
+
+    It is ours where ``config.optimizer`` names it, or where Megatron's arguments were parsed with our ``--optimizer``.
+    """
+    if getattr(config, "blockwise", None) is not None:
+        return config.blockwise
+    if config.optimizer in KINDS:
+        return replace(_registered, kind=config.optimizer)
+    arguments = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    kind = getattr(arguments, "blockwise_optimizer", None)
+    if config.optimizer != "adam" or kind is None:
+        return None
+    return BlockSettings(kind, dict(arguments.block_lr_ratios or ()), dict(arguments.block_weight_decay or ()),
+                         arguments.block_rules or (), arguments.block_strict, arguments.adam_mini_row_sums)
+
+
+class ChooseOptimizer(argparse.Action):
+    """``--optimizer``: ours are Adams to the rest of Megatron, which checks that name in many places."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, "adam" if values in KINDS else values)
+        namespace.blockwise_optimizer = values if values in KINDS else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds our choices to ``--optimizer`` and our flags to Megatron's parser."""
+    choice = next(action for action in parser._actions if "--optimizer" in action.option_strings)
+    choice.choices = [*choice.choices, *KINDS]
+    choice.__class__ = ChooseOptimizer
+    parser.set_defaults(blockwise_optimizer=None)
+    group = parser.add_argument_group(title="blockwise learning rates")
+    group.add_argument("--block-lr-ratios", nargs="+", type=_ratio, metavar="BLOCK=RATIO",
+                       help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
+                            "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.")
+    group.add_argument("--block-weight-decay", nargs="+", type=_decay, metavar="BLOCK=DECAY",
+                       help="Weight decay of block types; --weight-decay for the others.")
+    group.add_argument("--block-rules", type=_rules_file, metavar="FILE",
+                       help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].')
+    group.add_argument("--block-strict", action=argparse.BooleanOptionalAction, default=True,
+                       help="Stop where a parameter matches no rule; otherwise it trains at --lr.")
+    group.add_argument("--adam-mini-row-sums", action=argparse.BooleanOptionalAction, default=True,
+                       help="Sum Adam-mini's rows over tensor-parallel ranks, so that TP does not change the result; "
+                            "otherwise each rank's part of a row has a second moment of its own.")
+    return parser
+
+
+def _pair(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK=NUMBER, as in embedding=10") from None
+
+
+def _ratio(text: str) -> tuple[str, float]:
+    pair = _pair(text)
+    return _checked(pair, lambda: lr_ratios(dict([pair])))
+
+
+def _decay(text: str) -> tuple[str, float]:
+    pair = _pair(text)
+    return _checked(pair, lambda: block_values(dict([pair]), "block_weight_decay", positive=False))
+
+
+def _rules_file(path: str) -> tuple[dict, ...]:
+    try:
+        with open(path) as file:
+            rules = json.load(file)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read block rules from {path!r}: {error}") from None
+    return _checked(rules, lambda: user_rules(rules)) and tuple(rules)
+
+
+def _checked(value: Any, check: Any) -> Any:
+    try:
+        check()
+    except BlockError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value

@@ -1,0 +1,86 @@
+"""ShardMaps of Megatron's optimizers: which part of which parameter each tensor of the inner optimizer is."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from ..blocks import BlockError, BlockMap
+from ..optim import Cut, Fragment, InputSplit, ShardMap
+from ..optim.shards import even_cuts
+
+
+def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = True) -> ShardMap:
+    """The ShardMap of what Megatron made of our optimizer.
+
+    Args:
+        wrapper: a DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
+        block_map: of this rank's model chunks, their parameters bound.
+        row_parallel_sums: state which rows go on in other tensor-parallel ranks' slices.
+
+    Raises:
+        BlockError: another kind of wrapper.
+    """
+    flats, params = [], []
+    for flat, param, start in _tensors(wrapper):
+        params.append(param)
+        flats.append((flat, [Fragment(_name(block_map, param), start, flat.numel(), 0)]))
+    cuts = _cuts(wrapper, block_map) if isinstance(wrapper, DistributedOptimizer) else {}
+    return ShardMap(flats, cuts, _splits(params, block_map) if row_parallel_sums else {})
+
+
+def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """(the inner optimizer's tensor, the model parameter, where in the parameter the tensor begins)."""
+    if isinstance(wrapper, DistributedOptimizer):
+        for models, shards in ((wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
+                               (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups)):
+            for params, flats in zip(models, shards):
+                for param, flat in zip(params, flats):
+                    yield flat, param, wrapper._get_model_param_range_map(param)["param"].start
+    elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
+        for params, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
+            yield from ((main, param, 0) for param, main in zip(params, mains))
+        yield from ((param, param, 0) for group in wrapper.fp32_from_fp32_groups for param in group)
+    elif isinstance(wrapper, FP32Optimizer):
+        yield from ((param, param, 0) for group in wrapper.optimizer.param_groups for param in group["params"])
+    else:
+        raise BlockError(f"Megatron wrapped the optimizer in {type(wrapper).__name__}, which blockwise_lr does not know; "
+                         f"use the distributed optimizer or none")
+
+
+def _name(block_map: BlockMap, param: torch.Tensor) -> str:
+    name = block_map.name_of(param)
+    if name is None:
+        raise BlockError(f"Megatron's optimizer holds a parameter of shape {tuple(param.shape)} that is in no model chunk")
+    return name
+
+
+def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, Cut]:
+    """Where the distributed optimizer's shards end: every bucket of a gradient buffer is cut evenly over the ranks."""
+    cuts = {}
+    for buffer in wrapper.buffers:
+        ranks = buffer.data_parallel_group.size()
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.numel() // ranks
+            for param in bucket.params_list:
+                start, end, _ = buffer.param_index_map[param]
+                positions = even_cuts(end - start, shard, start - bucket.offset)
+                if len(positions):
+                    cuts[_name(block_map, param)] = Cut(positions, buffer.data_parallel_group)
+    return cuts
+
+
+def _splits(params: list[torch.Tensor], block_map: BlockMap) -> dict[str, InputSplit]:
+    """Row-parallel weights: their slices along the input axis make whole rows only together."""
+    splits = {}
+    for param in params:
+        if getattr(param, "tensor_model_parallel", False) and getattr(param, "partition_dim", -1) == 1:
+            group = (parallel_state.get_tensor_model_parallel_group() if getattr(param, "allreduce", True)
+                     else parallel_state.get_expert_tensor_parallel_group())
+            if group.size() > 1:
+                splits[_name(block_map, param)] = InputSplit(group, group.size())
+    return splits

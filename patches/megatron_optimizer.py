@@ -1,0 +1,87 @@
+"""megatron-core: our optimizers where ``get_megatron_optimizer`` would build its Adam.
+
+Megatron builds a closed list of optimizers inside one function and then wraps them (distributed, mixed precision or
+plain). The wrapping stays Megatron's own. Its registry of emerging optimizers (0.19) would be the official hook, but does
+not go with the element-sharded DistributedOptimizer. Optimizers that are not ours are built as before.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .base import Patch, Symbol, Undo
+
+_MODULE = "megatron.core.optimizer:"
+
+
+def _install(undo: Undo) -> None:
+    from megatron.core import optimizer as module
+    from megatron.core.optimizer import distrib_optimizer
+
+    from blockwise_lr.megatron.build import build
+    from blockwise_lr.megatron.settings import KINDS, settings_of
+    from blockwise_lr.optim.base import BlockwiseOptimizer
+
+    original = module._get_megatron_optimizer_based_on_param_groups
+
+    @functools.wraps(original)
+    def based_on_param_groups(config: Any, model_chunks: Any, param_groups: Any, **arguments: Any) -> Any:
+        settings = settings_of(config)
+        if settings is None:
+            return original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
+        return build(original, settings, config, model_chunks, param_groups, **arguments)
+
+    undo.set(module, "_get_megatron_optimizer_based_on_param_groups", based_on_param_groups)
+    # 0.16's DistributedOptimizer asserts isinstance(optimizer, (Adam, …)) and uses the name for nothing else
+    undo.set(distrib_optimizer, "Adam", (distrib_optimizer.Adam, BlockwiseOptimizer))
+    if hasattr(module, "_get_megatron_emerging_optimizer"):
+        _keep_from_emerging(undo, module, KINDS)
+
+
+def _keep_from_emerging(undo: Undo, module: Any, kinds: Any) -> None:
+    """0.19 takes every name but adam and sgd for an emerging optimizer; ours go on as Adams do."""
+    from dataclasses import replace
+
+    from blockwise_lr.megatron.settings import settings_of
+
+    emerging = module._get_megatron_emerging_optimizer
+
+    @functools.wraps(emerging)
+    def build_emerging(config: Any, model_chunks: Any, config_overrides: Any = None, pg_collection: Any = None) -> Any:
+        if config.optimizer not in kinds:
+            return emerging(config=config, model_chunks=model_chunks, config_overrides=config_overrides,
+                            pg_collection=pg_collection)
+        as_adam = replace(config, optimizer="adam")
+        as_adam.blockwise = settings_of(config)
+        return module.get_megatron_optimizer(as_adam, model_chunks, config_overrides,
+                                             pg_collection is None and _has_gloo_groups(), pg_collection)
+
+    undo.set(module, "_get_megatron_emerging_optimizer", build_emerging)
+
+
+def _has_gloo_groups() -> bool:
+    """Whether parallel_state made gloo groups; the caller's wish is not among what an emerging optimizer is given."""
+    from megatron.core import parallel_state
+
+    try:
+        return parallel_state.get_data_parallel_group_gloo(True, True) is not None
+    except AssertionError:
+        return False
+
+
+PATCH = Patch(
+    name="megatron-optimizer",
+    package="megatron-core",
+    versions=">=0.16,<0.20",
+    symbols=(
+        Symbol(_MODULE + "_get_megatron_optimizer_based_on_param_groups"),
+        Symbol(_MODULE + "Adam"),
+        Symbol(_MODULE + "USING_PYTORCH_OPTIMIZER"),
+        Symbol("megatron.core.optimizer.distrib_optimizer:Adam"),
+        Symbol("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
+               ("self", "param")),
+    ),
+    why="the optimizers Megatron can build are a closed list inside one function",
+    until="Megatron takes an optimizer class or factory that works with its DistributedOptimizer",
+    install=_install,
+)

@@ -1,0 +1,47 @@
+"""megatron-core: each block type's learning rate from Megatron's own schedule.
+
+``OptimizerParamScheduler.get_lr`` knows a maximum and a minimum learning rate per parameter group. A parameter of several
+block types (a fused QKV weight) is in one group only, so after each of the scheduler's steps this asks ``get_lr`` once more
+per block type, with ratio times the group's maximum and the same minimum: all warm up to their own peak and decay to one
+shared minimum, whatever the decay style. Groups of other optimizers are left alone.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .base import Patch, Symbol, Undo
+
+_SCHEDULER = "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler."
+
+
+def _install(undo: Undo) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    original = OptimizerParamScheduler.step
+
+    @functools.wraps(original)
+    def step(self: Any, increment: int) -> None:
+        original(self, increment)
+        for group in self.optimizer.param_groups:
+            ratios = group.get("block_lr_ratios")
+            if ratios:
+                peak = group.get("max_lr", self.max_lr)
+                group["block_lrs"] = {block: self.get_lr({**group, "max_lr": ratio * peak})
+                                      for block, ratio in ratios.items()}
+
+    undo.set(OptimizerParamScheduler, "step", step)
+
+
+PATCH = Patch(
+    name="megatron-schedule",
+    package="megatron-core",
+    versions=">=0.16,<0.20",
+    symbols=(
+        Symbol(_SCHEDULER + "step", ("self", "increment")),
+        Symbol(_SCHEDULER + "get_lr", ("self", "param_group")),
+    ),
+    why="config_overrides set one learning rate per parameter, and a fused QKV weight has two block types",
+    until="Megatron's overrides can address rows of a parameter",
+    install=_install,
+)

@@ -1,0 +1,156 @@
+"""Tiny real Megatron models under any parallel layout, on gloo; runs in the rank processes."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from blockwise_lr.megatron.mapping import global_names
+
+VOCABULARY, LENGTH, LAYERS, HEADS = 64, 12, 4, 4
+# what the variants differ in: TransformerConfig, GPTModel
+VARIANTS: dict[str, tuple[dict, dict]] = {
+    "gpt": (dict(normalization="LayerNorm"),
+            dict(position_embedding_type="learned_absolute", share_embeddings_and_output_weights=False)),
+    "gqa": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
+                 activation_func=torch.nn.functional.silu, qk_layernorm=True),
+            dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "moe": (dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False, normalization="RMSNorm",
+                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
+                 moe_router_dtype="fp32"),
+            dict(position_embedding_type="rope", share_embeddings_and_output_weights=False)),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a case is spread over its ranks; what is left over is data parallel."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    cp: int = 1
+    distributed: bool = False
+    bf16: bool = False
+    extra: dict = field(default_factory=dict)
+
+
+@contextmanager
+def megatron(layout: Layout) -> Iterator[None]:
+    """Real Megatron on the CPU with that layout's process groups, all of it given back afterwards."""
+    from blockwise_lr.patches.megatron_on_cpu import PATCH
+
+    undo = PATCH.apply()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random
+
+    parallel_state.initialize_model_parallel(
+        layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1 if layout.ep > 1 else None, create_gloo_process_groups=False)
+    random.model_parallel_cuda_manual_seed(1)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        undo()
+
+
+def make_config(variant: str, layout: Layout) -> Any:
+    """The TransformerConfig of a variant under a layout."""
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(**{**dict(
+        num_layers=LAYERS, hidden_size=32, num_attention_heads=HEADS, ffn_hidden_size=48, use_cpu_initialization=True,
+        hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=layout.tp, bias_dropout_fusion=False,
+        pipeline_model_parallel_size=layout.pp, virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1 if layout.ep > 1 else None,
+        # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
+        overlap_p2p_comm=bool(layout.vpp), batch_p2p_comm=not layout.vpp,
+        context_parallel_size=layout.cp, bias_activation_fusion=False,
+        masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
+        pipeline_dtype=torch.bfloat16 if layout.bf16 else torch.float32, bf16=layout.bf16,
+        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32), **VARIANTS[variant][0], **layout.extra})
+
+
+def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
+    """This rank's bare model chunks."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    config = make_config(variant, layout)
+    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
+                                    normalization=config.normalization)
+    chunks = []
+    for stage in range(layout.vpp or 1):
+        number = stage if layout.vpp else None
+        where = dict(ignore_virtual=False, vp_stage=number)
+        chunks.append(GPTModel(
+            config, spec, VOCABULARY, LENGTH, pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where), vp_stage=number, **VARIANTS[variant][1]))
+    return chunks
+
+
+def full_names(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name in the single-process model, parameter): global layers, global experts, the tied output layer's real name."""
+    from megatron.core import parallel_state
+
+    for chunk in chunks:
+        for name, p in global_names(chunk):
+            if name == "output_layer.weight" and getattr(p, "shared_embedding", False):
+                name = "embedding.word_embeddings.weight"
+            if ".local_experts." in name:
+                before, after = name.split(".local_experts.")
+                number, rest = after.split(".", 1)
+                count = 4 // parallel_state.get_expert_model_parallel_world_size()
+                number = int(number) + count * parallel_state.get_expert_model_parallel_rank()
+                name = f"{before}.local_experts.{number}.{rest}"
+            yield name, p
+
+
+def own_slice(full: torch.Tensor, name: str, p: torch.Tensor, gated: bool) -> torch.Tensor:
+    """This tensor-parallel rank's slice of a full parameter."""
+    from megatron.core import parallel_state
+
+    if not getattr(p, "tensor_model_parallel", False) or full.shape == p.shape:
+        return full
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    if gated and ".linear_fc1." in name:  # every rank has its part of the gate and its part of the up projection
+        return full.unflatten(0, (2, -1)).chunk(size, 1)[rank].flatten(0, 1)
+    return full.chunk(size, p.partition_dim)[rank]
+
+
+def load_full(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor]) -> None:
+    """Copies a single-process model's weights into this rank's chunks."""
+    with torch.no_grad():
+        for name, p in full_names(chunks):
+            p.copy_(own_slice(weights[name], name, p, chunks[0].config.gated_linear_unit))
+
+
+def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
+                master: dict[int, torch.Tensor] | None = None) -> tuple[dict[str, torch.Tensor], float]:
+    """The whole model's fp32 weights, from all ranks, and how far any two ranks' copies of an element are apart."""
+    pieces = []
+    for name, p in full_names(chunks):
+        index = own_slice(torch.arange(like[name].numel()).view(like[name].shape), name, p,
+                          chunks[0].config.gated_linear_unit)
+        value = (master or {}).get(id(p), p.detach())
+        pieces.append((name, index.reshape(-1), value.detach().float().reshape(-1).clone()))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, pieces)
+    found = {name: torch.full((value.numel(),), float("nan")) for name, value in like.items()}
+    apart = 0.0
+    for rank_pieces in everyone:
+        for name, index, value in rank_pieces:
+            before = found[name][index]
+            seen = ~before.isnan()
+            if seen.any():
+                apart = max(apart, float((before[seen] - value[seen]).abs().max()))
+            found[name][index] = value
+    return {name: value.view(like[name].shape) for name, value in found.items()}, apart

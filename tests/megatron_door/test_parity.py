@@ -1,0 +1,31 @@
+"""Law 1 on real megatron-core: any layout trains as one process with torch's AdamW per block type does."""
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from megatron_door.layouts import Layout  # noqa: E402
+from megatron_door.training import parity  # noqa: E402
+from ranks import pool  # noqa: E402
+
+CASES = [
+    ("gpt", 1, Layout()),
+    ("gpt", 2, Layout()),
+    ("gqa", 2, Layout(distributed=True)),
+    ("gqa", 2, Layout(tp=2)),
+    ("gqa", 2, Layout(pp=2)),
+    ("gqa", 2, Layout(pp=2, vpp=2)),
+    ("gqa", 4, Layout(tp=2, pp=2)),
+    ("gqa", 4, Layout(tp=2, distributed=True)),
+    ("gpt", 4, Layout(pp=2, distributed=True)),
+    ("gqa", 4, Layout(pp=2, vpp=2, distributed=True)),
+    ("moe", 2, Layout(ep=2)),
+    ("moe", 4, Layout(ep=2, distributed=True)),
+]
+
+
+@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+@pytest.mark.parametrize("variant, ranks, layout", CASES)
+def test_equals_the_single_process_twin(kind, variant, ranks, layout):
+    for result in pool(ranks).run(parity, variant, kind, layout):
+        assert result["worst"] < 1e-5, result
+        assert result["apart"] == 0.0  # replicas, and the tied embedding's copies, to the bit

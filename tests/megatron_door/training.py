@@ -1,0 +1,149 @@
+"""Trains the tiny models through Megatron's own DDP, schedules, optimizers and lr scheduler, and their twins by hand."""
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
+from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
+from twins import REFERENCES
+
+LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
+NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini"}
+
+
+def batches(steps: int) -> torch.Tensor:
+    """(steps, BATCH, LENGTH + 1) token ids."""
+    return torch.randint(0, VOCABULARY, (steps, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(7))
+
+
+def start_model(variant: str) -> torch.nn.Module:
+    """The single-process model everything starts from; call it under a layout without model parallelism."""
+    torch.manual_seed(0)
+    model, = build_chunks(variant, Layout())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):  # they start at 0, where a relative difference says nothing
+                p.normal_(0, 0.1)
+    return model
+
+
+def megatron_lr(step: int, ratio: float) -> float:
+    """Megatron's schedule after ``step`` updates: linear from 0 to ratio * LR, then a cosine to MIN_LR."""
+    if step <= WARMUP:
+        return ratio * LR * step / WARMUP
+    return MIN_LR + (ratio * LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (TOTAL - WARMUP)))
+
+
+@functools.cache
+def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, list[float]]:
+    """(weights at the start, weights after the steps, losses) of the unfused twin in one process."""
+    with megatron(Layout()):
+        twin = MegatronTwin(start_model(variant))
+        first = {name: value.detach().clone() for name, value in twin.values().items()}
+        optimizer = REFERENCES[kind](twin, BETAS, EPS, DECAY, BLOCK_RATIOS)
+        losses = []
+        for number, ids in enumerate(batches(steps)):
+            losses.append(twin.backward(ids, 1.0, dtype))
+            twin.clip(CLIP)
+            optimizer.step(lambda ratio: megatron_lr(number, ratio))
+        return first, {name: value.detach().clone() for name, value in twin.values().items()}, losses
+
+
+def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]:
+    """The chunks in Megatron's DistributedDataParallel (and Float16Module)."""
+    from megatron.core.distributed import (DistributedDataParallel, DistributedDataParallelConfig,
+                                           finalize_model_grads)
+    from megatron.core.transformer.module import Float16Module
+
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed,
+                                        bucket_size=9000 if layout.distributed else None)
+    wrapped = [DistributedDataParallel(config, ddp, Float16Module(config, chunk) if layout.bf16 else chunk,
+                                       disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+    config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def make_optimizer(wrapped: list[torch.nn.Module], name: str, layout: Layout) -> Any:
+    """Megatron's optimizer around ours."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(optimizer=name, lr=LR, min_lr=MIN_LR, weight_decay=DECAY, adam_beta1=BETAS[0],
+                             adam_beta2=BETAS[1], adam_eps=EPS, clip_grad=CLIP, bf16=layout.bf16,
+                             params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+                             use_distributed_optimizer=layout.distributed)
+    return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
+
+
+def make_scheduler(optimizer: Any) -> Any:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=LR, min_lr=MIN_LR, lr_warmup_steps=WARMUP,
+                                   lr_decay_steps=TOTAL, lr_decay_style="cosine", start_wd=DECAY, end_wd=DECAY,
+                                   wd_incr_steps=TOTAL, wd_incr_style="constant")
+
+
+def _forward(data: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    ids = next(data)
+    output = model(*model_inputs(ids), labels=ids[:, 1:].contiguous())
+    return output, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+
+
+def train(wrapped: list[torch.nn.Module], optimizer: Any, steps: int,
+          each_step: Callable[[], None] | None = None) -> list[float]:
+    """Trains on this rank's share of the batches; returns the mean losses where this rank computes them."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    scheduler = make_scheduler(optimizer)
+    share = batches(steps).chunk(parallel_state.get_data_parallel_world_size(), 1)[parallel_state.get_data_parallel_rank()]
+    losses = []
+    for ids in share:
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        stored = get_forward_backward_func()(
+            forward_step_func=_forward, data_iterator=[iter(ids.split(1)) for _ in wrapped], model=wrapped,
+            num_microbatches=len(ids), seq_length=LENGTH, micro_batch_size=1, forward_only=False)
+        optimizer.step()
+        scheduler.step(1)
+        losses.append(float(sum(entry["loss"] for entry in stored) / len(stored)) if stored else float("nan"))
+        if each_step:
+            each_step()
+    return losses
+
+
+def masters(optimizer: Any, chunks: list[torch.nn.Module]) -> dict[int, torch.Tensor]:
+    """id of a bf16 parameter -> its fp32 master weights, gathered from the shards."""
+    found = {}
+    for chunk in chunks:
+        for p in chunk.parameters():
+            main = getattr(p, "main_param", None)
+            if main is not None and not getattr(p, "main_param_sharded", False):
+                found[id(p)] = main
+    return found
+
+
+def parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> dict[str, float]:
+    """Worst relative difference (2-norm) of any tensor from the twin's, and how far ranks' copies are apart."""
+    import blockwise_lr.megatron
+
+    first, wanted, _ = reference(variant, kind, steps)
+    with megatron(layout):
+        undo = blockwise_lr.megatron.register(kernel="reference")
+        chunks = build_chunks(variant, layout)
+        load_full(chunks, first)
+        wrapped = wrap(chunks, layout)
+        optimizer = make_optimizer(wrapped, NAMES[kind], layout)
+        train(wrapped, optimizer, steps)
+        found, apart = gather_full(chunks, first)
+        undo()
+    differences = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
+    worst = max(differences, key=lambda name: differences[name])
+    return {"worst": differences[worst], "apart": apart, "name": worst}
