@@ -17,12 +17,13 @@ from ..optim.base import BlockwiseOptimizer
 from ..optim.shards import even_cuts
 
 
-def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer) -> ShardMap | None:
+def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, mpu: Any = None) -> ShardMap | None:
     """The ShardMap of what DeepSpeed made of our optimizer; None where it left the model's own parameters in it.
 
     Args:
         wrapper: ``engine.optimizer``.
         optimizer: ``engine.basic_optimizer``.
+        mpu: ``engine.mpu``, where tensor parallelism is Megatron's.
 
     Raises:
         BlockError: a kind of wrapper this adapter does not know.

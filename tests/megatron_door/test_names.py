@@ -1,0 +1,78 @@
+"""Which rows of Megatron's parameters are which block, by hand."""
+import pytest
+
+from blockwise_lr.blocks import BlockError, HeadCounts, head_counts, map_names
+
+GQA = {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 4, "tensor_model_parallel_size": 2}
+LAYER = "decoder.layers.0."
+
+
+def spans(name, shape, config):
+    layout = map_names({name: shape}, heads=head_counts(config), family="megatron")[name]
+    return [(start, end, piece.block.value, piece.role) for start, end, piece in layout.spans()]
+
+
+def test_fused_qkv_per_query_group_of_this_slice():
+    """8 heads and 4 groups on 2 ranks: a slice holds 2 groups of [2 q heads, k, v], 4 rows each."""
+    assert spans(LAYER + "self_attention.linear_qkv.weight", (32, 32), GQA) == [
+        (0, 8, "qk", "q"), (8, 12, "qk", "k"), (12, 16, "vo", "v"),
+        (16, 24, "qk", "q"), (24, 28, "qk", "k"), (28, 32, "vo", "v")]
+
+
+def test_fused_qkv_with_output_gate():
+    gated = {**GQA, "attention_output_gate": True}
+    assert spans(LAYER + "self_attention.linear_qkv.bias", (48,), gated)[:4] == [
+        (0, 8, "qk", "q"), (8, 16, "vo", "gate"), (16, 20, "qk", "k"), (20, 24, "vo", "v")]
+
+
+def test_latent_attention():
+    config = {**GQA, "tensor_model_parallel_size": 1, "num_query_groups": 8, "qk_head_dim": 4, "v_head_dim": 2,
+              "kv_lora_rank": 16, "qk_pos_emb_head_dim": 4, "q_lora_rank": 12}
+    up = spans(LAYER + "self_attention.linear_kv_up_proj.weight", (48, 16), config)
+    assert up[:3] == [(0, 4, "qk", "k"), (4, 6, "vo", "v"), (6, 10, "qk", "k")] and len(up) == 16
+    assert spans(LAYER + "self_attention.linear_kv_down_proj.weight", (20, 32), config) == [
+        (0, 16, "vo", "latent"), (16, 20, "qk", "k")]
+    assert [span[:3] for span in spans(LAYER + "self_attention.linear_qkv_down_proj.weight", (32, 32), config)] == [
+        (0, 12, "qk"), (12, 28, "vo"), (28, 32, "qk")]
+
+
+@pytest.mark.parametrize("name, shape, block", [
+    ("embedding.word_embeddings.weight", (64, 32), "embedding"),
+    ("embedding.position_embeddings.weight", (16, 32), "embedding"),
+    ("output_layer.weight", (64, 32), "head"),
+    (LAYER + "self_attention.linear_qkv.layer_norm_weight", (32,), "norm"),
+    (LAYER + "self_attention.q_layernorm.weight", (4,), "norm"),
+    (LAYER + "self_attention.kv_layernorm.weight", (16,), "norm"),
+    (LAYER + "self_attention.linear_proj.weight", (32, 16), "vo"),
+    (LAYER + "self_attention.linear_q_down_proj.weight", (12, 32), "qk"),
+    (LAYER + "mlp.linear_fc1.layer_norm_bias", (32,), "norm"),
+    (LAYER + "mlp.linear_fc1.weight", (96, 32), "ffn"),
+    (LAYER + "mlp.router.weight", (4, 32), "router"),
+    (LAYER + "mlp.experts.local_experts.1.linear_fc2.weight", (32, 24), "ffn"),
+    (LAYER + "mlp.experts.linear_fc1.weight3", (48, 32), "ffn"),
+    (LAYER + "mlp.shared_experts.linear_fc1.weight", (48, 32), "ffn"),
+    (LAYER + "mlp.shared_experts.gate_weight", (1, 32), "router"),
+    ("mtp.layers.0.eh_proj.weight", (32, 64), "ffn"),
+    ("mtp.layers.0.hnorm.weight", (32,), "norm"),
+    (LAYER + "mixer.in_proj.weight", (80, 32), "ssm"),
+    (LAYER + "mixer.in_proj.layer_norm_weight", (32,), "norm"),
+    (LAYER + "mixer.A_log", (4,), "ssm"),
+    (LAYER + "mixer.norm.weight", (32,), "norm"),
+    ("language_model.encoder.layers.0.attention.dense.weight", (32, 32), "vo"),
+    ("language_model.encoder.layers.0.mlp.dense_h_to_4h.weight", (96, 32), "ffn"),
+    ("tied_modules.embed.word_embeddings.weight", (64, 32), "embedding"),
+    ("3.self_attention.linear_proj.weight", (32, 16), "vo"),
+])
+def test_block_of_a_whole_parameter(name, shape, block):
+    assert [span[2] for span in spans(name, shape, GQA)] == [block]
+
+
+def test_tied_output_layer_of_another_stage_is_an_embedding():
+    mapped = map_names({"output_layer.weight": (64, 32)}, family="megatron", copies=["output_layer.weight"])
+    assert mapped["output_layer.weight"].blocks == ("embedding",)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(BlockError, match="8 query heads and 2 query groups do not divide over 4"):
+        head_counts({"num_attention_heads": 8, "num_query_groups": 2, "tensor_model_parallel_size": 4})
+    assert head_counts({"num_attention_heads": 8}) == HeadCounts(8, 8, {"num_attention_heads": 8})
