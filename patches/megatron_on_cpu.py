@@ -34,11 +34,13 @@ def _install(undo: Undo) -> None:
         undo.call(cuda_on_cpu.PATCH.apply())
     from megatron.core.datasets import utils
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import token_dispatcher
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     undo.set(random, "_get_cuda_rng_state", _get_state)
     undo.set(random, "_set_cuda_rng_state", _set_state)
     undo.set(token_dispatcher, "maybe_move_tensor_to_cpu", _keep_on_cpu)  # it leaves CPU tensors as they are
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16's router asks for the name also without Transformer Engine
+        undo.set(moe_utils, "te_general_gemm", None)
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         undo.set(utils, "compile_helpers", lambda: None)
 

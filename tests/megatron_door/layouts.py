@@ -19,9 +19,11 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "gqa": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
                  activation_func=torch.nn.functional.silu, qk_layernorm=True),
             dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
+                   activation_func=torch.nn.functional.silu),
+              dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     "moe": (dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False, normalization="RMSNorm",
-                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
-                 moe_router_dtype="fp32"),
+                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall"),
             dict(position_embedding_type="rope", share_embeddings_and_output_weights=False)),
 }
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
-from twins import REFERENCES
+from twins import REFERENCES, paper_lr
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
 NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini"}
@@ -41,8 +41,12 @@ def megatron_lr(step: int, ratio: float) -> float:
 
 
 @functools.cache
-def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32) -> tuple[dict, dict, list[float]]:
-    """(weights at the start, weights after the steps, losses) of the unfused twin in one process."""
+def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32,
+              schedule: str = "megatron") -> tuple[dict, dict, list[float]]:
+    """(weights at the start, weights after the steps, losses) of the unfused twin in one process.
+
+    The "paper" schedule begins with update 1 of the warmup and ends with ``steps``, Megatron's begins with 0.
+    """
     with megatron(Layout()):
         twin = MegatronTwin(start_model(variant))
         first = {name: value.detach().clone() for name, value in twin.values().items()}
@@ -51,7 +55,8 @@ def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.fl
         for number, ids in enumerate(batches(steps)):
             losses.append(twin.backward(ids, 1.0, dtype))
             twin.clip(CLIP)
-            optimizer.step(lambda ratio: megatron_lr(number, ratio))
+            optimizer.step(lambda ratio: megatron_lr(number, ratio) if schedule == "megatron"
+                           else paper_lr(number + 1, ratio, LR, MIN_LR, WARMUP, steps))
         return first, {name: value.detach().clone() for name, value in twin.values().items()}, losses
 
 

@@ -4,9 +4,10 @@ After ``import blockwise_lr.deepspeed`` a ds_config may say ``"optimizer": {"typ
 ``"BlockwiseAdamMini"``, and ``"scheduler": {"type": "BlockwiseWarmupCosine"}``. Raises
 :class:`~blockwise_lr.patches.PatchError` where the installed DeepSpeed is not one this package was written for.
 """
-from ..patches.deepspeed_types import PATCH
+from ..patches import deepspeed_megatron_mpu, deepspeed_types
 from .engine import block_lrs, optimizer_of
 
 __all__ = ["block_lrs", "optimizer_of"]
 
-PATCH.apply()
+deepspeed_types.PATCH.apply()
+deepspeed_megatron_mpu.PATCH.apply()

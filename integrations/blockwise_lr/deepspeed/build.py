@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..blocks import BlockError, map_blocks
+from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
+from .stages import map_engine_module
 
 OPTIMIZER_TYPES: Mapping[str, type[BlockwiseOptimizer]] = {
     "BlockwiseAdamW": BlockwiseAdamW,
@@ -38,7 +39,7 @@ def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterab
     if unknown:
         raise BlockError(f"optimizer {kind}: unknown parameter {unknown[0]!r}; the valid ones are {', '.join(valid)}")
     rules, strict = settings.get("block_rules"), settings.get("block_strict", True)
-    block_map = map_blocks(module, rules=rules, strict=strict)
+    block_map = map_engine_module(module, rules, strict)
     arguments = {key: tuple(value) if key == "betas" else value for key, value in settings.items()
                  if key not in _MAPPING_KEYS}
     return cls(list(model_parameters), block_map=block_map, **arguments)

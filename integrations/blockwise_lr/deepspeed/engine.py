@@ -44,7 +44,7 @@ def attach(engine: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         return
     _refuse_unsupported(engine)
-    shards = shard_map(engine.optimizer, optimizer)
+    shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
     if shards is not None:
         optimizer.attach_shards(shards)
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):

@@ -12,24 +12,33 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..blocks import BlockError
-from ..optim import Cut, Fragment, ShardMap
+from ..optim import Cut, Fragment, InputSplit, ShardMap
 from ..optim.base import BlockwiseOptimizer
 from ..optim.shards import even_cuts
 
 
-def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, mpu: Any = None) -> ShardMap | None:
+def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module,
+              mpu: Any = None) -> ShardMap | None:
     """The ShardMap of what DeepSpeed made of our optimizer; None where it left the model's own parameters in it.
 
     Args:
         wrapper: ``engine.optimizer``.
         optimizer: ``engine.basic_optimizer``.
+        module: ``engine.module``.
         mpu: ``engine.mpu``, where tensor parallelism is Megatron's.
 
     Raises:
         BlockError: a kind of wrapper this adapter does not know.
     """
+    splits = _input_splits(module, mpu)
     if wrapper is optimizer:
-        return None
+        return ShardMap(_whole(optimizer), {}, splits) if splits else None
+    shards = _flats_and_cuts(wrapper, optimizer)
+    shards.splits = splits
+    return shards
+
+
+def _flats_and_cuts(wrapper: Any, optimizer: BlockwiseOptimizer) -> ShardMap:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         return _stage3(wrapper, optimizer)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
@@ -100,3 +109,20 @@ def _unsharded(wrapper: FP16_UnfusedOptimizer, optimizer: BlockwiseOptimizer) ->
     pairs = ((fp32, fp16) for fp32s, fp16s in zip(wrapper.fp32_groups, wrapper.fp16_groups)
              for fp32, fp16 in zip(fp32s, fp16s))
     return ShardMap([(fp32, [Fragment(_name(optimizer, fp16), 0, fp32.numel(), 0)]) for fp32, fp16 in pairs])
+
+
+def _whole(optimizer: BlockwiseOptimizer) -> list[tuple[torch.Tensor, list[Fragment]]]:
+    return [(p, [Fragment(_name(optimizer, p), 0, p.numel(), 0)]) for group in optimizer.param_groups
+            for p in group["params"] if p.requires_grad]
+
+
+def _input_splits(module: torch.nn.Module, mpu: Any) -> dict[str, InputSplit]:
+    """Megatron's row-parallel weights, by the marks Megatron puts on them: their rows go on in other ranks' slices."""
+    if mpu is None or not hasattr(mpu, "get_tensor_model_parallel_group"):
+        return {}
+    group = mpu.get_tensor_model_parallel_group()
+    if dist.get_world_size(group=group) == 1:
+        return {}
+    return {name: InputSplit(group, dist.get_world_size(group=group)) for name, p in module.named_parameters()
+            if p.requires_grad and getattr(p, "tensor_model_parallel", False)
+            and getattr(p, "partition_dim", -1) == 1}

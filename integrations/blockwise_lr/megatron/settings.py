@@ -94,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     choice.choices = [*choice.choices, *KINDS]
     choice.__class__ = ChooseOptimizer
     parser.set_defaults(blockwise_optimizer=None)
+    _mend_help(parser)
     group = parser.add_argument_group(title="blockwise learning rates")
     group.add_argument("--block-lr-ratios", nargs="+", type=_ratio, metavar="BLOCK=RATIO",
                        help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
@@ -108,6 +109,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Sum Adam-mini's rows over tensor-parallel ranks, so that TP does not change the result; "
                             "otherwise each rank's part of a row has a second moment of its own.")
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Escapes lone percent signs in Megatron's help texts (0.19.2 has one), with which --help fails."""
+    for action in parser._actions:
+        try:
+            parser._get_formatter()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def _pair(text: str) -> tuple[str, float]:

@@ -1,0 +1,38 @@
+"""DeepSpeed with ``mpu=megatron.core.parallel_state``: two functions that DeepSpeed asks of an mpu.
+
+Megatron before its core had ``get_model_parallel_world_size`` and ``get_model_parallel_rank``, and DeepSpeed still calls
+them; megatron.core.parallel_state has only the group. This adds both to an mpu that lacks them, when an engine is given
+one.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from .base import Patch, Symbol, Undo
+
+
+def _install(undo: Undo) -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    original = DeepSpeedEngine._configure_with_arguments
+
+    @functools.wraps(original)
+    def _configure_with_arguments(self: Any, args: Any, mpu: Any) -> None:
+        if hasattr(mpu, "get_model_parallel_group") and not hasattr(mpu, "get_model_parallel_world_size"):
+            undo.set(mpu, "get_model_parallel_world_size", lambda: mpu.get_model_parallel_group().size())
+            undo.set(mpu, "get_model_parallel_rank", lambda: mpu.get_model_parallel_group().rank())
+        original(self, args, mpu)
+
+    undo.set(DeepSpeedEngine, "_configure_with_arguments", _configure_with_arguments)
+
+
+PATCH = Patch(
+    name="deepspeed-megatron-mpu",
+    package="deepspeed",
+    versions=">=0.19.8,<0.20",
+    symbols=(Symbol("deepspeed.runtime.engine:DeepSpeedEngine._configure_with_arguments", ("self", "args", "mpu")),),
+    why="DeepSpeed asks an mpu for functions that megatron.core.parallel_state no longer has",
+    until="DeepSpeed asks the mpu for its model-parallel group only",
+    install=_install,
+)
