@@ -92,6 +92,12 @@ def embedding_copies(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [name for name, p in named if getattr(p, "shared_embedding", False)]
 
 
+def _norms(model: torch.nn.Module) -> list[str]:
+    """Names of norms by the type of their module, for those whose name says nothing (``5.weight`` in a pipeline)."""
+    return [f"{prefix}.{name}" for prefix, module in model.named_modules() if "Norm" in type(module).__name__
+            for name, _ in module.named_parameters(recurse=False)]
+
+
 def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
                config: Any = None, family: str | None = None) -> BlockMap:
     """Maps every trainable parameter of a model to block types.
@@ -115,7 +121,8 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
     aliases: dict[int, list[str]] = {}
     for name, p in named:
         aliases.setdefault(id(p), []).append(name)
-    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values(), embedding_copies(named))
+    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values(), embedding_copies(named),
+                     _norms(model))
     block_map.bind(named)
     return block_map
 
@@ -173,12 +180,14 @@ def _context(name: str, contexts: Mapping[str, Context]) -> Context:
 
 
 def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: bool, contexts: Mapping[str, Context],
-         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str]) -> BlockMap:
+         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str],
+         norms: Iterable[str] = ()) -> BlockMap:
     given, own = own, own + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
+    last = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
     layouts, unmapped = [], []
     for names in aliases:
-        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used)
+        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, last.get(name))
                       for name in names]
         known = [layout for layout in candidates if layout is not None]
         tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
@@ -194,12 +203,12 @@ def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: b
 
 
 def _layout(name: str, shape: tuple[int, ...], own: tuple[Rule, ...], context: Context, transposed: bool,
-            used: set[Rule]) -> ParamLayout | None:
+            used: set[Rule], last: Rule | None = None) -> ParamLayout | None:
     plain = plain_name(name)
     factor = _LOW_RANK.search(plain)
     if factor is not None:
         plain = plain[:factor.start()] + ".weight"
-    table = own + family_rules(context.family)
+    table = own + family_rules(context.family) + ((last,) if last is not None else ())
     rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
     if rule is None:
         return None
