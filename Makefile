@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON312 ?= python3.12
 VENV312 ?= .venv312
 RUN = $(VENV)/bin/python
+# DeepSpeed compiles its parts with the ninja of the environment, which is not activated
+export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test
 
 .PHONY: demo test test312 bench setup setup312 clean help
@@ -15,7 +17,7 @@ help:
 	@echo "make test           run the tests"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make bench          measure optimizer steps side by side"
-	@echo "make clean          remove the environments and what the demo wrote"
+	@echo "make clean          remove the environments, what was built and what the demo wrote"
 
 setup: $(VENV)/.stamp
 
@@ -52,4 +54,4 @@ bench: setup
 	@$(RUN) tests/bench/step.py
 
 clean:
-	rm -rf $(VENV) $(VENV312) runs
+	rm -rf $(VENV) $(VENV312) build runs
