@@ -1,0 +1,41 @@
+"""Hugging Face Trainer without DeepSpeed: ``Trainer(..., optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {"lr": 6e-4}))``.
+
+The Trainer calls what is no optimizer class as a factory, with the model (transformers.trainer_optimizer,
+``is_optimizer_factory``), at the moment at which the model is what will be trained: wrapped, sharded, with adapters. Its
+learning-rate schedulers scale ``lr`` and so keep the ratios.
+"""
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ..blocks import map_blocks
+from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim.base import BlockwiseOptimizer
+
+
+class BlockwiseAdamWFactory:
+    """Makes a :class:`~blockwise_lr.BlockwiseAdamW` for the Trainer's model."""
+
+    optimizer: ClassVar[type[BlockwiseOptimizer]] = BlockwiseAdamW
+
+    def __call__(self, model: torch.nn.Module, **settings: Any) -> BlockwiseOptimizer:
+        """The optimizer of a model.
+
+        Args:
+            model: what the Trainer trains.
+            settings: arguments of the optimizer's class; ``block_rules`` are rules for :func:`~blockwise_lr.map_blocks`.
+
+        Raises:
+            BlockError: as :func:`~blockwise_lr.map_blocks` and the optimizer's class.
+        """
+        block_map = map_blocks(model, rules=settings.pop("block_rules", None))
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return self.optimizer(trained, block_map=block_map, **settings)
+
+
+class BlockwiseAdamMiniFactory(BlockwiseAdamWFactory):
+    """Makes a :class:`~blockwise_lr.BlockwiseAdamMini` for the Trainer's model."""
+
+    optimizer = BlockwiseAdamMini

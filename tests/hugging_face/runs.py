@@ -1,0 +1,75 @@
+"""Runs of the real Trainer and of Accelerate on the CPU; they run in the rank processes."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from twins import VOCABULARY, make
+
+STEPS, SAVE_AT = 6, 3
+OPTIMIZER = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "kernel": "reference"}
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Fixed random sequences of 12 tokens."""
+
+    def __init__(self) -> None:
+        self.ids = torch.randint(0, VOCABULARY, (64, 12), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def ds_config(kind: str, stage: int, **top: Any) -> dict[str, Any]:
+    """A ds_config whose batch sizes and step counts the Trainer fills in ("auto")."""
+    return {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto", "zero_optimization": {"stage": stage},
+            "optimizer": {"type": kind, "params": dict(OPTIMIZER)},
+            "scheduler": {"type": "BlockwiseWarmupCosine",
+                          "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}}, **top}
+
+
+def _fresh_state() -> None:
+    """Accelerate keeps one state per process; a new case starts without it."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def train(folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", resume: bool = False,
+          model: str = "llama") -> dict[str, Any]:
+    """Trains with the Trainer, saving after SAVE_AT steps.
+
+    Args:
+        folder: where checkpoints go; shared by the ranks.
+        deepspeed: a ds_config; None trains with plain DDP through ``optimizer_cls_and_kwargs``.
+        kind: the optimizer, where deepspeed does not say it.
+        resume: go on from the checkpoint at SAVE_AT.
+
+    Returns:
+        losses by step, the learning rates of the block types at the end, and the optimizer's class.
+    """
+    import transformers
+
+    import blockwise_lr.deepspeed
+    from blockwise_lr import transformers as door
+
+    logging.disable(logging.WARNING)
+    _fresh_state()
+    arguments = transformers.TrainingArguments(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=SAVE_AT,
+        logging_steps=1, use_cpu=deepspeed is None, deepspeed=deepspeed, seed=5, report_to=[], disable_tqdm=True,
+        warmup_steps=2, learning_rate=OPTIMIZER["lr"], max_grad_norm=0.5, dataloader_num_workers=0)
+    settings = {} if deepspeed else {"optimizer_cls_and_kwargs": (getattr(door, kind + "Factory"), dict(OPTIMIZER))}
+    trainer = transformers.Trainer(model=make(model), args=arguments, train_dataset=Tokens(), **settings)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVE_AT}" if resume else None)
+    optimizer = (blockwise_lr.deepspeed.optimizer_of(trainer.model_wrapped) if deepspeed
+                 else trainer.optimizer.optimizer)
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    return {"losses": losses, "lrs": optimizer.block_lrs()[0], "optimizer": type(optimizer).__name__}

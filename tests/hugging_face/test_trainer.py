@@ -1,0 +1,21 @@
+"""The real Trainer and Accelerate on two ranks: with DeepSpeed, and without; stopped and resumed."""
+import pytest
+from hugging_face import runs
+
+from ranks import pool
+
+
+@pytest.mark.parametrize("deepspeed, kind", [
+    (runs.ds_config("BlockwiseAdamW", 2), "BlockwiseAdamW"),
+    (runs.ds_config("BlockwiseAdamMini", 3), "BlockwiseAdamMini"),
+    (None, "BlockwiseAdamW"),
+    (None, "BlockwiseAdamMini"),
+], ids=["ZeRO-2 AdamW", "ZeRO-3 Adam-mini", "DDP AdamW", "DDP Adam-mini"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, deepspeed, kind):
+    whole = pool(2).run(runs.train, str(tmp_path), deepspeed, kind)[0]
+    resumed = pool(2).run(runs.train, str(tmp_path), deepspeed, kind, True)[0]
+    assert whole["optimizer"] == resumed["optimizer"] == kind
+    assert sorted(whole["losses"]) == list(range(1, runs.STEPS + 1))
+    later = {step: loss for step, loss in whole["losses"].items() if step > runs.SAVE_AT}
+    assert {step: loss for step, loss in resumed["losses"].items() if step > runs.SAVE_AT} == later
+    assert resumed["lrs"] == whole["lrs"]
