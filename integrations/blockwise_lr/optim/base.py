@@ -10,6 +10,7 @@ import torch
 from ..blocks import BlockError, BlockMap, ParamLayout, map_names
 from ..blocks.block_map import full_shape
 from ..kernels import KERNELS, Kernel, StepValues, kernel_for
+from .dtensor import dtensor_shards, local
 from .plan import StepPlan
 from .settings import class_decay, group_lr
 from .shards import Fragment, ShardMap
@@ -44,6 +45,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.shards: ShardMap | None = None
         self._plans: dict[int, StepPlan] = {}
         self._check_all_mapped()
+        sharded = dtensor_shards((p for group in self.param_groups for p in group["params"] if p.requires_grad),
+                                 self.block_map.name_of)
+        if sharded is not None:
+            self.attach_shards(sharded)
 
     # ---- what is mapped to what
 
@@ -106,7 +111,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _make_plan(self, tensor: torch.Tensor, fragments: Iterable[Fragment]) -> StepPlan:
         fragments = list(fragments)
-        return self._plan(tensor.numel(), fragments, [self.layout_of(fragment.name) for fragment in fragments])
+        return self._plan(local(tensor).numel(), fragments, [self.layout_of(fragment.name) for fragment in fragments])
 
     def layout_of(self, name: str) -> ParamLayout:
         """The layout the step uses for a parameter."""
@@ -168,11 +173,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as one row of elements, sharing its memory.
+    """The tensor, or this rank's shard of a DTensor, as one row of elements, sharing its memory.
 
     Raises:
         BlockError: it is not contiguous; a copy would not be stepped.
     """
+    tensor = local(tensor)
     if not tensor.is_contiguous():
         raise BlockError(f"a parameter of shape {tuple(tensor.shape)} is not contiguous in memory; "
                          f"make it so with p.data = p.data.contiguous() before building the optimizer")

@@ -1,0 +1,59 @@
+"""FSDP2 runs on the CPU; they run in the rank processes."""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from twins import make, token_ids
+
+OPTIMIZERS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
+SETTINGS = {"lr": 2e-3, "eps": 1e-5, "kernel": "reference"}
+
+
+def layers(model):
+    inner = model.model if hasattr(model, "model") else getattr(model, "transformer", None) or model.gpt_neox
+    return getattr(inner, "layers", None) or inner.h
+
+
+def step(model, optimizer, batch):
+    """One step on every rank's micro batch (ranks, batch, length), gradients averaged."""
+    losses = []
+    for rank in range(len(batch)) if dist.get_world_size() == 1 else [dist.get_rank()]:
+        loss = model(batch[rank], labels=batch[rank]).loss
+        (loss / (len(batch) if dist.get_world_size() == 1 else 1)).backward()
+        losses.append(float(loss.detach()))
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses
+
+
+def train(kind: str, optimizer_kind: str, ranks: int, steps: int = 6) -> dict[str, torch.Tensor]:
+    """Weights after some steps with every layer in its own FSDP unit; on one rank, of the unsharded model."""
+    torch.manual_seed(0)
+    model = make(kind)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = OPTIMIZERS[optimizer_kind](model.named_parameters(), block_map=map_blocks(model), **SETTINGS)
+    for batch in token_ids(steps, 1, max(ranks, 2))[:, 0]:
+        step(model, optimizer, batch)
+    return {name: (p.full_tensor() if ranks > 1 else p).detach().clone() for name, p in model.named_parameters()}
+
+
+def refuse_other_placements() -> str:
+    """Sharding another dimension is refused on every rank before the first step."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = torch.nn.ModuleDict({"wte": torch.nn.Embedding(8, 4)})
+    model["wte"].weight = torch.nn.Parameter(distribute_tensor(torch.zeros(8, 4), mesh, [Shard(1)]))
+    try:
+        BlockwiseAdamW(model.named_parameters(), block_map=map_blocks(model))
+    except ValueError as error:
+        return str(error)
+    return ""
