@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -35,9 +36,12 @@ def ds_config(kind: str, stage: int, **top: Any) -> dict[str, Any]:
 
 
 def _fresh_state() -> None:
-    """Accelerate keeps one state per process; a new case starts without it."""
+    """Accelerate and transformers keep one state per process; a new case starts without it."""
     from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 
@@ -63,9 +67,10 @@ def train(folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", res
     logging.disable(logging.WARNING)
     _fresh_state()
     arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=SAVE_AT,
-        logging_steps=1, use_cpu=deepspeed is None, deepspeed=deepspeed, seed=5, report_to=[], disable_tqdm=True,
-        warmup_steps=2, learning_rate=OPTIMIZER["lr"], max_grad_norm=0.5, dataloader_num_workers=0)
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        save_steps=SAVE_AT, logging_steps=1, use_cpu=deepspeed is None, deepspeed=deepspeed, seed=5, report_to=[],
+        disable_tqdm=True, warmup_steps=2, learning_rate=OPTIMIZER["lr"], max_grad_norm=0.5,
+        adam_beta2=OPTIMIZER["betas"][1], weight_decay=OPTIMIZER["weight_decay"])
     settings = {} if deepspeed else {"optimizer_cls_and_kwargs": (getattr(door, kind + "Factory"), dict(OPTIMIZER))}
     trainer = transformers.Trainer(model=make(model), args=arguments, train_dataset=Tokens(), **settings)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVE_AT}" if resume else None)
@@ -73,3 +78,41 @@ def train(folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", res
                  else trainer.optimizer.optimizer)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     return {"losses": losses, "lrs": optimizer.block_lrs()[0], "optimizer": type(optimizer).__name__}
+
+
+def accelerate(folder: str, stage: int, resume: bool = False) -> dict[str, Any]:
+    """The training loop of an Accelerate user, with a ds_config that has our optimizer and schedule.
+
+    Args, returns: as :func:`train`.
+    """
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DummyOptim, DummyScheduler
+
+    import blockwise_lr.deepspeed
+
+    logging.disable(logging.WARNING)
+    _fresh_state()
+    settings = ds_config("BlockwiseAdamW", stage)
+    settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, gradient_clipping=0.5)
+    settings["scheduler"]["params"] = {"total_num_steps": STEPS, "warmup_num_steps": 2}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings))
+    model = make("gpt2")
+    optimizer = DummyOptim(model.parameters(), lr=OPTIMIZER["lr"], weight_decay=OPTIMIZER["weight_decay"])
+    data = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+    model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, DummyScheduler(optimizer))
+    if resume:
+        accelerator.load_state(f"{folder}/state")
+    losses = {}
+    for step, batch in zip(range(1, STEPS + 1), data):
+        if resume and step <= SAVE_AT:
+            continue
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses[step] = float(loss.detach())
+        if step == SAVE_AT and not resume:
+            accelerator.save_state(f"{folder}/state")
+    inner = blockwise_lr.deepspeed.optimizer_of(model)
+    return {"losses": losses, "lrs": inner.block_lrs()[0], "optimizer": type(inner).__name__}

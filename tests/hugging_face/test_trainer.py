@@ -19,3 +19,12 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, deepspee
     later = {step: loss for step, loss in whole["losses"].items() if step > runs.SAVE_AT}
     assert {step: loss for step, loss in resumed["losses"].items() if step > runs.SAVE_AT} == later
     assert resumed["lrs"] == whole["lrs"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_accelerate_saves_and_resumes(tmp_path, stage):
+    whole = pool(2).run(runs.accelerate, str(tmp_path), stage)[0]
+    resumed = pool(2).run(runs.accelerate, str(tmp_path), stage, True)[0]
+    assert whole["optimizer"] == "BlockwiseAdamW" and len(whole["losses"]) == runs.STEPS
+    assert resumed["losses"] == {step: loss for step, loss in whole["losses"].items() if step > runs.SAVE_AT}
+    assert resumed["lrs"] == whole["lrs"]

@@ -18,8 +18,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Tensor], str]) -> ShardMap | None:
     """The ShardMap of the DTensors among an optimizer's tensors; None where there are none.
 
-    FSDP2 cuts dimension 0 of every parameter as torch.chunk does: ceil(rows / ranks) rows per rank, the last ranks fewer
-    or none. A mesh with a replicated dimension besides (HSDP) changes nothing.
+    FSDP2 cuts dimension 0 of every parameter as torch.chunk does: ceil(rows / ranks) rows per rank, the last ranks
+    fewer or none. A mesh with a replicated dimension besides (HSDP) changes nothing.
 
     Raises:
         BlockError: another placement (tensor parallelism, or a shard of another dimension).
@@ -46,8 +46,9 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
 def _sharded_dimension(tensor: DTensor, name: str) -> int | None:
     """The mesh dimension over which dimension 0 is sharded."""
     dimensions = [number for number, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    plain = all(type(tensor.placements[number]) is Shard and tensor.placements[number].dim == 0 for number in dimensions)
+    plain = all(type(placement) is Shard and placement.dim == 0
+                for placement in map(tensor.placements.__getitem__, dimensions))
     if len(dimensions) > 1 or not plain:
-        raise BlockError(f"{name} is a DTensor placed {tensor.placements}; blockwise optimizers support parameters sharded "
-                         f"once, in dimension 0 (fully_shard), and replicated otherwise")
+        raise BlockError(f"{name} is a DTensor placed {tensor.placements}; blockwise optimizers support parameters "
+                         f"sharded once, in dimension 0 (fully_shard), and replicated otherwise")
     return dimensions[0] if dimensions else None

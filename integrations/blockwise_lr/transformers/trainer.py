@@ -1,7 +1,7 @@
-"""Hugging Face Trainer without DeepSpeed: ``Trainer(..., optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {"lr": 6e-4}))``.
+"""Hugging Face Trainer without DeepSpeed: ``optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {"lr": 6e-4})``.
 
 The Trainer calls what is no optimizer class as a factory, with the model (transformers.trainer_optimizer,
-``is_optimizer_factory``), at the moment at which the model is what will be trained: wrapped, sharded, with adapters. Its
+``is_optimizer_factory``), when the model is what will be trained: wrapped, sharded, with adapters. Its
 learning-rate schedulers scale ``lr`` and so keep the ratios.
 """
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BlockwiseAdamWFactory:
 
         Args:
             model: what the Trainer trains.
-            settings: arguments of the optimizer's class; ``block_rules`` are rules for :func:`~blockwise_lr.map_blocks`.
+            settings: arguments of the optimizer's class; ``block_rules`` go to :func:`~blockwise_lr.map_blocks`.
 
         Raises:
             BlockError: as :func:`~blockwise_lr.map_blocks` and the optimizer's class.

@@ -1,8 +1,8 @@
 """Naming tables, one per model family: the first line that matches a name counts.
 
 A family is found by the ``model_type`` of a model's config. Its own lines come first, then GENERIC, which knows the
-names most models share; a model whose names and layouts are all generic needs no table of its own. A new family is one entry
-in one of these tables and one row in the tests:
+names most models share; a model whose names and layouts are all generic needs no table of its own. A new family is
+one entry in one of these tables and one row in the tests:
 
     generic.py   names that mean the same wherever they appear
     fused.py     q, k and v in one weight
