@@ -10,10 +10,11 @@ RUN = $(VENV)/bin/python
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test
 
-.PHONY: demo test test312 bench setup setup312 clean help
+.PHONY: demo demo-megatron test test312 bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
+	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 2 minutes)"
 	@echo "make test           run the tests"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make bench          measure optimizer steps side by side"
@@ -42,6 +43,9 @@ $(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
 
 demo: setup
 	@$(RUN) examples/demo/run.py
+
+demo-megatron: setup312
+	@$(VENV312)/bin/python examples/megatron/run.py
 
 test: setup
 	@$(RUN) -m pytest tests
