@@ -136,14 +136,23 @@ def load_full(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor]) -
 
 
 def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
-                master: dict[int, torch.Tensor] | None = None) -> tuple[dict[str, torch.Tensor], float]:
-    """The whole model's fp32 weights, from all ranks, and how far any two ranks' copies of an element are apart."""
+                masters: dict[int, tuple[int, torch.Tensor]] | None = None) -> tuple[dict[str, torch.Tensor], float]:
+    """The whole model's fp32 weights, from all ranks, and how far any two ranks' copies of an element are apart.
+
+    Args:
+        masters: id of a bf16 parameter -> (where in it the shard begins, this rank's fp32 shard).
+    """
     pieces = []
     for name, p in full_names(chunks):
         index = own_slice(torch.arange(like[name].numel()).view(like[name].shape), name, p,
-                          chunks[0].config.gated_linear_unit)
-        value = (master or {}).get(id(p), p.detach())
-        pieces.append((name, index.reshape(-1), value.detach().float().reshape(-1).clone()))
+                          chunks[0].config.gated_linear_unit).reshape(-1)
+        if masters is None:
+            start, value = 0, p
+        elif id(p) in masters:
+            start, value = masters[id(p)]
+        else:
+            continue  # another rank holds it
+        pieces.append((name, index[start:start + value.numel()], value.detach().float().reshape(-1).clone()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     found = {name: torch.full((value.numel(),), float("nan")) for name, value in like.items()}

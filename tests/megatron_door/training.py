@@ -124,31 +124,47 @@ def train(wrapped: list[torch.nn.Module], optimizer: Any, steps: int,
     return losses
 
 
-def masters(optimizer: Any, chunks: list[torch.nn.Module]) -> dict[int, torch.Tensor]:
-    """id of a bf16 parameter -> its fp32 master weights, gathered from the shards."""
+def masters(optimizer: Any, chunks: list[torch.nn.Module]) -> dict[int, tuple[int, torch.Tensor]]:
+    """id of a bf16 parameter -> (where in it the shard begins, this rank's fp32 shard)."""
     found = {}
     for chunk in chunks:
         for p in chunk.parameters():
             main = getattr(p, "main_param", None)
-            if main is not None and not getattr(p, "main_param_sharded", False):
-                found[id(p)] = main
+            if main is not None:
+                owner = next((o for o in optimizer.chained_optimizers if p in getattr(o, "model_param_gbuf_map", ())), None)
+                found[id(p)] = (owner._get_model_param_range_map(p)["param"].start if owner else 0, main)
     return found
 
 
-def parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> dict[str, float]:
-    """Worst relative difference (2-norm) of any tensor from the twin's, and how far ranks' copies are apart."""
+def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str, torch.Tensor],
+            **settings: Any) -> tuple[dict[str, torch.Tensor], float]:
+    """Weights after training under a layout, and how far ranks' copies of them are apart."""
     import blockwise_lr.megatron
 
-    first, wanted, _ = reference(variant, kind, steps)
     with megatron(layout):
-        undo = blockwise_lr.megatron.register(kernel="reference")
-        chunks = build_chunks(variant, layout)
-        load_full(chunks, first)
-        wrapped = wrap(chunks, layout)
-        optimizer = make_optimizer(wrapped, NAMES[kind], layout)
-        train(wrapped, optimizer, steps)
-        found, apart = gather_full(chunks, first)
-        undo()
+        undo = blockwise_lr.megatron.register(kernel="reference", **settings)
+        try:
+            chunks = build_chunks(variant, layout)
+            load_full(chunks, first)
+            wrapped = wrap(chunks, layout)
+            optimizer = make_optimizer(wrapped, NAMES[kind], layout)
+            train(wrapped, optimizer, steps)
+            return gather_full(chunks, first, masters(optimizer, chunks) if layout.bf16 else None)
+        finally:
+            undo()
+
+
+def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings: Any) -> dict[str, Any]:
+    """Worst relative difference (2-norm) of any tensor from the twin's, and how far ranks' copies are apart.
+
+    In bf16 the difference is that of the updates, from a twin that computes in bf16 with fp32 master weights.
+    """
+    first, wanted, _ = reference(variant, kind, steps, torch.bfloat16 if layout.bf16 else torch.float32)
+    found, apart = trained(variant, kind, layout, steps, first, **settings)
+    if layout.bf16:
+        begin = {name: value.bfloat16().float() for name, value in first.items()}
+        found = {name: found[name] - begin[name] for name in found}
+        wanted = {name: wanted[name] - first[name] for name in found}
     differences = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
     worst = max(differences, key=lambda name: differences[name])
     return {"worst": differences[worst], "apart": apart, "name": worst}

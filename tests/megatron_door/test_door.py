@@ -1,0 +1,146 @@
+"""What the door refuses, leaves alone and counts, on real megatron-core."""
+import pytest
+
+pytest.importorskip("megatron.core")
+
+from megatron_door.layouts import Layout, build_chunks, megatron  # noqa: E402
+from ranks import pool  # noqa: E402
+
+
+def with_an_unknown_module_on_the_last_stage(strict):
+    """Pipeline stage 1 alone has a parameter that no rule knows."""
+    import torch
+    from megatron.core import parallel_state
+
+    import blockwise_lr.megatron
+    from megatron_door.training import make_optimizer, wrap
+
+    with megatron(Layout(pp=2)):
+        undo = blockwise_lr.megatron.register(block_strict=strict)
+        try:
+            chunks = build_chunks("llama", Layout(pp=2))
+            if parallel_state.is_pipeline_last_stage():
+                chunks[0].decoder.layers[1].adapter = torch.nn.Linear(32, 32, bias=False)
+            return make_optimizer(wrap(chunks, Layout(pp=2)), "blockwise_adamw", Layout(pp=2)) is not None
+        finally:
+            undo()
+
+
+def test_an_unmapped_module_stops_every_rank_with_the_same_error():
+    errors = pool(2).run(with_an_unknown_module_on_the_last_stage, True, errors=True)
+    assert len(errors) == 2
+    for error in errors:
+        assert "decoder.layers.3.adapter.weight of shape (32, 32)" in str(error)  # the number over both stages
+        assert '{"match": "*.adapter.*", "block": "ffn"}' in str(error)
+
+
+def test_an_unmapped_module_trains_when_not_strict():
+    assert pool(2).run(with_an_unknown_module_on_the_last_stage, False) == [True, True]
+
+
+def plain_adam():
+    """What Megatron builds for --optimizer adam with our patches applied and without."""
+    import torch
+
+    import blockwise_lr.megatron
+    from megatron_door.training import make_optimizer, make_scheduler, wrap
+
+    found = []
+    with megatron(Layout()):
+        for register in (True, False):
+            undo = blockwise_lr.megatron.register() if register else lambda: None
+            chunks = build_chunks("llama", Layout())
+            optimizer = make_optimizer(wrap(chunks, Layout()), "adam", Layout())
+            make_scheduler(optimizer).step(2)
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            inner = [type(o.optimizer) is torch.optim.AdamW for o in optimizer.chained_optimizers]
+            found.append((inner, groups))
+            undo()
+    return found
+
+
+def test_plain_adam_is_untouched():
+    (with_us, without), = pool(1).run(plain_adam)
+    assert with_us == without and with_us[0] == [True]
+
+
+def schedule_and_buffers():
+    """Per-block learning rates of Megatron's scheduler, and how many gradient buffers and groups there are."""
+    import blockwise_lr.megatron
+    from blockwise_lr.megatron.build import current_block_lrs
+    from megatron_door.training import make_optimizer, make_scheduler, wrap
+
+    layout = Layout(distributed=True)
+    with megatron(layout):
+        undo = blockwise_lr.megatron.register(block_lr_ratios={"qk": 5.0})
+        try:
+            wrapped = wrap(build_chunks("gpt", layout), layout)
+            adam = make_optimizer(wrapped, "adam", layout)
+            ours = make_optimizer(wrap(build_chunks("gpt", layout), layout), "blockwise_adamw", layout)
+            scheduler = make_scheduler(ours)
+            rates = []
+            for _ in range(13):
+                rates.append(current_block_lrs())
+                scheduler.step(1)
+            return rates, len(adam.param_groups), len(ours.param_groups), len(wrapped[0].buffers)
+        finally:
+            undo()
+
+
+def test_megatrons_scheduler_gives_each_block_its_peak_and_one_shared_minimum():
+    from megatron_door.training import LR, MIN_LR, megatron_lr
+
+    ratios = {"embedding": 10, "head": 10, "qk": 5, "vo": 4, "ffn": 6, "norm": 1}
+    for rates, adam_groups, groups, buffers in pool(1).run(schedule_and_buffers):
+        for step, found in enumerate(rates):
+            assert found == pytest.approx({block: megatron_lr(step, ratio) for block, ratio in ratios.items()})
+        assert rates[3]["embedding"] == pytest.approx(10 * LR)
+        assert list(rates[12].values()) == pytest.approx([MIN_LR] * 6)
+        assert groups == adam_groups and buffers == 1  # block types add neither groups nor gradient buffers
+
+
+def refused(options):
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    import blockwise_lr.megatron
+    from megatron_door.training import wrap
+
+    with megatron(Layout()):
+        undo = blockwise_lr.megatron.register()
+        try:
+            get_megatron_optimizer(OptimizerConfig(optimizer="blockwise_adamw", lr=1e-3, min_lr=0.0, **options),
+                                   wrap(build_chunks("llama", Layout()), Layout()), use_gloo_process_groups=False)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            undo()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"optimizer_cpu_offload": True}, "BlockError: blockwise optimizers do not support --optimizer-cpu-offload"),
+    ({"decoupled_lr": 1e-3}, "BlockError: blockwise optimizers do not support --decoupled-lr"),
+    ({"decoupled_weight_decay": False}, "BlockError: blockwise optimizers decouple weight decay"),
+])
+def test_options_that_cannot_go_together(options, message):
+    assert pool(1).run(refused, options)[0].startswith(message)
+
+
+def patches_undone():
+    import torch
+    from megatron.core import optimizer
+
+    before = optimizer._get_megatron_optimizer_based_on_param_groups
+    with megatron(Layout()):
+        import blockwise_lr.megatron
+
+        undo = blockwise_lr.megatron.register()
+        blockwise_lr.megatron.register()  # twice is harmless
+        changed = optimizer._get_megatron_optimizer_based_on_param_groups is not before
+        inside = torch.cuda.is_available(), torch.zeros(1, device="cuda").type()
+        undo()
+    after = optimizer._get_megatron_optimizer_based_on_param_groups is before
+    return changed, after, inside, torch.cuda.is_available(), torch.zeros(1).type()
+
+
+def test_patches_are_given_back():
+    assert pool(1).run(patches_undone) == [(True, True, (True, "torch.cuda.FloatTensor"), False, "torch.FloatTensor")]

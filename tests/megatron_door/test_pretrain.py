@@ -1,0 +1,85 @@
+"""Megatron's real pretrain() through our runner (megatron-core 0.19 carries it): log, TensorBoard, flags, plain Adam."""
+import os
+import re
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("megatron.core")
+if find_spec("megatron.training") is None:
+    pytest.skip("this megatron-core carries no megatron.training", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "megatron" / "pretrain_gpt.py"
+FLAGS = """
+--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
+--micro-batch-size 2 --global-batch-size 4 --train-iters 20 --lr 1e-3 --min-lr 5e-5 --lr-warmup-iters 5
+--lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --split 90,5,5 --tokenizer-type NullTokenizer
+--vocab-size 63 --transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0
+--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
+--no-persist-layer-norm --attention-backend unfused --log-interval 5 --eval-iters 1 --eval-interval 1000
+""".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("data") / "counting"
+    builder = IndexedDatasetBuilder(str(prefix) + ".bin")
+    for start in range(100):
+        builder.add_document(torch.arange(start, start + 64, dtype=torch.int32) % 60, [64])
+    builder.finalize(str(prefix) + ".idx")
+    return prefix
+
+
+def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",)):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+                   "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    command = [sys.executable, *(["-m", module] if module else []), *options, str(SCRIPT), *FLAGS, "--data-path",
+               str(data), "--data-cache-path", str(data.parent / "cache"), *flags]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return run.returncode, run.stdout + run.stderr
+
+
+def losses(log):
+    return [float(loss) for loss in re.findall(r"lm loss: (\S+)", log)]
+
+
+def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code, log = launch(data, "--optimizer", "blockwise_adam_mini", "--block-lr-ratios", "embedding=10", "ffn=3",
+                       "--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1")
+    assert code == 0, log[-3000:]
+    assert losses(log)[-1] < losses(log)[0] - 0.5
+    assert "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 8.000000E-03 | vo: 4.000000E-03 | " \
+           "ffn: 3.000000E-03 | norm: 1.000000E-03 |" in log
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in events.Scalars("learning-rate/ffn")][-1] == pytest.approx(5e-5)
+
+
+def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
+    """The other side applies the CPU patch only."""
+    alone = tmp_path / "alone.py"
+    alone.write_text("import runpy, sys\nfrom blockwise_lr.patches.megatron_on_cpu import PATCH\nPATCH.apply()\n"
+                     "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    logs = [launch(data, "--optimizer", "adam")[1], launch(data, "--optimizer", "adam", module=None,
+                                                            options=(str(alone),))[1]]
+    assert losses(logs[0]) == losses(logs[1]) and len(losses(logs[0])) == 5, logs[1][-3000:]
+    assert "learning rates |" not in logs[0]
+
+
+def test_flags_are_in_megatrons_help_and_checked(data):
+    code, log = launch(data, "--help")
+    assert code == 0 and "blockwise learning rates:" in log and "blockwise_adam_mini" in log
+    code, log = launch(data, "--optimizer", "blockwise_adamw", "--block-lr-ratios", "embeding=10")
+    assert code == 2 and "unknown block type 'embeding'" in log
