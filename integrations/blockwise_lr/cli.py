@@ -1,6 +1,7 @@
 """The command line: ``blockwise-lr inspect``, ``families`` and ``doctor``."""
 from __future__ import annotations
 
+import io
 import json
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,8 @@ class Format(str, Enum):
 
     table = "table"
     json = "json"
+    svg = "svg"
+    png = "png"
 
 
 @app.callback()
@@ -37,7 +40,8 @@ def inspect(
     lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
     ratio: Annotated[Optional[list[str]], typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="Output.")] = Format.table,
+    form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
+    output: Annotated[Optional[Path], typer.Option(help="Where to write it; needed for svg and png.")] = None,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
     try:
@@ -47,14 +51,29 @@ def inspect(
     except (BlockError, OSError, ValueError) as error:
         typer.echo(f"blockwise-lr inspect: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    if form is Format.json:
-        typer.echo(as_json(rows))
-    else:
-        _print_rows(rows)
+    _write(rows, form, output)
     if UNMAPPED in totals(rows):
         typer.echo("blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
                    '[{"match": "*.name.*", "block": "ffn"}]', err=True)
         raise typer.Exit(EXIT_UNMAPPED)
+
+
+def _write(rows: list[Row], form: Format, output: Path | None) -> None:
+    if form in (Format.svg, Format.png):
+        if output is None or output.suffix != f".{form.value}":
+            typer.echo(f"blockwise-lr inspect: --format {form.value} needs --output FILE.{form.value}", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT)
+        try:
+            from .picture import draw
+
+            draw(rows, output)
+        except ImportError as error:
+            typer.echo(f"blockwise-lr inspect: a picture needs matplotlib; pip install matplotlib ({error})", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+    elif form is Format.json:
+        typer.echo(as_json(rows)) if output is None else output.write_text(as_json(rows) + "\n")
+    else:
+        _print_rows(rows, output)
 
 
 def _console() -> Console:
@@ -63,8 +82,8 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def _print_rows(rows: list[Row]) -> None:
-    console = _console()
+def _print_rows(rows: list[Row], output: Path | None = None) -> None:
+    console = _console() if output is None else Console(record=True, width=200, file=io.StringIO())
     table = Table()
     table.add_column("parameter", overflow="fold")
     table.add_column("shape", no_wrap=True)
@@ -85,6 +104,8 @@ def _print_rows(rows: list[Row]) -> None:
         sums.add_row(block, f"{numel:,}", f"{numel / everything:.1%}")
     sums.add_row("all", f"{everything:,}", "")
     console.print(sums)
+    if output is not None:
+        output.write_text(console.export_text())
 
 
 @app.command()

@@ -67,3 +67,36 @@ def test_doctor_names_versions_patches_and_kernels():
     assert result.exit_code == 0
     for words in (torch.__version__, "deepspeed-types", "reference", "DeepSpeedEngine._configure_basic_optimizer"):
         assert words in result.output
+
+
+def test_a_picture_shows_every_block_type_with_its_learning_rate(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    for kind in ("svg", "png"):
+        result = run("inspect", tmp_path, "--format", kind, "--output", tmp_path / f"model.{kind}")
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "model.svg").read_text()
+    for words in ("embedding: lr 0.01", "norm: lr 0.001", "model.layers.1", "lm_head"):
+        assert words in drawn  # matplotlib writes texts as comments beside their outlines
+    assert run("inspect", tmp_path, "--format", "svg").exit_code == 2
+
+
+def test_the_table_and_json_can_go_to_a_file(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert run("inspect", tmp_path, "--output", tmp_path / "t.txt").output == ""
+    assert "model.layers.0.self_attn.q_proj.weight" in (tmp_path / "t.txt").read_text()
+    run("inspect", tmp_path, "--format", "json", "--output", tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text())["totals"]["ffn"] == 2 * 3 * 64 * 96
+
+
+def test_a_model_of_400_billion_parameters_takes_seconds(tmp_path):
+    """Llama 3.1 405B, all 126 layers."""
+    import time
+
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "llama", "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}))
+    start = time.process_time()
+    result = run("inspect", tmp_path, "--format", "json")
+    assert sum(json.loads(result.output)["totals"].values()) == pytest.approx(405.9e9, rel=0.001)
+    assert time.process_time() - start < 30
