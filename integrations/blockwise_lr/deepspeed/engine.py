@@ -10,6 +10,7 @@ from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
 from .cut_sums import reduce_cut_segments_once
 from .shard_maps import shard_map
+from .universal import load_universal
 
 
 def optimizer_of(engine: Any) -> BlockwiseOptimizer:
@@ -50,10 +51,34 @@ def attach(engine: Any) -> None:
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         if shards is not None and shards.cuts and len(shards.flats) > 1:
             reduce_cut_segments_once(engine.optimizer, optimizer)
+    _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
 
 
+def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
+    """What ZeRO saves and loads goes through files that know only states of the parameters' shape."""
+    wrapper = engine.optimizer
+    if not hasattr(wrapper, "_load_universal_checkpoint"):
+        if engine.load_universal_checkpoint():
+            raise BlockError("load_universal needs a ZeRO stage of 1 to 3, for DeepSpeed makes universal checkpoints of "
+                             "these only; set zero_optimization, or unset checkpoint.load_universal")
+        return
+    optimizer.element_state = True
+    upstream = wrapper._load_universal_checkpoint
+
+    def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:
+        if load_optimizer_states:
+            load_universal(wrapper, optimizer, checkpoint_folder)
+        else:
+            upstream(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
+
+    wrapper._load_universal_checkpoint = load
+
+
 def _refuse_unsupported(engine: Any) -> None:
+    if engine.zero_elastic_checkpoint():
+        raise BlockError("blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
+                         "checkpoints to change the number of ranks")
     offload = engine.zero_offload_optimizer() if engine.zero_optimization() else None
     if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
         raise BlockError("blockwise optimizers do not support offload_optimizer to nvme; use \"device\": \"cpu\"")

@@ -27,7 +27,7 @@ class ReferenceKernel:
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         for row in _tiles(rectangles, 1):
-            _slots(sums, row).add_(_segment_sums(grad, row))
+            slots_of(sums, row).add_(_segment_sums(grad, row))
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                   plan: StepPlan, values: StepValues) -> None:
@@ -35,10 +35,10 @@ class ReferenceKernel:
         for row, numel in zip(rectangles.table, rectangles.segment_numel):
             spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
             if spread:
-                _second_moment(_slots(exp_avg_sq, row), _spread_sums(grad, row), numel, values)
+                _second_moment(slots_of(exp_avg_sq, row), _spread_sums(grad, row), numel, values)
             for tile in _split(row, 1):
                 if not spread:
-                    _second_moment(_slots(exp_avg_sq, tile), _segment_sums(grad, tile), numel, values)
+                    _second_moment(slots_of(exp_avg_sq, tile), _segment_sums(grad, tile), numel, values)
                 _mini_tile(param, grad, exp_avg, exp_avg_sq, tile, values)
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
@@ -70,23 +70,23 @@ def _second_moment(moment: torch.Tensor, sums: torch.Tensor, numel: float, value
 def _mini_tile(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                row: np.ndarray, values: StepValues) -> None:
     """Parameters and first moments of a tile, its second moments being those of this step already."""
-    p, g, m = (_segments(t, row) for t in (param, grad, exp_avg))
+    p, g, m = (segments_of(t, row) for t in (param, grad, exp_avg))
     lr = values.lrs[row[CLASS]]
     p.mul_(1 - lr * values.decays[row[CLASS]])
     m.lerp_(g.to(m.dtype), 1 - values.beta1)
-    denominator = (_slots(exp_avg_sq, row).sqrt() / values.correction2_sqrt).add_(values.eps)
+    denominator = (slots_of(exp_avg_sq, row).sqrt() / values.correction2_sqrt).add_(values.eps)
     p.addcdiv_(m, denominator.to(p.dtype).unsqueeze(-1), value=-(lr / values.correction1))
 
 
 def _spread_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:
     sums = torch.zeros(int(row[INNER] // row[UNIT]), dtype=torch.float32, device=grad.device)
     for tile in _split(row, 1):
-        _slots(sums, tile, int(row[SLOT])).add_(_segment_sums(grad, tile))
+        slots_of(sums, tile, int(row[SLOT])).add_(_segment_sums(grad, tile))
     return sums
 
 
 def _segment_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:
-    squares = _segments(grad, row).float().square()
+    squares = segments_of(grad, row).float().square()
     return squares.sum((0, 2)) if row[SLOT_STEP] == 0 else squares.sum(2)
 
 
@@ -96,12 +96,12 @@ def _runs(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
                              tensor.storage_offset() + int(row[OFFSET]))
 
 
-def _segments(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
+def segments_of(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
     """The rectangle as a view (outer, segments of a run, unit)."""
     return _runs(tensor, row).unflatten(1, (-1, int(row[UNIT])))
 
 
-def _slots(moments: torch.Tensor, row: np.ndarray, base: int = 0) -> torch.Tensor:
+def slots_of(moments: torch.Tensor, row: np.ndarray, base: int = 0) -> torch.Tensor:
     """The rectangle's slots as a view: (outer, segments of a run), or (segments of a run,) where runs share them."""
     count = int(row[INNER] // row[UNIT])
     offset = moments.storage_offset() + int(row[SLOT]) - base

@@ -44,7 +44,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, block_map, block_lr_ratios, block_weight_decay, decay_norms_and_biases,
-        min_lr, block_rules, kernel: as for :class:`~blockwise_lr.BlockwiseAdamW`. A block_map that knows the number of
+        min_lr, block_rules, kernel, accept_mismatch, ratio_fade_steps: as for :class:`~blockwise_lr.BlockwiseAdamW`. A block_map that knows the number of
             heads is needed (``map_blocks(model)`` of a model with a config).
         bias_segments: "element" (the default: as the official code, at a cost of memory that cannot be measured, and a
             fused bias of q, k and v needs no sums over ranks) or "vector" (one per bias vector).
@@ -58,7 +58,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
                  block_lr_ratios: Mapping[str, float] | None = None,
                  block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
                  min_lr: float | None = None, bias_segments: str = "element",
-                 block_rules: Iterable[dict] | None = None, kernel: str = "auto") -> None:
+                 block_rules: Iterable[dict] | None = None, kernel: str = "auto",
+                 accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
         if bias_segments not in BIAS_SEGMENTS:
             raise BlockError(f"bias_segments is {bias_segments!r}; use one of {', '.join(BIAS_SEGMENTS)}")
         self.bias_segments = bias_segments
@@ -68,7 +69,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         defaults = checked_defaults(lr, betas, eps, weight_decay, block_lr_ratios=block_lr_ratios,
                                     block_weight_decay=block_weight_decay,
                                     decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr)
-        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel)
+        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel,
+                         accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps)
         for name in self.block_map:  # a missing number of heads is refused now and not at the first step
             self._plan(0, [Fragment(name, 0, 0, 0)], [self.layout_of(name)])
 
@@ -86,6 +88,21 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}
         self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
 
+    @property
+    def segment_plans(self) -> bool:
+        return True
+
+    def reduce_cut(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Adds the sums of cut segments over the ranks that share them, in place.
+
+        Args:
+            sums: per id of a flat tensor, (its plan's slots,), float32. Every rank of the groups must call it.
+        """
+        if self._sync is not None:
+            ordered = self._in_order(sums)
+            self._sync.finish(ordered, self._sync.start(ordered))
+        return sums
+
     def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
 
@@ -101,11 +118,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
                 gradient may have another shape or dtype than the tensor, but its elements in the same order.
         """
-        sums = self._partial_sums(grads)
-        if self._sync is not None:
-            ordered = self._in_order(sums)
-            self._sync.finish(ordered, self._sync.start(ordered))
-        self._early = sums
+        self._early = self.reduce_cut(self._partial_sums(grads))
 
     @property
     def has_early_sums(self) -> bool:

@@ -38,6 +38,10 @@ class BlockwiseAdamW(BlockwiseOptimizer):
             default. Other schedulers do not use it.
         block_rules: naming rules of your own, where no block_map is given.
         kernel: "auto", or a kernel's name (see :mod:`blockwise_lr.kernels`).
+        accept_mismatch: in what a loaded checkpoint may contradict this run, which goes on with its own settings then:
+            any of optimizer, block_map, block_lr_ratios and the other settings' names. Nothing by default.
+        ratio_fade_steps: over how many optimizer steps accepted new ratios take over from the checkpoint's (from 1 where
+            it is a plain AdamW's); 0: at once.
 
     Raises:
         BlockError: a value out of range, an unknown block type, or a parameter that is not mapped.
@@ -47,11 +51,13 @@ class BlockwiseAdamW(BlockwiseOptimizer):
                  eps: float = 1e-8, weight_decay: float = 0.1, *, block_map: BlockMap | None = None,
                  block_lr_ratios: Mapping[str, float] | None = None,
                  block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
-                 min_lr: float | None = None, block_rules: Iterable[dict] | None = None, kernel: str = "auto") -> None:
+                 min_lr: float | None = None, block_rules: Iterable[dict] | None = None, kernel: str = "auto",
+                 accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
         defaults = checked_defaults(lr, betas, eps, weight_decay, block_lr_ratios=block_lr_ratios,
                                     block_weight_decay=block_weight_decay,
                                     decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr)
-        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel)
+        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel,
+                         accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps)
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         return adamw_plan(numel, fragments, layouts)

@@ -9,10 +9,13 @@ import torch
 
 from ..blocks import BlockError, BlockMap, ParamLayout, map_names
 from ..blocks.block_map import full_shape
+from ..checkpoint.moments import spread
+from ..checkpoint.record import ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record, checked_accepts, plain_layouts
+from ..checkpoint.restore import prepared
 from ..kernels import KERNELS, Kernel, StepValues, kernel_for
 from .dtensor import dtensor_shards, local
 from .plan import StepPlan
-from .settings import class_decay, group_lr
+from .settings import advance_fade, checked_fade, class_decay, group_lr
 from .shards import Fragment, ShardMap
 
 
@@ -32,7 +35,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             BlockwiseOptimizer._held = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, block_map: BlockMap | None,
-                 block_rules: Iterable[dict] | None, kernel: str) -> None:
+                 block_rules: Iterable[dict] | None, kernel: str, accept_mismatch: Iterable[str],
+                 ratio_fade_steps: int) -> None:
         groups = list(params)
         if groups and isinstance(groups[0], dict):
             # A weight_decay on a user's own group is theirs to keep; torch would fill in the default where it is absent.
@@ -44,11 +48,16 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.block_map = block_map if block_map is not None else self._map_by_name(block_rules)
         self.shards: ShardMap | None = None
         self._plans: dict[int, StepPlan] = {}
+        self._fragments: dict[int, list[Fragment]] = {}
         self._check_all_mapped()
         sharded = dtensor_shards((p for group in self.param_groups for p in group["params"] if p.requires_grad),
                                  self.block_map.name_of)
         if sharded is not None:
             self.attach_shards(sharded)
+        self.accept_mismatch = checked_accepts(accept_mismatch)
+        self.ratio_fade_steps = checked_fade(ratio_fade_steps)
+        self.element_state = False  # whether state_dict spreads second moments over elements; adapters set it
+        self.initial_settings = [_settings(group) for group in self.param_groups]
 
     # ---- what is mapped to what
 
@@ -91,6 +100,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
                                      f"{fragment.name}, which has {layout.numel}")
         self.shards = shards
+        self._fragments = {id(flat): list(fragments) for flat, fragments in shards.flats}
         self._plans = {id(flat): self._make_plan(flat, fragments) for flat, fragments in shards.flats}
 
     def plan_of(self, tensor: torch.Tensor) -> StepPlan:
@@ -101,13 +111,18 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """
         plan = self._plans.get(id(tensor))
         if plan is None:
-            name = self.block_map.name_of(tensor)
-            if name is None:
-                raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a "
-                                 f"parameter of the block map nor an attached shard; call attach_shards first")
-            plan = self._make_plan(tensor, [Fragment(name, 0, tensor.numel(), 0)])
-            self._plans[id(tensor)] = plan
+            plan = self._plans[id(tensor)] = self._make_plan(tensor, self.fragments_of(tensor))
         return plan
+
+    def fragments_of(self, tensor: torch.Tensor) -> list[Fragment]:
+        """What lies in one of the optimizer's tensors; raises as :meth:`plan_of`."""
+        if id(tensor) in self._fragments:
+            return self._fragments[id(tensor)]
+        name = self.block_map.name_of(tensor)
+        if name is None:
+            raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a "
+                             f"parameter of the block map nor an attached shard; call attach_shards first")
+        return [Fragment(name, 0, tensor.numel(), 0)]
 
     def _make_plan(self, tensor: torch.Tensor, fragments: Iterable[Fragment]) -> StepPlan:
         fragments = list(fragments)
@@ -160,16 +175,72 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         tensors = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, p in tensors:
+        for group, p in tensors:
             self.init_state(p)["step"] += 1
+            advance_fade(group, int(self.state[p]["step"]))
         self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in tensors])
         return loss
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         raise NotImplementedError
 
+    # ---- saving and loading
+
+    bias_segments: str | None = None  # Adam-mini's setting
+
+    @property
+    def segment_plans(self) -> bool:
+        """Whether exp_avg_sq has one value per segment of the plan, and not one per element."""
+        return False
+
+    def record(self) -> Record:
+        """Where a state saved now comes from; it lies in the first param group of a state dict."""
+        from .. import __version__
+
+        form = SEGMENTS if self.segment_plans and not self.element_state else ELEMENTS
+        return Record(type(self).__name__, __version__, self.block_map.fingerprint(), plain_layouts(self.block_map),
+                      self.initial_settings, self.bias_segments, form)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with a record of its origin. Where shards are saved in formats that know only states of the
+        parameters' shape, second moments are spread over their elements (on the CPU, 4 bytes an element)."""
+        saved = super().state_dict()
+        saved["param_groups"][0][KEY] = self.record().as_dict()
+        if self.segment_plans and self.element_state:
+            tensors = [p for group in self.param_groups for p in group["params"]]
+            for index, state in saved["state"].items():
+                plan = self.plan_of(tensors[index])
+                saved["state"][index] = {**state, "exp_avg_sq": spread(state["exp_avg_sq"], plan)}
+        return saved
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state saved by a blockwise optimizer or, where ``accept_mismatch`` says so, by any AdamW.
+
+        With attached shards all ranks must call it at the same time.
+
+        Raises:
+            MismatchError: it contradicts this optimizer's settings or model in what ``accept_mismatch`` does not name.
+            CheckpointError: it does not fit these tensors, or is of a newer format. Nothing has been loaded then.
+        """
+        ready = prepared(self, state_dict)
+        super().load_state_dict(ready)
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        for position, state in ready["state"].items():
+            mine = self.state[tensors[position]]
+            mine["step"] = state["step"].clone()  # DeepSpeed's loaders share one tensor between several states
+            if self.segment_plans:  # torch has cast it to the parameter's dtype
+                mine["exp_avg_sq"] = state["exp_avg_sq"].to(tensors[position].device, torch.float32, copy=True)
+
     def _kernel(self, tensor: torch.Tensor) -> Kernel:
         return kernel_for(tensor.device, self.kernel_name)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings as they are built, which schedulers change later on."""
+    found = {key: group[key] for key in GROUP_SETTINGS}
+    return {**found, "lr": float(group["lr"])}
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

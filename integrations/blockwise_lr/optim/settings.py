@@ -40,6 +40,34 @@ def _finite(value: Any) -> bool:
         return False
 
 
+def checked_fade(steps: Any) -> int:
+    """The ``ratio_fade_steps`` setting, checked.
+
+    Raises:
+        BlockError: not a whole number, 0 or above.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise BlockError(f"ratio_fade_steps is {steps!r}; give a whole number of optimizer steps, 0 or above")
+    return steps
+
+
+def advance_fade(group: dict[str, Any], step: int) -> None:
+    """Tells a group whose ratios fade from a loaded checkpoint's to its own which step is about to be taken."""
+    fade = group.get("ratio_fade")
+    if fade:
+        fade["at"] = step
+        if step - fade["start"] > fade["steps"]:
+            del group["ratio_fade"]
+
+
+def _ratio(group: Mapping[str, Any], block: BlockType) -> float:
+    ratio, fade = group["block_lr_ratios"][block.value], group.get("ratio_fade")
+    if not fade:
+        return ratio
+    before = fade["from"][block.value]
+    return before + (ratio - before) * min((fade["at"] - fade["start"]) / fade["steps"], 1.0)
+
+
 def group_lr(group: Mapping[str, Any], block: BlockType) -> float:
     """The learning rate of a block type in a param group now.
 
@@ -52,7 +80,7 @@ def group_lr(group: Mapping[str, Any], block: BlockType) -> float:
     if stated is not None:
         return float(stated)
     floor = float(group["lr_floor"])
-    return floor + group["block_lr_ratios"][block.value] * (float(group["lr"]) - floor)
+    return floor + _ratio(group, block) * (float(group["lr"]) - floor)
 
 
 def class_decay(group: Mapping[str, Any], of: StepClass) -> float:

@@ -1,0 +1,79 @@
+"""Adam-mini's second moment, one value per segment, to one value per element and back.
+
+Checkpoint formats and tools keep optimizer states of the parameter's shape only. All elements of a segment share one
+value, so spreading it over them and taking it back is exact.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ..kernels.reference import segments_of, slots_of
+from ..optim.plan import SLOT_STEP, Rectangles, StepPlan, slot_numel
+
+
+def spread(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """Every segment's value at each of its elements.
+
+    Args:
+        moments: (plan.slots,), on any device.
+        plan: Adam-mini's plan of the flat tensor.
+
+    Returns:
+        (plan.numel,), float32, on the CPU; 0 where the plan has no element (padding).
+    """
+    moments = moments.float().cpu()
+    elements = torch.zeros(plan.numel, dtype=torch.float32)
+    for row in _rows(plan):
+        segments_of(elements, row).copy_(slots_of(moments, row).unsqueeze(-1))
+    return elements
+
+
+def gather(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """The first element of every segment in this shard: undoes :func:`spread`, to the bit.
+
+    Args:
+        elements: (plan.numel,), all elements of a segment equal.
+
+    Returns:
+        (plan.slots,), float32, on the elements' device.
+    """
+    moments = torch.zeros(plan.slots, dtype=torch.float32, device=elements.device)
+    for row in _rows(plan):
+        first = segments_of(elements, row)[..., 0]
+        slots_of(moments, row).copy_(first[0] if row[SLOT_STEP] == 0 else first)
+    return moments
+
+
+def segment_sums(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """The sum of each segment's elements in this shard: (plan.slots,), float64, on the elements' device."""
+    sums = torch.zeros(plan.slots, dtype=torch.float64, device=elements.device)
+    for row in _rows(plan):
+        view = segments_of(elements, row)
+        slots_of(sums, row).add_(view.sum((0, 2), dtype=torch.float64) if row[SLOT_STEP] == 0
+                                 else view.sum(2, dtype=torch.float64))
+    return sums
+
+
+def means(sums: torch.Tensor, plan: StepPlan, rectangles: Rectangles) -> torch.Tensor:
+    """Sums over the whole segments of some of a plan's rectangles to their means.
+
+    Args:
+        sums: (plan.slots,); those of cut segments already added over the ranks.
+        plan: the plan of the flat tensor.
+        rectangles: ``plan.whole`` or ``plan.cut``.
+
+    Returns:
+        (plan.slots,), float32; 0 for other segments.
+    """
+    found = torch.zeros(plan.slots, dtype=torch.float64, device=sums.device)
+    slots, numel = (torch.from_numpy(array).to(sums.device) for array in slot_numel(rectangles))
+    found[slots] = sums[slots].double() / numel
+    return found.float()
+
+
+def _rows(plan: StepPlan) -> Iterator[np.ndarray]:
+    for rectangles in (plan.whole, plan.cut):
+        yield from rectangles.table

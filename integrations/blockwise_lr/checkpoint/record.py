@@ -1,0 +1,220 @@
+"""What a saved optimizer state says about its origin, and what of it contradicts the optimizer that is to load it."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..blocks.block_map import plain_name
+from ..blocks.layout import ParamLayout, Piece
+from ..blocks.types import BlockType
+from .errors import CheckpointError, MismatchError, is_first_rank
+
+log = logging.getLogger("blockwise_lr")
+
+# Key of the record in the first param group of a state dict: every format, also DeepSpeed's universal one, carries
+# param groups along.
+KEY = "blockwise_lr"
+# Raised when an older package could misread what a newer one wrote.
+FORMAT = 1
+GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay", "min_lr", "block_lr_ratios", "block_weight_decay",
+                  "decay_norms_and_biases")
+ACCEPTABLE = ("optimizer", "block_map", "bias_segments", *GROUP_SETTINGS)
+ELEMENTS, SEGMENTS = "elements", "segments"
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """The origin of a saved optimizer state.
+
+    Attributes:
+        optimizer: class name.
+        version: version of blockwise_lr that wrote it.
+        fingerprint: that of its block map.
+        layouts: plain parameter name -> its layout.
+        settings: per param group, the settings the optimizer was built with.
+        bias_segments: Adam-mini's setting; None for AdamW.
+        second_moment: "elements" or "segments": the form exp_avg_sq is saved in.
+        format: number of the format.
+    """
+
+    optimizer: str
+    version: str
+    fingerprint: str
+    layouts: Mapping[str, ParamLayout]
+    settings: Sequence[Mapping[str, Any]]
+    bias_segments: str | None = None
+    second_moment: str = ELEMENTS
+    format: int = FORMAT
+
+    def layout(self, name: str) -> ParamLayout:
+        """The saved layout of a parameter of this run.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        layout = self.layouts.get(plain_name(name))
+        if layout is None:
+            raise CheckpointError(f"the checkpoint knows no parameter {name}; it is of another model")
+        return layout
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings: loadable without this package, and as JSON."""
+        layouts = {name: [list(p.shape), p.repeat, p.transposed, p.batch_dims, p.kind,
+                          [[piece.block.value, piece.size, piece.unit, piece.role] for piece in p.pieces]]
+                   for name, p in self.layouts.items()}
+        settings = [{key: plain(value) for key, value in group.items()}
+                    for group in self.settings]
+        return {"format": self.format, "version": self.version, "optimizer": self.optimizer,
+                "fingerprint": self.fingerprint, "bias_segments": self.bias_segments,
+                "second_moment": self.second_moment, "settings": settings, "layouts": layouts}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Record:
+        """Reads :meth:`as_dict`.
+
+        Raises:
+            CheckpointError: a newer format, or not a record at all.
+        """
+        number = saved.get("format") if isinstance(saved, Mapping) else None
+        if not isinstance(number, int) or number > FORMAT:
+            raise CheckpointError(f"the checkpoint was written by blockwise-lr {saved.get('version', '?')} in format "
+                                  f"{number!r}, and this version reads up to format {FORMAT}; install "
+                                  f"blockwise-lr>={saved.get('version', '?')} to load it")
+        try:
+            layouts = {name: ParamLayout(name, tuple(shape), tuple(Piece(BlockType(b), size, unit, role)
+                                                                   for b, size, unit, role in pieces),
+                                         repeat, transposed, batch_dims, kind)
+                       for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()}
+            return cls(saved["optimizer"], saved["version"], saved["fingerprint"], layouts, saved["settings"],
+                       saved["bias_segments"], saved["second_moment"], number)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint's record of its origin is damaged ({type(error).__name__}: {error}); "
+                                  f"load another checkpoint") from error
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One contradiction: the name to accept it by (None where that is impossible) and one line that tells it."""
+
+    key: str | None
+    text: str
+
+
+def differences(saved: Record, now: Record) -> list[Difference]:
+    """Everything in which a checkpoint contradicts the optimizer that is to load it."""
+    found = []
+    if saved.optimizer != now.optimizer:
+        found.append(Difference("optimizer", f"optimizer: {saved.optimizer} -> {now.optimizer}"))
+    if saved.fingerprint != now.fingerprint:
+        found += _map_differences(saved, now)
+    if len(saved.settings) != len(now.settings):
+        found.append(Difference(None, f"param groups: {len(saved.settings)} -> {len(now.settings)}"))
+    for key in GROUP_SETTINGS:
+        found += _setting_difference(key, saved, now)
+    if saved.bias_segments != now.bias_segments and None not in (saved.bias_segments, now.bias_segments):
+        found.append(Difference("bias_segments", f"bias_segments: {saved.bias_segments} -> {now.bias_segments}"))
+    return found
+
+
+def _map_differences(saved: Record, now: Record) -> list[Difference]:
+    gone, new = sorted(saved.layouts.keys() - now.layouts.keys()), sorted(now.layouts.keys() - saved.layouts.keys())
+    shared = [name for name in now.layouts if name in saved.layouts]
+    shapes = [f"{name} {saved.layouts[name].shape} -> {now.layouts[name].shape}" for name in shared
+              if saved.layouts[name].shape != now.layouts[name].shape]
+    with_heads = "BlockwiseAdamMini" in (saved.optimizer, now.optimizer)
+    rules = [f"{name} {_shown(saved.layouts[name])} -> {_shown(now.layouts[name])}" for name in shared
+             if saved.layouts[name].shape == now.layouts[name].shape
+             and _meaning(saved.layouts[name], with_heads) != _meaning(now.layouts[name], with_heads)]
+    found = []
+    if gone or new or shapes:
+        parts = [f"{label} {_some(names)}" for label, names in
+                 (("only in the checkpoint:", gone), ("only in the model:", new), ("other shape:", shapes)) if names]
+        found.append(Difference(None, f"model: {'; '.join(parts)}"))
+    if rules:
+        found.append(Difference("block_map", f"block_map: {_some(rules)}"))
+    return found
+
+
+def _meaning(layout: ParamLayout, with_heads: bool) -> tuple:
+    pieces = tuple((p.block, p.size, p.unit if with_heads else None) for p in layout.pieces)
+    return pieces, layout.repeat, layout.transposed, layout.batch_dims, layout.kind
+
+
+def _shown(layout: ParamLayout) -> str:
+    parts = ["+".join(f"{p.size} {p.role or p.block.value}{f' in heads of {p.unit}' if (p.unit or 0) > 1 else ''}"
+                      for p in layout.pieces)] if len(layout.pieces) > 1 or (layout.pieces[0].unit or 0) > 1 else []
+    return f"{'/'.join(b.value for b in layout.blocks)}{f' ({parts[0]} x {layout.repeat})' if parts else ''}"
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _setting_difference(key: str, saved: Record, now: Record) -> list[Difference]:
+    for number, (old, new) in enumerate(zip(saved.settings, now.settings)):
+        before, after = plain(old.get(key)), plain(new.get(key))
+        if before == after:
+            continue
+        where = f" (param group {number})" if len(now.settings) > 1 else ""
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed = [f"{block} {before.get(block, 'unset')} -> {after.get(block, 'unset')}"
+                       for block in {**before, **after} if before.get(block) != after.get(block)]
+            return [Difference(key, f"{key}{where}: {', '.join(changed)}")]
+        return [Difference(key, f"{key}{where}: {before} -> {after}")]
+    return []
+
+
+def plain(value: Any) -> Any:
+    """A setting as it comes back from a file: tuples are lists."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str) -> None:
+    """Refuses differences that are not accepted and logs those that are.
+
+    Args:
+        found: from :func:`differences`.
+        accepted: the optimizer's ``accept_mismatch``.
+        origin: what is being loaded, for the message.
+
+    Raises:
+        MismatchError: names every refused difference, what to pass to go on anyway, or that nothing can be passed.
+    """
+    refused = [d for d in found if d.key is None or d.key not in accepted]
+    if refused:
+        keys = list(dict.fromkeys([*accepted, *(d.key for d in refused if d.key)]))
+        impossible = [d for d in refused if d.key is None]
+        if impossible:
+            remedy = ("this optimizer state does not fit the model; start with the model and param groups it was saved "
+                      "from, or load the weights alone")
+        else:
+            listed = ", ".join(f'"{key}"' for key in keys)
+            remedy = (f'to go on with the new ones, add "accept_mismatch": [{listed}] to the optimizer\'s parameters; '
+                      f"otherwise restore the old ones")
+        lines = "".join(f"\n  {d.text}" for d in refused)
+        raise MismatchError(f"{origin} contradicts this run (checkpoint -> now):{lines}\n{remedy}")
+    if is_first_rank():
+        for difference in found:
+            log.warning("%s: going on with accepted difference (checkpoint -> now): %s", origin, difference.text)
+
+
+def checked_accepts(names: Iterable[str]) -> tuple[str, ...]:
+    """The ``accept_mismatch`` setting, checked.
+
+    Raises:
+        CheckpointError: an unknown name; the message lists those there are.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in names if name not in ACCEPTABLE]
+    if unknown:
+        raise CheckpointError(f"accept_mismatch names {unknown[0]!r}; use any of {', '.join(ACCEPTABLE)}")
+    return names
+
+
+def plain_layouts(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:
+    """Layouts by plain name, so that wrappers around the model (torch.compile, DDP) do not matter."""
+    return {plain_name(name): replace(layout, name=plain_name(name)) for name, layout in layouts.items()}

@@ -1,0 +1,230 @@
+"""Universal checkpoints: saved at one number of ranks and ZeRO stage, loaded at any other.
+
+``python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT`` runs DeepSpeed's own converter (``ds_to_universal``) on a
+checked checkpoint and adds a manifest. Folders that DeepSpeed's converter made alone load as well.
+
+DeepSpeed's loaders take a stage's own universal folders only and give every param group the first one's settings, so
+engines with a blockwise optimizer load through this module: every file holds a whole parameter's state, and a rank takes
+from it what its shards hold.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.errors import CheckpointError, raise_together
+from ..checkpoint.manifest import Manifest, begin, complete, entries, verify
+from ..checkpoint.restore import MOMENTS
+from ..optim.base import BlockwiseOptimizer
+
+_SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
+
+
+class UniversalFolder:
+    """The ``zero`` folder of a universal checkpoint."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder) / "zero"
+        path = self.folder / "optimizer_state.pt"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is not a universal checkpoint ({path} is missing); convert one with "
+                                  f"python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT")
+        self.common = _load(path)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [dict(group) for group in self.common["param_groups"]]
+
+    def step(self, name: str) -> float | None:
+        """Optimizer steps of a parameter: in a file of its own (ZeRO-1 and 2), or common to all (ZeRO-3)."""
+        path = self.folder / name / "step.pt"
+        if path.is_file():
+            return float(_load(path))
+        states = self.common.get("optimizer_state_dict", {}).get("state", {})
+        return float(states[0]["step"]) if states and "step" in states[0] else None
+
+    def has_moments(self, name: str) -> bool:
+        """Whether the parameter was ever stepped (DeepSpeed writes no moments for one that was not).
+
+        Raises:
+            CheckpointError: its weights, or one of two moments, are missing.
+        """
+        missing = [key for key in ("fp32", *MOMENTS) if not (self.folder / name / f"{key}.pt").is_file()]
+        if missing and missing != list(MOMENTS):
+            raise CheckpointError(f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of {name}; "
+                                  f"it is incomplete or of another model")
+        return not missing
+
+    def values(self, name: str, key: str, numel: int) -> torch.Tensor:
+        """A parameter's fp32 weights or one moment, whole and flat.
+
+        Raises:
+            CheckpointError: the file cannot be read, or holds another number of elements.
+        """
+        saved = _load(self.folder / name / f"{key}.pt")
+        saved = saved["param"] if isinstance(saved, dict) else saved
+        if saved.numel() != numel:
+            raise CheckpointError(f"{self.folder / name}/{key}.pt holds {saved.numel()} values and the parameter has "
+                                  f"{numel}; the checkpoint is of another model")
+        return saved.reshape(-1)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # a damaged pickle or archive raises almost anything
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); convert the checkpoint "
+                              f"again") from error
+
+
+def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> None:
+    """Loads weights, optimizer state and loss scaler of a universal checkpoint into DeepSpeed's wrapper.
+
+    All ranks call it together. Reads one parameter's state at a time.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of another model. Nothing has been loaded then.
+        MismatchError: as :meth:`BlockwiseOptimizer.load_state_dict`.
+    """
+    is_stage3 = hasattr(wrapper, "_set_fp32_optimizer_param_groups")
+    error, source, moments = None, None, {}
+    try:
+        source = UniversalFolder(folder)
+        moments = {id(flat): _moments(source, optimizer, flat, fragments) for flat, fragments in optimizer.shards.flats}
+    except CheckpointError as problem:
+        error = problem
+    raise_together(error)
+    if is_stage3:
+        wrapper._set_fp32_optimizer_param_groups()
+    try:
+        optimizer.load_state_dict(_state_dict(source, optimizer, moments))
+    finally:
+        if is_stage3:
+            wrapper._clear_fp32_optimizer_param_groups()
+    if is_stage3:
+        wrapper.load_module_checkpoint_state_from_checkpoint_dir_stage3(folder, True)
+    else:
+        _load_weights(source, optimizer)
+    if hasattr(wrapper, "loss_scaler") and wrapper.dynamic_loss_scale == source.common.get("dynamic_loss_scale"):
+        for key in _SCALER:
+            setattr(wrapper, key, source.common[key])
+
+
+def _moments(source: UniversalFolder, optimizer: BlockwiseOptimizer, flat: torch.Tensor,
+             fragments: Any) -> dict[str, Any]:
+    """A flat tensor's state with element-shaped moments, or an empty one where no parameter in it was ever stepped."""
+    state: dict[str, Any] = {key: torch.zeros(flat.numel()) for key in MOMENTS}
+    steps = set()
+    for fragment in fragments:
+        if not source.has_moments(fragment.name):
+            continue
+        steps.add(source.step(fragment.name))
+        for key in MOMENTS:
+            values = source.values(fragment.name, key, optimizer.block_map[fragment.name].numel)
+            state[key][fragment.offset:fragment.offset + fragment.numel] = \
+                values[fragment.start:fragment.start + fragment.numel]
+    if len(steps) > 1:
+        raise CheckpointError(f"parameters of one param group were saved at different steps {sorted(map(str, steps))}; "
+                              f"the universal checkpoint is mixed from several")
+    return {**state, "step": steps.pop()} if steps else {}
+
+
+def _state_dict(source: UniversalFolder, optimizer: BlockwiseOptimizer,
+                moments: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the optimizer would have saved, had it held these shards."""
+    saved = source.param_groups()
+    steps = [group.get("step") for group in saved]
+    groups, states, position = [], {}, 0
+    for number, group in enumerate(optimizer.param_groups):
+        indices = list(range(position, position + len(group["params"])))
+        position += len(indices)
+        if number < len(saved):
+            groups.append({**saved[number], "params": indices})
+        for index, tensor in zip(indices, group["params"]):
+            state = moments[id(tensor)]
+            if state and state["step"] is None:
+                state["step"] = steps[number] if number < len(steps) else None
+            states[index] = state
+    return {"state": states, "param_groups": groups + saved[len(groups):]}
+
+
+@torch.no_grad()
+def _load_weights(source: UniversalFolder, optimizer: BlockwiseOptimizer) -> None:
+    for flat, fragments in optimizer.shards.flats:
+        for fragment in fragments:
+            values = source.values(fragment.name, "fp32", optimizer.block_map[fragment.name].numel)
+            flat.view(-1)[fragment.offset:fragment.offset + fragment.numel] = \
+                values[fragment.start:fragment.start + fragment.numel].to(flat.device)
+
+
+def model_state_files(found: list[str], pattern: str) -> list[str]:
+    """The model state file a universal load reads counters and schedulers from.
+
+    DeepSpeed looks for the name that the loading ZeRO stage would have given it; here any stage's is taken.
+
+    Args:
+        found: what DeepSpeed found.
+        pattern: the glob it used.
+    """
+    if found:
+        return found
+    folder = Path(pattern).parent
+    return sorted(map(str, folder.glob("mp_rank_*_model_states.pt"))) or sorted(
+        map(str, folder.glob("zero_pp_rank_0_mp_rank_*_model_states.pt")))
+
+
+# ---- conversion
+
+
+def convert(checkpoint: str, output: str, *, workers: int = 1,
+            run: Callable[[argparse.Namespace], None] | None = None) -> None:
+    """Converts a checkpoint folder of a ZeRO engine into a universal one, and points ``latest_universal`` to it.
+
+    Needs twice the size of the weights and optimizer state (12 bytes a parameter) on disk while it runs.
+
+    Args:
+        checkpoint: a tag's folder, as ``save_checkpoint`` has made it; checked where it has a manifest.
+        output: the new folder, usually beside it; must not hold a complete checkpoint.
+        workers: parallel processes.
+        run: the converter; DeepSpeed's by default.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or incomplete, or the output exists.
+    """
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    origin = Manifest.read(checkpoint)
+    if origin is not None:
+        verify(checkpoint)
+    present = Manifest.read(output) if Path(output).is_dir() else None
+    if (present is not None and present.complete) or (present is None and Path(output).is_dir() and any(
+            Path(output).iterdir())):
+        raise CheckpointError(f"{output} exists; name another folder, nothing is overwritten")
+    output = os.path.abspath(output)
+    begin(output)
+    (run or main)(argparse.Namespace(
+        input_folder=os.path.abspath(checkpoint), output_folder=output, num_extract_workers=workers,
+        num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=True))
+    files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
+    complete(output, entries(output, files, 0), origin.steps if origin else 0, origin.record if origin else None)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m blockwise_lr.deepspeed.universal", description=convert.__doc__
+                                     .partition("\n")[0])
+    parser.add_argument("checkpoint", help="folder of one tag, e.g. checkpoints/global_step1000")
+    parser.add_argument("output", help="folder to write, e.g. checkpoints/global_step1000_universal")
+    parser.add_argument("--workers", type=int, default=1, help="parallel processes")
+    given = parser.parse_args()
+    try:
+        convert(given.checkpoint, given.output, workers=given.workers)
+    except CheckpointError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    _main()
