@@ -56,3 +56,69 @@ def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, tm
     for wanted, found, equal in pool(ranks).run(resumed, kind, model, stage, options, str(tmp_path)):
         assert wanted == found
         assert equal
+
+
+# ---- other layouts
+
+
+def saved_and_continued(kind, model, stage, options, folder):
+    """Trains, saves, goes on for five updates, and returns the weights after them."""
+    engine = start(make(model), config(kind, stage, steps=TOTAL, **options))
+    train_on(engine, 0, 4)
+    engine.save_checkpoint(folder, tag="here")
+    train_on(engine, 4, 5)
+    found = weights(engine)
+    engine.destroy()
+    return found
+
+
+def loaded_and_continued(kind, model, stage, options, folder):
+    settings = config(kind, stage, steps=TOTAL, **{**options, "checkpoint": {"load_universal": True}})
+    settings["gradient_accumulation_steps"] = SEQUENCES // dist.get_world_size()
+    engine = start(make(model, seed=5), settings)
+    engine.load_checkpoint(folder)
+    train_on(engine, 4, 5)
+    found = weights(engine)
+    engine.destroy()
+    return found, engine.global_steps
+
+
+SEQUENCES = 12  # a global batch that 1, 2, 3 and 4 ranks divide
+
+
+def train_on(engine, first, steps):
+    """Updates on global batches that do not depend on the number of ranks."""
+    from twins import token_ids
+
+    data = token_ids(first + steps, 1, SEQUENCES)[first:, 0]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for batch in data:
+        for ids in batch[rank::ranks]:
+            loss = engine(ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+
+
+def saving(options, ranks):
+    return {**options, "gradient_accumulation_steps": SEQUENCES // ranks}
+
+
+@pytest.mark.parametrize("kind, model, source, ranks, target, new_ranks, options", [
+    (MINI, "llama", 1, 4, 1, 2, {}),
+    (MINI, "gpt2", 2, 4, 2, 3, {}),
+    (ADAMW, "gpt_neox", 1, 4, 1, 3, {}),
+    (MINI, "gpt2", 1, 2, 3, 2, {}),
+    (ADAMW, "llama", 1, 2, 3, 3, {"zero": SUB_GROUPS}),
+    (MINI, "llama", 3, 4, 3, 2, {"zero": SUB_GROUPS}),
+    (MINI, "gpt_neox", 3, 3, 1, 2, {}),
+    (MINI, "llama_tied", 3, 2, 2, 4, {"zero": OFFLOAD}),
+])
+def test_universal_checkpoints_continue_anywhere(kind, model, source, ranks, target, new_ranks, options, tmp_path):
+    from blockwise_lr.deepspeed.universal import convert
+
+    plain = {key: value for key, value in options.items() if key != "zero"}
+    wanted = pool(ranks).run(saved_and_continued, kind, model, source, saving(plain, ranks), str(tmp_path))[0]
+    convert(str(tmp_path / "here"), str(tmp_path / "here_universal"))
+    for found, steps in pool(new_ranks).run(loaded_and_continued, kind, model, target, options, str(tmp_path)):
+        assert worst_difference(found, wanted) < 1e-5
+        assert steps == 9
