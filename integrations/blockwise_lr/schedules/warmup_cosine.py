@@ -1,12 +1,16 @@
 """The paper's schedule: every block type warms up from 0 to its own peak and decays to one shared minimum."""
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..blocks.types import BlockError
+
+log = logging.getLogger("blockwise_lr")
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> tuple[float, float]:
@@ -91,8 +95,20 @@ class BlockwiseWarmupCosine:
                 "warmup_num_steps": self.warmup_num_steps, "peaks": self.peaks, "min_lrs": self.min_lrs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the saved step, on this scheduler's own settings."""
-        self.last_batch_iteration = state_dict["last_batch_iteration"]
+        """Continues at the saved step, on this scheduler's own settings; logs where these are not the saved ones.
+
+        Raises:
+            BlockError: there is no state, or that of a scheduler that does not count as this one does.
+        """
+        saved = state_dict.get("last_batch_iteration") if isinstance(state_dict, Mapping) else None
+        if not isinstance(saved, int):
+            raise BlockError("the checkpoint's scheduler state does not say where BlockwiseWarmupCosine is to go on (it was "
+                             "saved without a scheduler, or with another); load with load_lr_scheduler_states=False and "
+                             "call the scheduler's step(last_batch_iteration=optimizer steps done - 1)")
+        for key, now in self.state_dict().items():
+            if key != "last_batch_iteration" and state_dict.get(key, now) != now:
+                log.warning("BlockwiseWarmupCosine goes on with %s = %s; the checkpoint had %s", key, now, state_dict[key])
+        self.last_batch_iteration = saved
         self._apply()
 
 
