@@ -17,13 +17,14 @@ class MismatchError(CheckpointError):
 def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Raises on every rank of a group where any of them has an error, so that none goes on alone into a collective.
 
-    A rank without an error of its own raises the first one's text. Without torch.distributed it just raises.
+    A rank without an error of its own raises the first one's text. Without torch.distributed it just raises. Calls may
+    be nested: an error that all ranks have raised together is passed on without asking them again.
 
     Args:
         error: this rank's error, or None.
         group: the ranks that call this; the default group where None.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or getattr(error, "raised_together", False):
         if error is not None:
             raise error
         return
@@ -32,13 +33,13 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
     failed = {rank: text for rank, text in enumerate(texts) if text is not None}
     if not failed:
         return
-    if error is not None and len(set(failed.values())) == 1 and len(failed) == len(texts):
-        raise error
-    first = next(iter(failed))
-    kind = type(error) if isinstance(error, CheckpointError) else CheckpointError
-    ranks = ", ".join(map(str, failed))
-    raise kind(f"loading failed on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(texts)}; rank {first}: "
-               f"{failed[first].partition(': ')[2]}") from error
+    if error is None or len(set(failed.values())) > 1 or len(failed) < len(texts):
+        first = next(iter(failed))
+        ranks = ", ".join(map(str, failed))
+        error = CheckpointError(f"loading failed on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(texts)}; "
+                                f"rank {first}: {failed[first]}")
+    error.raised_together = True
+    raise error
 
 
 def is_first_rank() -> bool:
