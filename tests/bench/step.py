@@ -1,14 +1,18 @@
 """``make bench``: one optimizer step of ours and of its peers, side by side in one process.
 
-All arms step a flat float32 shard of a LLaMA-shaped model with fused QKV (the official Adam-mini: the same model's tensors,
-split as it needs them). Rounds are interleaved, so that a machine that slows down slows all arms; every figure is the
-median over rounds of an arm's time over the base arm's time in the same round, with its quartiles.
+All arms step a flat float32 shard of a LLaMA-shaped model with fused QKV (the official Adam-mini: the same model's
+tensors, split as it needs them). Rounds are interleaved and begin with another arm each, so that a machine that slows
+down slows all arms; every ratio is the median over rounds of an arm's time over the base arm's time in the same round,
+with its quartiles. Arms share parameters, gradients and moments, so they touch the same memory.
 """
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +52,8 @@ def layouts(numel: int) -> list[ParamLayout]:
     return found
 
 
-def ours(kind: type, flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None]:
-    """A step of our optimizer on the flat tensor."""
+def ours(kind: type, flat: torch.Tensor, model: list[ParamLayout]) -> torch.optim.Optimizer:
+    """Our optimizer on the flat tensor."""
     block_map = BlockMap(model)
     block_map.bind([(model[0].name, flat)])
     optimizer = kind([flat], block_map=block_map, **SETTINGS)
@@ -60,11 +64,12 @@ def ours(kind: type, flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[
             fragments.append(Fragment(layout.name, 0, held, offset))
         offset += layout.numel
     optimizer.attach_shards(ShardMap([(flat, fragments)]))
-    return optimizer.step
+    return optimizer
 
 
-def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None]:
-    """A step of the official Adam-mini on the model's tensors, q, k and v split as it needs them."""
+def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None] | None:
+    """A step of the official Adam-mini on those of the model's tensors that lie in the shard whole, q, k and v split as
+    it needs them; None where they are less than nine tenths of the shard."""
     from adam_mini import Adam_mini
 
     named, offset = [], 0
@@ -81,57 +86,86 @@ def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None]
             p.grad = grad
             named.append((f"{layout.name}.{name}" if len(sizes) == 3 else name, p))
         offset += layout.numel
+    if offset < 0.9 * flat.numel():
+        return None
     return Adam_mini(named, dim=HIDDEN, n_heads=HEADS, n_kv_heads=KV_HEADS, verbose=False, **SETTINGS).step
 
 
 def arms(numel: int, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Arm -> one step of it. Arms share parameters and gradients, so a size fits the memory; states are their own."""
+    """Arm -> one step of it."""
     model = layouts(numel)
     flat = torch.nn.Parameter(torch.randn(numel, device=device))
     flat.grad = torch.randn(numel, device=device)
-    found: dict[str, Callable[[], None]] = {
-        BASE: torch.optim.AdamW([flat], fused=True, **SETTINGS).step,
-        "BlockwiseAdamW": ours(BlockwiseAdamW, flat, model),
-        "BlockwiseAdamMini": ours(BlockwiseAdamMini, flat, model),
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        BASE: lambda: torch.optim.AdamW([flat], fused=True, **SETTINGS),
+        "BlockwiseAdamW": lambda: ours(BlockwiseAdamW, flat, model),
+        "BlockwiseAdamMini": lambda: ours(BlockwiseAdamMini, flat, model),
+        **_peers(flat),
     }
     if numel <= 120_000_000:
-        found["torch foreach AdamW"] = torch.optim.AdamW([flat], foreach=True, **SETTINGS).step
-        found["official adam-mini"] = official(flat, model)
-    found.update(_deepspeed(flat))
-    a, b, c = (torch.randn(numel, device=device) for _ in range(3))
-    found["triad"] = lambda: torch.add(b, c, alpha=0.5, out=a)
-    found["copy"] = lambda: a.copy_(b)
+        makers["torch foreach AdamW"] = lambda: torch.optim.AdamW([flat], foreach=True, **SETTINGS)
+    moments = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    found: dict[str, Callable[[], None]] = {}
+    for name, make in makers.items():
+        optimizer = make()
+        optimizer.step()
+        for key, shared in moments.items():
+            if optimizer.state[flat][key].shape == shared.shape:
+                optimizer.state[flat][key] = shared
+        found[name] = optimizer.step
+    official_step = official(flat, model) if numel <= 120_000_000 else None
+    if official_step is not None:
+        found["official adam-mini"] = official_step
+    out = torch.empty(numel, device=device)
+    p, g = flat.data, flat.grad
+    found["triad"] = lambda: torch.add(p, g, alpha=0.5, out=out)
+    found["copy"] = lambda: out.copy_(g)
     return found
 
 
-def _deepspeed(flat: torch.Tensor) -> dict[str, Callable[[], None]]:
-    """DeepSpeed's optimizer for the device, where it is installed and builds."""
-    try:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
-    except ImportError:
-        return {}
-    try:
-        if flat.is_cuda:
-            return {"DeepSpeed FusedAdam": FusedAdam([flat], **SETTINGS).step}
-        return {"DeepSpeedCPUAdam": DeepSpeedCPUAdam([flat], adamw_mode=True, **SETTINGS).step}
-    except Exception as error:
-        print(f"DeepSpeed's optimizer is left out: {error}")
-        return {}
+def _peers(flat: torch.Tensor) -> dict[str, Callable[[], torch.optim.Optimizer]]:
+    """DeepSpeed's and Apex's optimizers for the device, where they are installed and build."""
+    found: dict[str, Callable[[], torch.optim.Optimizer]] = {}
+    for name, module, attribute, cuda, extra in (
+            ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam", False, {"adamw_mode": True}),
+            ("DeepSpeed FusedAdam", "deepspeed.ops.adam", "FusedAdam", True, {}),
+            ("Apex FusedAdam", "apex.optimizers", "FusedAdam", True, {})):
+        if cuda != flat.is_cuda:
+            continue
+        try:
+            kind = getattr(importlib.import_module(module), attribute)
+            kind([torch.nn.Parameter(torch.zeros(8, device=flat.device))], **SETTINGS, **extra)
+        except Exception as error:  # not installed, or its extension does not build here
+            print(f"{name} is left out: {type(error).__name__}: {error}")
+            continue
+        found[name] = functools.partial(kind, [flat], **SETTINGS, **extra)
+    return found
 
 
-def measure(numel: int, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every arm in every round."""
+def measure(numel: int, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every arm in every round; on a GPU, also how many kernels a step launches."""
     found = arms(numel, device)
     times: dict[str, list[float]] = {name: [] for name in found}
+    order = list(found.items())
     for number in track(range(rounds + 2), description=f"{numel / 1e6:.0f}M elements", transient=True):
-        for name, step in found.items():
+        order = order[1:] + order[:1]
+        for name, step in order:
             began = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number >= 2:
                 times[name].append(time.perf_counter() - began)
-    return times
+    return times, {name: launches(step) for name, step in found.items()} if device.type == "cuda" else {}
+
+
+def launches(step: Callable[[], None]) -> int:
+    """Kernels a step launches on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages()
+               if event.device_type == torch.autograd.DeviceType.CUDA and not event.key.startswith("Mem"))
 
 
 def _bytes_per_element(name: str) -> int:
@@ -140,8 +174,9 @@ def _bytes_per_element(name: str) -> int:
     return BYTES["Adam-mini" if "ini" in name else "AdamW"]
 
 
-def summary(numel: int, times: dict[str, list[float]]) -> list[dict]:
-    """One entry per arm: median milliseconds, ratio to the base arm with quartiles, GB/s, share of triad's GB/s."""
+def summary(numel: int, times: dict[str, list[float]], launched: dict[str, int]) -> list[dict]:
+    """One entry per arm: median and least milliseconds, ratio to the base arm with quartiles and that of the least
+    times, GB/s, share of triad's GB/s, kernel launches."""
     rates = {name: numel * _bytes_per_element(name) / statistics.median(t) / 1e9 for name, t in times.items()}
     entries = []
     for name, seconds in times.items():
@@ -150,19 +185,38 @@ def summary(numel: int, times: dict[str, list[float]]) -> list[dict]:
         share = statistics.median([numel * _bytes_per_element(name) / t / (numel * 12 / triad)
                                    for t, triad in zip(seconds, times["triad"])])
         entries.append({"elements": numel, "arm": name, "ms": statistics.median(seconds) * 1e3, "ratio": middle,
-                        "quartiles": [low, high], "GB_per_s": rates[name], "of_triad": share})
+                        "quartiles": [low, high], "least_ms": min(seconds) * 1e3,
+                        "least_ratio": min(seconds) / min(times[BASE]), "GB_per_s": rates[name], "of_triad": share,
+                        "launches": launched.get(name)})
     return entries
 
 
 def show(entries: list[dict], console: Console) -> None:
-    table = Table(title=f"{entries[0]['elements'] / 1e6:.0f}M float32 elements, {torch.get_num_threads()} threads")
+    table = Table(title=f"{entries[0]['elements'] / 1e6:.0f}M float32 elements, {torch.get_num_threads()} threads; "
+                        f"ratios to {BASE}")
     table.add_column("arm", no_wrap=True)
-    for column in ("ms", f"ratio to {BASE}", "quartiles", "GB/s", "of triad"):
+    for column in ("ms", "ratio", "quartiles", "least ms", "ratio", "GB/s", "of triad", "kernels"):
         table.add_column(column, justify="right", no_wrap=True)
     for e in entries:
-        table.add_row(e["arm"], f"{e['ms']:.1f}", f"{e['ratio']:.3f}", f"{e['quartiles'][0]:.3f}–{e['quartiles'][1]:.3f}",
-                      f"{e['GB_per_s']:.1f}", f"{e['of_triad']:.0%}")
+        low, high = e["quartiles"]
+        table.add_row(e["arm"], f"{e['ms']:.1f}", f"{e['ratio']:.3f}", f"{low:.3f}–{high:.3f}",
+                      f"{e['least_ms']:.1f}", f"{e['least_ratio']:.3f}", f"{e['GB_per_s']:.1f}", f"{e['of_triad']:.0%}",
+                      "" if e["launches"] is None else str(e["launches"]))
     console.print(table)
+
+
+def plan_times() -> list[dict]:
+    """Seconds and bytes of the plans of one rank of LLaMA-3 70B."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plan_70b import WAYS, kept_bytes, rank_plans
+
+    found = []
+    for way in WAYS:
+        began = time.perf_counter()
+        plans = rank_plans(way)
+        found.append({"plans": f"70B, TP 8 x DP 512, {way}", "seconds": time.perf_counter() - began,
+                      "bytes": kept_bytes(*plans)})
+    return found
 
 
 def main() -> None:
@@ -172,14 +226,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console = Console(width=110)
+    console = Console(width=120)
     console.print(f"kernel: {kernel_for(device).name} on {device}, torch {torch.__version__}")
+    plans = plan_times()
+    for plan in plans:
+        console.print(f"plans of a rank of {plan['plans']}: {plan['seconds']:.2f} s, {plan['bytes'] / 1e6:.2f} MB")
     entries = []
     for size in args.sizes:
-        entries += summary(int(size), measure(int(size), args.rounds if size <= 2e8 else args.rounds // 3, device))
+        entries += summary(int(size), *measure(int(size), args.rounds if size <= 2e8 else args.rounds // 3, device))
         show([e for e in entries if e["elements"] == int(size)], console)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(entries, indent=1))
+    args.json.write_text(json.dumps({"steps": entries, "plans": plans}, indent=1))
     console.print(f"written to {args.json}")
 
 

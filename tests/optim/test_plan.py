@@ -3,16 +3,12 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
-from blockwise_lr.blocks import BlockMap, ParamLayout
-from blockwise_lr.blocks.block_map import map_names
-from blockwise_lr.blocks.dims import head_counts
-from blockwise_lr.optim import Cut, Fragment, ShardMap
+from blockwise_lr.blocks import ParamLayout
+from blockwise_lr.optim import Fragment
 from blockwise_lr.optim.plan import (CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, adam_mini_plan,
                                      adamw_plan, cut_segments, slot_numel)
-from blockwise_lr.optim.segment_sync import sync_of
-from blockwise_lr.optim.shards import even_cuts
+from plan_70b import TENSOR_PARALLEL, WAYS, kept_bytes, llama_70b, rank_plans
 from random_layouts import pieces_and_segments, random_layouts
 
 
@@ -84,62 +80,12 @@ def test_adam_mini_gives_every_element_its_segment_and_knows_the_cut_ones(seed, 
             assert found.tolist() == wanted
 
 
-HIDDEN, FFN, LAYERS, VOCABULARY, HEADS, KV_HEADS, HEAD = 8192, 28672, 80, 128256, 64, 8, 128
-TENSOR_PARALLEL, DATA_PARALLEL, RANK = 8, 512, 200
-
-
-def llama_70b() -> BlockMap:
-    """One tensor-parallel slice of LLaMA-3 70B, by names and shapes alone."""
-    heads, kv_heads, ffn = (n // TENSOR_PARALLEL for n in (HEADS, KV_HEADS, FFN))
-    shapes = {"model.embed_tokens.weight": (VOCABULARY // TENSOR_PARALLEL, HIDDEN)}
-    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
-        shapes |= {f"{layer}.self_attn.q_proj.weight": (heads * HEAD, HIDDEN),
-                   f"{layer}.self_attn.k_proj.weight": (kv_heads * HEAD, HIDDEN),
-                   f"{layer}.self_attn.v_proj.weight": (kv_heads * HEAD, HIDDEN),
-                   f"{layer}.self_attn.o_proj.weight": (HIDDEN, heads * HEAD),
-                   f"{layer}.mlp.gate_proj.weight": (ffn, HIDDEN), f"{layer}.mlp.up_proj.weight": (ffn, HIDDEN),
-                   f"{layer}.mlp.down_proj.weight": (HIDDEN, ffn),
-                   f"{layer}.input_layernorm.weight": (HIDDEN,), f"{layer}.post_attention_layernorm.weight": (HIDDEN,)}
-    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": shapes["model.embed_tokens.weight"]}
-    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": HIDDEN, "head_dim": HEAD}
-    return map_names(shapes, heads=head_counts(config), family="llama")
-
-
-def one_buffer(block_map):
-    """ZeRO-1 and 2: all parameters one after another, cut evenly."""
-    size = -(-sum(layout.numel for layout in block_map.values()) // DATA_PARALLEL)
-    begin, fragments, cuts, position = RANK * size, [], {}, 0
-    for name, layout in block_map.items():
-        low, high = max(position, begin), min(position + layout.numel, begin + size)
-        if low < high:
-            fragments.append(Fragment(name, low - position, high - low, low - begin))
-        cuts[name] = Cut(even_cuts(layout.numel, size, position))
-        position += layout.numel
-    return size, fragments, cuts
-
-
-def every_parameter(block_map):
-    """ZeRO-3: every parameter cut evenly."""
-    fragments, cuts, offset = [], {}, 0
-    for name, layout in block_map.items():
-        shard = -(-layout.numel // DATA_PARALLEL)
-        fragments.append(Fragment(name, RANK * shard, min(shard, layout.numel - RANK * shard), offset))
-        cuts[name] = Cut(even_cuts(layout.numel, shard))
-        offset += shard
-    return offset, fragments, cuts
-
-
-@pytest.mark.timeout(60)  # seconds on an idle machine: 0.1; the promise is 5
-@pytest.mark.parametrize("way", [one_buffer, every_parameter])
+@pytest.mark.timeout(60)  # `make bench` prints the time, 0.1 s; the promise is 5 s
+@pytest.mark.parametrize("way", WAYS)
 def test_a_rank_of_70b_keeps_its_plan_small(way):
-    block_map = llama_70b()
-    assert sum(layout.numel for layout in block_map.values()) * TENSOR_PARALLEL > 70e9
-    numel, fragments, cuts = way(block_map)
-    layouts = [block_map[fragment.name] for fragment in fragments]
-    plans = [adamw_plan(numel, fragments, layouts), adam_mini_plan(numel, fragments, layouts)]
-    sync = sync_of(ShardMap([(torch.empty(numel, device="meta"), fragments)], cuts), plans[1:], block_map)
-    kept = sum(plan.nbytes for plan in plans) + sum(cut.positions.nbytes for cut in cuts.values())
-    kept += sum(share.slots.nbytes + share.index.nbytes for stage in sync.over_shards for share in stage.shares)
-    assert kept < 5e6  # the promise is 50 MB
-    assert sum(plan.whole.numel + plan.cut.numel for plan in plans) == 2 * sum(f.numel for f in fragments)
+    assert sum(layout.numel for layout in llama_70b().values()) * TENSOR_PARALLEL > 70e9
+    shards, plans, sync = rank_plans(way)
+    held = sum(fragment.numel for _, fragments in shards.flats for fragment in fragments)
+    assert kept_bytes(shards, plans, sync) < 5e6  # the promise is 50 MB
+    assert [plan.whole.numel + plan.cut.numel for plan in plans] == [held, held]
     assert 0 < sync.over_shards[0].size < 20_000  # floats in the step's one all-reduce

@@ -51,15 +51,29 @@ template <typename G>
 inline void adamw_run(float *p, const G *g, float *m, float *v, int64_t n, const Values &values, int64_t cls) {
   const float lr = values.lrs[cls], keep = 1.0f - lr * values.decays[cls], step = lr / values.correction1;
   const float rest1 = 1.0f - values.beta1, beta2 = values.beta2, rest2 = 1.0f - beta2, eps = values.eps;
-  const float root = values.correction2_sqrt;
+  const float inverse_root = 1.0f / values.correction2_sqrt;
+  constexpr int64_t chunk = 128;  // memory is read in bursts, one array after another
+  int64_t start = 0;
+  for (; start + chunk <= n; start += chunk) {
+    float grads[chunk], firsts[chunk], seconds[chunk];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; i < chunk; ++i) grads[i] = static_cast<float>(g[start + i]);
+#pragma omp simd
+    for (int64_t i = 0; i < chunk; ++i) m[start + i] = firsts[i] = m[start + i] + rest1 * (grads[i] - m[start + i]);
+#pragma omp simd
+    for (int64_t i = 0; i < chunk; ++i) v[start + i] = seconds[i] = beta2 * v[start + i] + rest2 * grads[i] * grads[i];
+#pragma omp simd
+    for (int64_t i = 0; i < chunk; ++i)
+      p[start + i] = p[start + i] * keep - step * (firsts[i] / (std::sqrt(seconds[i]) * inverse_root + eps));
+  }
+#pragma omp simd
+  for (int64_t i = start; i < n; ++i) {
     const float grad = static_cast<float>(g[i]);
     const float first = m[i] + rest1 * (grad - m[i]);
     const float second = beta2 * v[i] + rest2 * grad * grad;
     m[i] = first;
     v[i] = second;
-    p[i] = p[i] * keep - step * (first / (std::sqrt(second) / root + eps));
+    p[i] = p[i] * keep - step * (first / (std::sqrt(second) * inverse_root + eps));
   }
 }
 
@@ -106,6 +120,20 @@ inline void mini_run(float *p, const G *g, float *m, int64_t n, float keep, floa
   }
 }
 
+// Updates one segment and fetches `ahead`, the next one's gradient, whose sum of squares comes before its update:
+// otherwise memory would idle for parameters and moments during the sum, and for gradients during the update.
+template <typename G>
+inline void mini_segment(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step,
+                         const G *ahead) {
+  constexpr int64_t chunk = 128, line = 64 / sizeof(G);
+  int64_t start = 0;
+  for (; start + chunk <= n; start += chunk) {
+    for (int64_t i = 0; i < chunk; i += line) __builtin_prefetch(ahead + start + i, 0, 2);
+    mini_run(p + start, g + start, m + start, chunk, keep, rest1, step);
+  }
+  mini_run(p + start, g + start, m + start, n - start, keep, rest1, step);
+}
+
 // step / (sqrt(v) / sqrt(1 - beta2^t) + eps) of one segment
 inline float mini_step(float second, float lr, const Values &values) {
   return lr / values.correction1 / (std::sqrt(second) / values.correction2_sqrt + values.eps);
@@ -117,7 +145,7 @@ inline float next_moment(float moment, double sum, int64_t numel, const Values &
 
 template <typename G>
 void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile &t, const Values &values,
-               bool own_sums) {
+               bool own_sums, const G *next) {
   const float lr = values.lrs[t.cls], keep = 1.0f - lr * values.decays[t.cls], rest1 = 1.0f - values.beta1;
   const int64_t units = t.inner / t.unit;
   if (own_sums && t.spread) {
@@ -130,7 +158,8 @@ void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
       const int64_t at = t.offset + run * t.stride + j * t.unit;
       float &moment = v[t.slot + run * t.slot_step + j];
       if (own_sums && !t.spread) moment = next_moment(moment, sum_squares(g + at, t.unit), t.segment_numel, values);
-      mini_run(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values));
+      const G *ahead = j + 1 < units ? g + at + t.unit : run + 1 < t.outer ? g + t.offset + (run + 1) * t.stride : next;
+      mini_segment(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values), ahead);
     }
     if (out != nullptr) copy_out(out + t.offset + run * t.stride, p + t.offset + run * t.stride, t.inner);
   }
@@ -154,7 +183,8 @@ template <typename G>
 void mini_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
               const Values &values, int own_sums, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0);
+  for (int64_t i = 0; i < count; ++i)
+    mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0, g + tiles[i + 1 < count ? i + 1 : i].offset);
 }
 
 // Tiles may share slots here, so only the sums run in parallel and are added one after another.
