@@ -51,12 +51,18 @@ def megatron(layout: Layout) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random
 
+    others = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1 if layout.ep > 1 else None, create_gloo_process_groups=False)
+    groups = set(dist.distributed_c10d._world.pg_map) - others  # without those that DeepSpeed keeps for later cases
     random.model_parallel_cuda_manual_seed(1)
     try:
         yield
+        dist.barrier()
+        # Megatron only forgets its groups, and each has three threads, of which one polls its sockets
+        for group in groups:
+            dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
         undo()
