@@ -52,7 +52,7 @@ test: setup
 
 # what Python 3.12 changes: megatron-core 0.19 and the parts that must work on every supported Python
 test312: setup312
-	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/blocks tests/optim tests/kernels tests/patching
+	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/blocks tests/configs tests/optim tests/kernels tests/patching
 
 bench: setup
 	@$(RUN) tests/bench/step.py

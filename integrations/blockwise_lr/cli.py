@@ -35,11 +35,13 @@ def _commands() -> None:
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="A Hugging Face config folder or config.json, or package.module:factory.")],
+    target: Annotated[str, typer.Argument(help="A Hugging Face config folder or config.json, a Megatron argument file, "
+                                                 "or package.module:factory.")],
     rules: Annotated[Optional[Path], typer.Option(help="JSON file with a list of block rules of your own.")] = None,
     lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
     ratio: Annotated[Optional[list[str]], typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
+    vocabulary: Annotated[Optional[int], typer.Option(help="Rows of the embedding, for an argument file.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
     output: Annotated[Optional[Path], typer.Option(help="Where to write it; needed for svg and png.")] = None,
 ) -> None:
@@ -47,7 +49,7 @@ def inspect(
     try:
         ratios = {name: float(value) for name, _, value in (item.partition("=") for item in ratio or ())}
         own = json.loads(rules.read_text()) if rules else None
-        rows = inspect_model(load_model(target), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
+        rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
         typer.echo(f"blockwise-lr inspect: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None

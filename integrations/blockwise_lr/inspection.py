@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .argument_file import megatron_model
 from .blocks import BlockError, BlockMap, BlockType, ParamLayout, map_blocks
 from .optim.plan import StepClass
 from .optim.settings import checked_defaults, class_decay, group_lr
@@ -45,12 +46,13 @@ class Row:
 UNMAPPED = "UNMAPPED"
 
 
-def load_model(target: str) -> torch.nn.Module:
+def load_model(target: str, vocabulary: int | None = None) -> torch.nn.Module:
     """The model a target names, on the meta device: no weights are made or loaded, whatever its size.
 
     Args:
-        target: a folder with a Hugging Face config.json, such a file, or ``package.module:factory`` where the factory
-            takes no arguments and returns a module.
+        target: a folder with a Hugging Face config.json, such a file, a Megatron argument file (any other file), or
+            ``package.module:factory`` where the factory takes no arguments and returns a module.
+        vocabulary: rows of the embedding, for an argument file that does not say them.
 
     Raises:
         BlockError: the target is none of these, or its model cannot be built.
@@ -59,7 +61,7 @@ def load_model(target: str) -> torch.nn.Module:
     if path.is_dir():
         path = path / "config.json"
     if path.is_file():
-        return _hugging_face_model(path)
+        return _hugging_face_model(path) if path.suffix == ".json" else megatron_model(path, vocabulary)
     if ":" not in target:
         raise BlockError(f"{target!r} is no file, no folder with a config.json, and no package.module:factory")
     module, _, factory = target.partition(":")
@@ -98,7 +100,7 @@ def inspect_model(model: torch.nn.Module, *, rules: Iterable[dict] | None = None
         model: any module, also on the meta device.
         rules, lr, weight_decay, ratios: as the optimizers take them.
     """
-    block_map = map_blocks(model, rules=rules, strict=False)
+    block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
     group = checked_defaults(lr, (0.9, 0.95), 1e-8, weight_decay, block_lr_ratios=ratios, block_weight_decay=None,
                              decay_norms_and_biases=False, min_lr=None)
     return [row for name in block_map for row in _rows(name, block_map, group)]

@@ -26,7 +26,8 @@ def skeleton(shapes: Shapes, config: dict[str, Any]) -> torch.nn.Module:
     return root
 
 
-def _layers(count: int, prefix: str, layer: Shapes) -> Shapes:
+def layers(count: int, prefix: str, layer: Shapes) -> Shapes:
+    """The shapes of equal layers, numbered from 0 after ``prefix``."""
     return {f"{prefix}.{number}.{name}": shape for number in range(count) for name, shape in layer.items()}
 
 
@@ -35,7 +36,7 @@ def nanogpt(*, n_embd: int, n_layer: int, n_head: int, vocab_size: int, block_si
     model = skeleton({
         "transformer.wte.weight": (vocab_size, n_embd),
         "transformer.wpe.weight": (block_size, n_embd),
-        **_layers(n_layer, "transformer.h", {
+        **layers(n_layer, "transformer.h", {
             "ln_1.weight": (n_embd,), "attn.c_attn.weight": (3 * n_embd, n_embd),
             "attn.c_proj.weight": (n_embd, n_embd),
             "ln_2.weight": (n_embd,), "mlp.c_fc.weight": (4 * n_embd, n_embd),
@@ -53,7 +54,7 @@ def torchtitan_llama(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, 
     kv = dim // n_heads * n_kv_heads
     return skeleton({
         "tok_embeddings.weight": (vocab_size, dim),
-        **_layers(n_layers, "layers", {
+        **layers(n_layers, "layers", {
             "attention.wq.weight": (dim, dim), "attention.wk.weight": (kv, dim), "attention.wv.weight": (kv, dim),
             "attention.wo.weight": (dim, dim), "feed_forward.w1.weight": (ffn_hidden, dim),
             "feed_forward.w2.weight": (dim, ffn_hidden), "feed_forward.w3.weight": (ffn_hidden, dim),
@@ -67,7 +68,7 @@ def _llama_shell(attention: Shapes, hidden_size: int, intermediate_size: int, nu
                  vocab_size: int) -> Shapes:
     return {
         "model.embed_tokens.weight": (vocab_size, hidden_size),
-        **_layers(num_hidden_layers, "model.layers", {
+        **layers(num_hidden_layers, "model.layers", {
             **attention, "mlp.gate_proj.weight": (intermediate_size, hidden_size),
             "mlp.up_proj.weight": (intermediate_size, hidden_size),
             "mlp.down_proj.weight": (hidden_size, intermediate_size),
@@ -101,7 +102,7 @@ def internlm2(*, hidden_size: int, intermediate_size: int, num_hidden_layers: in
     fused = hidden_size // num_attention_heads * (num_attention_heads + 2 * num_key_value_heads)
     return skeleton({
         "model.tok_embeddings.weight": (vocab_size, hidden_size),
-        **_layers(num_hidden_layers, "model.layers", {
+        **layers(num_hidden_layers, "model.layers", {
             "attention.wqkv.weight": (fused, hidden_size), "attention.wo.weight": (hidden_size, hidden_size),
             "feed_forward.w1.weight": (intermediate_size, hidden_size),
             "feed_forward.w2.weight": (hidden_size, intermediate_size),
@@ -119,7 +120,7 @@ def chatglm(*, hidden_size: int, ffn_hidden_size: int, num_layers: int, num_atte
     fused = hidden_size // num_attention_heads * (num_attention_heads + 2 * multi_query_group_num)
     return skeleton({
         "transformer.embedding.word_embeddings.weight": (padded_vocab_size, hidden_size),
-        **_layers(num_layers, "transformer.encoder.layers", {
+        **layers(num_layers, "transformer.encoder.layers", {
             "input_layernorm.weight": (hidden_size,), "self_attention.query_key_value.weight": (fused, hidden_size),
             "self_attention.query_key_value.bias": (fused,), "self_attention.dense.weight": (hidden_size, hidden_size),
             "post_attention_layernorm.weight": (hidden_size,),
