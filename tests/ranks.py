@@ -26,6 +26,9 @@ from extensions import build_once
 _ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
                 "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _pools: dict[int, RankPool] = {}
+# gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
+# processes cost less than the threads do
+_MOST_THREADS = 250
 
 
 class RankError(AssertionError):
@@ -63,6 +66,8 @@ class RankPool:
         answers = self._answers(time.monotonic() + timeout)
         failed = [f"rank {rank}:\n{answer[2]}" for rank, answer in enumerate(answers) if answer[0] != "result"]
         if failed and not (errors and all(answer[0] in ("result", "error") for answer in answers)):
+            self.stop()
+        elif max((answer[3] for answer in answers), default=0) > _MOST_THREADS:
             self.stop()
         if failed and not errors:
             raise RankError("\n".join(failed))
@@ -103,7 +108,7 @@ class RankPool:
                 try:
                     answer = pipe.recv()
                 except EOFError:
-                    answer = ("died", RuntimeError("the process died"), "the process died")
+                    answer = ("died", RuntimeError("the process died"), "the process died", 0)
                 answers[waiting[pipe]] = answer
                 if answer[0] != "result":  # the others may wait for it in a collective for ever
                     deadline = min(deadline, time.monotonic() + 5)
@@ -113,7 +118,7 @@ class RankPool:
         os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         with open(self._stacks[rank].name) as stack:
-            return "hung", TimeoutError(f"rank {rank} did not answer"), f"no answer in time\n{stack.read()}"
+            return "hung", TimeoutError(f"rank {rank} did not answer"), f"no answer in time\n{stack.read()}", 0
 
 
 @atexit.register
@@ -135,13 +140,17 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
             return
         _join_group()
         try:
-            pipe.send(("result", case(*arguments), ""))
+            pipe.send(("result", case(*arguments), "", _threads()))
         except BaseException as error:
             text = traceback.format_exc()
             try:
-                pipe.send(("error", error, text))
+                pipe.send(("error", error, text, _threads()))
             except Exception:  # an exception that does not pickle
-                pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}"), text))
+                pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}"), text, _threads()))
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def _join_group() -> None:
