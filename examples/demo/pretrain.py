@@ -31,7 +31,7 @@ LENGTH = 128
 BATCH = 16  # sequences per step, over all ranks
 EVALUATIONS = 15
 # both arms try learning rates a factor of 2 apart around what is usual for them
-SWEEP = {"AdamW": (1e-3, 2e-3, 4e-3), "BlockwiseAdamW": (1.5e-4, 3e-4, 6e-4)}
+SWEEP = {"AdamW": (5e-4, 1e-3, 2e-3), "BlockwiseAdamW": (3e-4, 6e-4, 1.2e-3)}
 
 
 @dataclass
