@@ -91,12 +91,13 @@ def _redirected(device: Any) -> Any:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites devices in calls of torch functions, and names CPU tensor types as the CUDA ones are named."""
+    """Rewrites devices in calls of torch functions, pins no memory, and names CPU tensor types as the CUDA ones are named."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs:
             kwargs["device"] = _redirected(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # there is no allocator of pinned memory, nor a need for one
         if func is torch.Tensor.to:
             args = tuple(map(_redirected, args))
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -139,6 +140,7 @@ def _install(undo: Undo) -> None:
         undo.set(torch.cuda.nvtx, name, _nothing)
     undo.set(torch.Tensor, "cuda", lambda self, *_, **__: self)
     undo.set(torch.Tensor, "record_stream", _nothing)
+    undo.set(torch.Tensor, "pin_memory", lambda self, *_, **__: self)
     undo.set(torch.nn.Module, "cuda", lambda self, *_, **__: self)
     if hasattr(torch, "accelerator"):
         undo.set(torch.accelerator, "is_available", lambda *_, **__: False)

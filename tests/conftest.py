@@ -12,3 +12,16 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(os.path.dirname(HERE)
                                                            sys.implementation.cache_tag))
 if not os.path.exists("/dev/nvidiactl"):  # read when the Triton kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line per test function whose cases recorded how far they were from their reference."""
+    figures = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "worst" and report.when == "call":
+                test, _, case = report.nodeid.rpartition("::")[2].partition("[")
+                figures.setdefault(test, {})[case.rstrip("]")] = value
+    for test, cases in figures.items():
+        worst = max(cases, key=cases.get)
+        terminalreporter.line(f"{test}: {len(cases)} cases, worst relative difference {cases[worst]:.1e} ({worst})")

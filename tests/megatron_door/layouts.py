@@ -37,9 +37,14 @@ class Layout:
     vpp: int | None = None
     ep: int = 1
     cp: int = 1
+    sp: bool = False
     distributed: bool = False
     bf16: bool = False
     extra: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"{name}{value}" for name, value in vars(self).items() if isinstance(value, int) and value > 1]
+        return ".".join(parts + [name for name in ("sp", "distributed", "bf16") if getattr(self, name)]) or "dp"
 
 
 @contextmanager
@@ -79,7 +84,7 @@ def make_config(variant: str, layout: Layout) -> Any:
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1 if layout.ep > 1 else None,
         # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
         overlap_p2p_comm=bool(layout.vpp), batch_p2p_comm=not layout.vpp,
-        context_parallel_size=layout.cp, bias_activation_fusion=False,
+        context_parallel_size=layout.cp, sequence_parallel=layout.sp, bias_activation_fusion=False,
         masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
         pipeline_dtype=torch.bfloat16 if layout.bf16 else torch.float32, bf16=layout.bf16,
         params_dtype=torch.bfloat16 if layout.bf16 else torch.float32), **VARIANTS[variant][0], **layout.extra})
@@ -90,14 +95,19 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from megatron_door.parts import replace_refused_parts
 
     config = make_config(variant, layout)
-    spec = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
-                                    normalization=config.normalization)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
+                                     normalization=config.normalization)
+    norm = replace_refused_parts(layer.submodules, config)
     chunks = []
     for stage in range(layout.vpp or 1):
         number = stage if layout.vpp else None
         where = dict(ignore_virtual=False, vp_stage=number)
+        spec = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, number), norm) if norm else layer
         chunks.append(GPTModel(
             config, spec, VOCABULARY, LENGTH, pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where), vp_stage=number, **VARIANTS[variant][1]))

@@ -95,9 +95,21 @@ def make_scheduler(optimizer: Any) -> Any:
 
 
 def _forward(data: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+    from megatron.core import parallel_state
+
+    from megatron_door.parts import context_positions
+
     ids = next(data)
-    output = model(*model_inputs(ids), labels=ids[:, 1:].contiguous())
-    return output, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+    ranks = parallel_state.get_context_parallel_world_size()
+    mine = context_positions(LENGTH, parallel_state.get_context_parallel_rank(), ranks)
+    tokens, positions, mask = model_inputs(ids)
+    output = model(tokens[:, mine], positions[:, mine], mask, labels=ids[:, 1:][:, mine])
+
+    def loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        mean = losses.float().mean() / ranks  # this rank's part of the mean over all positions
+        return mean, {"loss": mean.detach()}
+
+    return output, loss
 
 
 def train(wrapped: list[torch.nn.Module], optimizer: Any, steps: int,
