@@ -14,29 +14,29 @@ class MismatchError(CheckpointError):
     """A checkpoint that contradicts the running model or settings; the message says what differs and what to pass."""
 
 
-def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raises on every rank of a group where any of them has an error, so that none goes on alone into a collective.
+def raise_together(error: Exception | None, what: str = "loading") -> None:
+    """Raises on every rank where any of them has an error, so that none goes on alone into a collective.
 
     A rank without an error of its own raises the first one's text. Without torch.distributed it just raises. Calls may
     be nested: an error that all ranks have raised together is passed on without asking them again.
 
     Args:
         error: this rank's error, or None.
-        group: the ranks that call this; the default group where None.
+        what: what all ranks were doing, for those that had no error.
     """
     if not dist.is_initialized() or getattr(error, "raised_together", False):
         if error is not None:
             raise error
         return
-    texts: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}")
     failed = {rank: text for rank, text in enumerate(texts) if text is not None}
     if not failed:
         return
     if error is None or len(set(failed.values())) > 1 or len(failed) < len(texts):
         first = next(iter(failed))
         ranks = ", ".join(map(str, failed))
-        error = CheckpointError(f"loading failed on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(texts)}; "
+        error = CheckpointError(f"{what} failed on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(texts)}; "
                                 f"rank {first}: {failed[first]}")
     error.raised_together = True
     raise error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..blocks import BlockError
+from ..checkpoint.errors import raise_together
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
 from .stages import map_engine_module
@@ -30,8 +31,19 @@ def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterab
         settings: the arguments of the optimizer's class, ``block_rules`` and ``block_strict``.
 
     Raises:
-        BlockError: an unknown setting, a bad value, a parameter that no rule maps.
+        BlockError: an unknown setting, a bad value, a parameter that no rule maps, on any rank; all ranks raise.
     """
+    optimizer, error = None, None
+    try:
+        optimizer = _build(kind, module, model_parameters, settings)
+    except Exception as problem:  # where one rank alone is misconfigured, the others are not to wait for it
+        error = problem
+    raise_together(error, f"building {kind}")
+    return optimizer
+
+
+def _build(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],
+           settings: Mapping[str, Any]) -> BlockwiseOptimizer:
     cls = OPTIMIZER_TYPES[kind]
     valid = [name for name in inspect.signature(cls).parameters if name not in ("params", "block_map")]
     valid += [key for key in _MAPPING_KEYS if key not in valid]
