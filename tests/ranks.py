@@ -23,8 +23,8 @@ from typing import Any
 
 from extensions import build_once
 
-_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
-                "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
+               "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 _pools: dict[int, RankPool] = {}
 # gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
 # processes cost less than the threads do
@@ -130,7 +130,7 @@ def _stop_all() -> None:
 def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) -> None:
     """A rank: waits for cases until the parent is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test run
-    os.environ.update(_ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
+    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                       LOCAL_WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
     faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))
     while True:
