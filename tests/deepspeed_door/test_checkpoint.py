@@ -1,7 +1,4 @@
-"""Saving and loading through DeepSpeed: to the bit on the same layout, and at any other through universal checkpoints."""
-import json
-import os
-
+"""Saving and loading through DeepSpeed: to the bit on the same layout, at any other through universal checkpoints."""
 import pytest
 import torch
 import torch.distributed as dist
@@ -122,3 +119,21 @@ def test_universal_checkpoints_continue_anywhere(kind, model, source, ranks, tar
     for found, steps in pool(new_ranks).run(loaded_and_continued, kind, model, target, options, str(tmp_path)):
         assert worst_difference(found, wanted) < 1e-5
         assert steps == 9
+
+
+def saved_weights(stage, folder):
+    engine = start(make("llama"), config(MINI, stage, steps=TOTAL, dtype="bf16"))
+    train(engine, 2)
+    engine.save_checkpoint(folder)
+    found = weights(engine)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_to_fp32_reads_our_checkpoints(stage, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    wanted = pool(2).run(saved_weights, stage, str(tmp_path))[0]
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
