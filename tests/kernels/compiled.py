@@ -1,4 +1,4 @@
-"""Compiles the Triton kernel for a GPU that need not be there, and prints what it moves memory with, as JSON.
+"""Compiles the Triton kernel for a GPU that need not be there, and prints what it moves memory and rounds with, as JSON.
 
 Run by test_compiled.py in a process of its own, since the test process has the interpreted kernel.
 """
@@ -18,25 +18,26 @@ SIZES = {"BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS, "FIELDS": kernel._FIE
 
 
 def memory_instructions(function, types: dict[str, str], capability: int, **constants) -> list[str]:
-    """The global loads and stores of the compiled function."""
+    """The global loads and stores of the compiled function, and its roundings to bfloat16."""
     constants |= {name: size for name, size in SIZES.items() if name in function.arg_names}
     places = {name: (function.arg_names.index(name),) for name in function.arg_names}
     aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
     source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"),
                        {places[name]: value for name, value in constants.items()}, aligned)
     text = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
-    return sorted(set(re.findall(r"(?:ld|st)\.global[.\w]*", text)))
+    return sorted(set(re.findall(r"(?:ld|st)\.global[.\w]*|cvt\.rn\.bf16[.\w]*", text)))
 
 
 def main() -> None:
     found = {}
     for capability, gradient in ((80, "*fp16"), (90, "*fp32"), (90, "*bf16")):
-        tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32"} | WORK
+        tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK
         at = f"sm_{capability} {gradient}"
-        found[f"{at} adamw"] = memory_instructions(kernel._adamw, tensors | NUMBERS, capability)
+        found[f"{at} adamw"] = memory_instructions(kernel._adamw, tensors | NUMBERS, capability, COPY=True)
         for own in (True, False):
             found[f"{at} adam_mini {own}"] = memory_instructions(
-                kernel._adam_mini, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own)
+                kernel._adam_mini, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own,
+                COPY=True)
         found[f"{at} sums"] = memory_instructions(kernel._sums, {"g": gradient, "sums": "*fp32"} | WORK, capability)
     json.dump(found, sys.stdout)
 

@@ -18,3 +18,5 @@ def test_the_gpu_kernel_compiles_and_moves_four_elements_at_a_time(tmp_path):
         wide = "v2" if "sums" in name and "*fp32" not in name else "v4"  # four elements at a time
         assert f"ld.global.{wide}.b32" in instructions, (name, instructions)
         assert "sums" in name or "st.global.v4.b32" in instructions, (name, instructions)
+        rounding = any(instruction.startswith("cvt.rn.bf16") for instruction in instructions)  # the bfloat16 copy
+        assert rounding == ("sums" not in name), (name, instructions)

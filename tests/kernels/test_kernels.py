@@ -58,18 +58,18 @@ def device_of(kernel):
     return DEVICES.get(kernel.name, torch.device("cpu"))
 
 
-def adamw(kernel, case, dtype=torch.float32, tweak=None):
+def adamw(kernel, case, dtype=torch.float32, tweak=None, out=None):
     numel, fragments, used = case
     plan = adamw_plan(numel, fragments, used)
     param, grad, first, second = tensors(numel, 5, dtype)
     if tweak is not None:
         tweak(grad)
     param, grad, first, second = (t.to(device_of(kernel)) for t in (param, grad, first, second))
-    kernel.adamw(param, grad, first, second, plan, values(plan))
+    kernel.adamw(param, grad, first, second, plan, values(plan), out)
     return param.cpu(), first.cpu(), second.cpu()
 
 
-def adam_mini(kernel, case, dtype=torch.float32, tweak=None):
+def adam_mini(kernel, case, dtype=torch.float32, tweak=None, out=None):
     numel, fragments, used = case
     plan = adam_mini_plan(numel, fragments, used, parts={"plain": 2})
     param, grad, first, _ = tensors(numel, 5, dtype)
@@ -77,12 +77,12 @@ def adam_mini(kernel, case, dtype=torch.float32, tweak=None):
         tweak(grad)
     second = torch.rand(plan.slots, generator=torch.Generator().manual_seed(6))
     param, grad, first, second = (t.to(device_of(kernel)) for t in (param, grad, first, second))
-    kernel.adam_mini(param, grad, first, second, plan, values(plan))
+    kernel.adam_mini(param, grad, first, second, plan, values(plan), out)
     sums = torch.zeros(plan.slots, device=device_of(kernel))
     kernel.sum_squares(grad, plan.cut, sums)
     slots, sizes = (torch.from_numpy(a).to(device_of(kernel)) for a in slot_numel(plan.cut))
     second[slots] = 0.95 * second[slots] + 0.05 * sums[slots] / sizes
-    kernel.adam_mini_cut(param, grad, first, second, plan, values(plan))
+    kernel.adam_mini_cut(param, grad, first, second, plan, values(plan), out)
     return param.cpu(), first.cpu(), second.cpu()
 
 
@@ -104,6 +104,27 @@ def test_low_precision_gradients_are_read_as_they_are(kernel, dtype):
         case = shard(random.Random(seed))
         close(adamw(kernel, case, dtype), adamw(REFERENCE, case, dtype))
         close(adam_mini(kernel, case, dtype), adam_mini(REFERENCE, case, dtype))
+
+
+def rounded(kernel, param):
+    """To bfloat16. Triton's interpreter cuts the low bits off; test_compiled.py sees that compiled code rounds."""
+    if kernel.name == "triton" and not torch.cuda.is_available():
+        param = (param.view(torch.int32) & -65536).view(torch.float32)
+    return param.bfloat16()
+
+
+@pytest.mark.parametrize("step", [adamw, adam_mini])
+def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(kernel, step):
+    for seed in range(8):
+        numel, fragments, used = case = shard(random.Random(seed))
+        out = torch.full((numel,), 7.0, dtype=torch.bfloat16, device=device_of(kernel))
+        found = step(kernel, case, out=out)
+        assert all(torch.equal(a, b) for a, b in zip(found, step(kernel, case)))
+        held = torch.zeros(numel, dtype=torch.bool)
+        for fragment in fragments:
+            held[fragment.offset:fragment.offset + fragment.numel] = True
+        assert torch.equal(out.cpu()[held], rounded(kernel, found[0])[held])
+        assert (out.cpu()[~held] == 7).all()
 
 
 def spoil(value, every):
@@ -160,6 +181,27 @@ def test_many_tiles_and_several_steps_of_a_real_optimizer():
                 optimizer.step()
             results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
         assert float((results[0] - results[1]).norm() / results[0].norm()) < 1e-6
+
+
+def test_optimizers_write_bfloat16_copies_for_those_who_ask():
+    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+    from twins import make
+
+    for kind in (BlockwiseAdamW, BlockwiseAdamMini):
+        for kernel in ("reference", "auto"):
+            model = make("gpt2")
+            optimizer = kind(model.named_parameters(), lr=1e-2, block_map=map_blocks(model), kernel=kernel)
+            copies = {p: torch.zeros_like(p, dtype=torch.bfloat16) for p in model.parameters()}
+            optimizer.write_copies(copies)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+            assert all(torch.equal(copy, p.detach().bfloat16()) for p, copy in copies.items())
+            some = next(iter(copies))
+            with pytest.raises(ValueError, match="must be a bfloat16 tensor"):
+                optimizer.write_copies({some: some.detach().half()})
+            with pytest.raises(ValueError, match="not in this optimizer's param groups"):
+                optimizer.write_copies({some.detach().clone(): copies[some]})
 
 
 def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):

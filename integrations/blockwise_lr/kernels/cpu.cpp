@@ -5,8 +5,9 @@
 // `outer` runs of `inner` consecutive elements every `stride`; see tiling.py. A tile's segments belong to no other
 // tile, and each is summed by one thread in one order, so results do not depend on the number of threads.
 //
-// Built without -ffast-math: NaN and inf go through as in PyTorch. Sums of squares may be reassociated where `omp simd
-// reduction` says so.
+// Built without -ffast-math: NaN and inf go through as in PyTorch. `out`, where it is not null, takes the updated
+// parameters rounded to bfloat16.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,29 +42,32 @@ inline uint16_t to_bfloat16(float value) {  // to nearest, ties to even; NaN sta
   return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-inline void copy_out(uint16_t *out, const float *p, int64_t n) {
+constexpr int64_t copied = 4096;  // elements updated before they are copied: still in the cache
+
+inline void copy_out(uint16_t *out, const float *p, int64_t at, int64_t n) {
   if (out == nullptr) return;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(p[i]);
+  for (int64_t i = at; i < at + n; ++i) out[i] = to_bfloat16(p[i]);
 }
+
+constexpr int64_t burst = 128;  // memory is read in bursts, one array after another
 
 template <typename G>
 inline void adamw_run(float *p, const G *g, float *m, float *v, int64_t n, const Values &values, int64_t cls) {
   const float lr = values.lrs[cls], keep = 1.0f - lr * values.decays[cls], step = lr / values.correction1;
   const float rest1 = 1.0f - values.beta1, beta2 = values.beta2, rest2 = 1.0f - beta2, eps = values.eps;
   const float inverse_root = 1.0f / values.correction2_sqrt;
-  constexpr int64_t chunk = 128;  // memory is read in bursts, one array after another
   int64_t start = 0;
-  for (; start + chunk <= n; start += chunk) {
-    float grads[chunk], firsts[chunk], seconds[chunk];
+  for (; start + burst <= n; start += burst) {
+    float grads[burst], firsts[burst], seconds[burst];
 #pragma omp simd
-    for (int64_t i = 0; i < chunk; ++i) grads[i] = static_cast<float>(g[start + i]);
+    for (int64_t i = 0; i < burst; ++i) grads[i] = static_cast<float>(g[start + i]);
 #pragma omp simd
-    for (int64_t i = 0; i < chunk; ++i) m[start + i] = firsts[i] = m[start + i] + rest1 * (grads[i] - m[start + i]);
+    for (int64_t i = 0; i < burst; ++i) m[start + i] = firsts[i] = m[start + i] + rest1 * (grads[i] - m[start + i]);
 #pragma omp simd
-    for (int64_t i = 0; i < chunk; ++i) v[start + i] = seconds[i] = beta2 * v[start + i] + rest2 * grads[i] * grads[i];
+    for (int64_t i = 0; i < burst; ++i) v[start + i] = seconds[i] = beta2 * v[start + i] + rest2 * grads[i] * grads[i];
 #pragma omp simd
-    for (int64_t i = 0; i < chunk; ++i)
+    for (int64_t i = 0; i < burst; ++i)
       p[start + i] = p[start + i] * keep - step * (firsts[i] / (std::sqrt(seconds[i]) * inverse_root + eps));
   }
 #pragma omp simd
@@ -77,16 +81,35 @@ inline void adamw_run(float *p, const G *g, float *m, float *v, int64_t n, const
   }
 }
 
+// Sums of squares: element i of a block is added to lane i % lanes, a block's lanes pairwise, blocks in double. The order
+// is the same wherever a sum is taken, so results repeat.
+constexpr int64_t lanes = 64, block = 1024;
+
+struct LaneSums {
+  float lane[lanes] = {};
+  double total() {
+    for (int64_t half = lanes / 2; half > 0; half /= 2)
+#pragma omp simd
+      for (int64_t k = 0; k < half; ++k) lane[k] += lane[k + half];
+    return lane[0];
+  }
+};
+
+template <typename G>
+inline double block_sum(const G *g, int64_t n) {
+  LaneSums sums;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+#pragma omp simd
+    for (int64_t k = 0; k < lanes; ++k) sums.lane[k] += static_cast<float>(g[i + k]) * static_cast<float>(g[i + k]);
+  for (int64_t k = 0; i + k < n; ++k) sums.lane[k] += static_cast<float>(g[i + k]) * static_cast<float>(g[i + k]);
+  return sums.total();
+}
+
 template <typename G>
 inline double sum_squares(const G *g, int64_t n) {
-  double total = 0;  // blocks in float, their sums in double: exact enough for segments of any size
-  for (int64_t start = 0; start < n; start += 4096) {
-    const int64_t end = start + 4096 < n ? start + 4096 : n;
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = start; i < end; ++i) sum += static_cast<float>(g[i]) * static_cast<float>(g[i]);
-    total += sum;
-  }
+  double total = 0;
+  for (int64_t start = 0; start < n; start += block) total += block_sum(g + start, std::min(block, n - start));
   return total;
 }
 
@@ -120,16 +143,25 @@ inline void mini_run(float *p, const G *g, float *m, int64_t n, float keep, floa
   }
 }
 
+template <typename G>
+inline void mini_burst(float *p, const G *g, float *m, float keep, float rest1, float step) {
+  float firsts[burst];
+#pragma omp simd
+  for (int64_t i = 0; i < burst; ++i) m[i] = firsts[i] = m[i] + rest1 * (static_cast<float>(g[i]) - m[i]);
+#pragma omp simd
+  for (int64_t i = 0; i < burst; ++i) p[i] = p[i] * keep - step * firsts[i];
+}
+
 // Updates one segment and fetches `ahead`, the next one's gradient, whose sum of squares comes before its update:
 // otherwise memory would idle for parameters and moments during the sum, and for gradients during the update.
 template <typename G>
 inline void mini_segment(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step,
                          const G *ahead) {
-  constexpr int64_t chunk = 128, line = 64 / sizeof(G);
+  constexpr int64_t line = 64 / sizeof(G);
   int64_t start = 0;
-  for (; start + chunk <= n; start += chunk) {
-    for (int64_t i = 0; i < chunk; i += line) __builtin_prefetch(ahead + start + i, 0, 2);
-    mini_run(p + start, g + start, m + start, chunk, keep, rest1, step);
+  for (; start + burst <= n; start += burst) {
+    for (int64_t i = 0; i < burst; i += line) __builtin_prefetch(ahead + start + i, 0, 2);
+    mini_burst(p + start, g + start, m + start, keep, rest1, step);
   }
   mini_run(p + start, g + start, m + start, n - start, keep, rest1, step);
 }
@@ -160,8 +192,8 @@ void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
       if (own_sums && !t.spread) moment = next_moment(moment, sum_squares(g + at, t.unit), t.segment_numel, values);
       const G *ahead = j + 1 < units ? g + at + t.unit : run + 1 < t.outer ? g + t.offset + (run + 1) * t.stride : next;
       mini_segment(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values), ahead);
+      copy_out(out, p, at, t.unit);
     }
-    if (out != nullptr) copy_out(out + t.offset + run * t.stride, p + t.offset + run * t.stride, t.inner);
   }
 }
 
@@ -172,9 +204,13 @@ void adamw_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
   for (int64_t i = 0; i < count; ++i) {
     const Tile &t = tiles[i];
     for (int64_t run = 0; run < t.outer; ++run) {
-      const int64_t at = t.offset + run * t.stride;
-      adamw_run(p + at, g + at, m + at, v + at, t.inner, values, t.cls);
-      if (out != nullptr) copy_out(out + at, p + at, t.inner);
+      const int64_t end = t.offset + run * t.stride + t.inner;
+      int64_t n;
+      for (int64_t at = end - t.inner; at < end; at += n) {
+        n = out == nullptr ? t.inner : std::min(end - at, copied);
+        adamw_run(p + at, g + at, m + at, v + at, n, values, t.cls);
+        copy_out(out, p, at, n);
+      }
     }
   }
 }

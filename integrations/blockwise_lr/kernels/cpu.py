@@ -102,10 +102,10 @@ class CppKernel:
         self._tiles: weakref.WeakKeyDictionary[Rectangles, np.ndarray] = weakref.WeakKeyDictionary()
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._built.blockwise_adamw(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values),
+              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._built.blockwise_adamw(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out),
                                     torch.get_num_threads())
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
@@ -116,26 +116,27 @@ class CppKernel:
                                           tiles.ctypes.data, len(tiles), torch.get_num_threads())
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values), 1,
+                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out), 1,
                                         torch.get_num_threads())
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.cut, values), 0,
+                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.cut, values, out), 0,
                                         torch.get_num_threads())
 
     def _arguments(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                   rectangles: Rectangles, values: StepValues) -> tuple:
+                   rectangles: Rectangles, values: StepValues, out: torch.Tensor | None) -> tuple:
         tiles = self._tiles_of(rectangles)
         lrs = (ctypes.c_float * len(values.lrs))(*values.lrs)
         decays = (ctypes.c_float * len(values.decays))(*values.decays)
+        copy = None if out is None else out.data_ptr()
         return (param.data_ptr(), grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(), None, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2,
+                exp_avg_sq.data_ptr(), copy, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2,
                 values.eps, values.correction1, values.correction2_sqrt)
 
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:
@@ -148,3 +149,7 @@ def _fits(*tensors: torch.Tensor) -> bool:
     """Whether the first is float32 and the others are, or are gradients of a known type, all of them on the CPU."""
     return all(t.device.type == "cpu" for t in tensors) and tensors[0].dtype == torch.float32 and all(
         t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
+
+
+def _takes(out: torch.Tensor | None) -> bool:
+    return out is None or (out.dtype == torch.bfloat16 and out.device.type == "cpu")

@@ -39,22 +39,23 @@ class StepValues:
 class Kernel(Protocol):
     """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative).
 
-    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16.
+    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16. ``out``
+    (numel,), bfloat16, takes the updated parameters rounded to nearest, where it is given.
     """
 
     name: str
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues) -> None:
+              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         """One AdamW step in place; elements outside the plan's rectangles stay as they are."""
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         """Adds each segment's sum of squared gradients to its slot of ``sums`` (slots,), float32."""
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues) -> None:
+                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         """One Adam-mini step in place over ``plan.whole``: sums, second moments (slots,), first moments, parameters."""
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues) -> None:
+                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         """The same over ``plan.cut``, whose second moments of this step the caller has already set."""

@@ -20,17 +20,18 @@ class ReferenceKernel:
     name = "reference"
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues) -> None:
+              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         for row in _tiles(plan.whole, 1):
             p, g, m, v = (_runs(t, row) for t in (param, grad, exp_avg, exp_avg_sq))
             adamw_update(p, g.to(p.dtype), m, v, values, int(row[CLASS]))
+            _copy_out(out, param, row)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         for row in _tiles(rectangles, 1):
             slots_of(sums, row).add_(_segment_sums(grad, row))
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues) -> None:
+                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         rectangles = plan.whole
         for row, numel in zip(rectangles.table, rectangles.segment_numel):
             spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
@@ -40,11 +41,13 @@ class ReferenceKernel:
                 if not spread:
                     _second_moment(slots_of(exp_avg_sq, tile), _segment_sums(grad, tile), numel, values)
                 _mini_tile(param, grad, exp_avg, exp_avg_sq, tile, values)
+                _copy_out(out, param, tile)
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues) -> None:
+                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         for tile in _tiles(plan.cut, 1):
             _mini_tile(param, grad, exp_avg, exp_avg_sq, tile, values)
+            _copy_out(out, param, tile)
 
 
 def adamw_update(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
@@ -76,6 +79,11 @@ def _mini_tile(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, e
     m.lerp_(g.to(m.dtype), 1 - values.beta1)
     denominator = (slots_of(exp_avg_sq, row).sqrt() / values.correction2_sqrt).add_(values.eps)
     p.addcdiv_(m, denominator.to(p.dtype).unsqueeze(-1), value=-(lr / values.correction1))
+
+
+def _copy_out(out: torch.Tensor | None, param: torch.Tensor, row: np.ndarray) -> None:
+    if out is not None:
+        _runs(out, row).copy_(_runs(param, row))
 
 
 def _spread_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:

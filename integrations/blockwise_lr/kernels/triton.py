@@ -56,7 +56,7 @@ def _multiple(number, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _adamw_elements(p, g, m, v, at, mask, keep, step, rest1, beta2, rest2, eps, inverse_root):
+def _adamw_elements(p, g, m, v, out, at, mask, keep, step, rest1, beta2, rest2, eps, inverse_root, COPY: tl.constexpr):
     grad = tl.load(g + at, mask=mask).to(tl.float32)
     first, second = tl.load(m + at, mask=mask), tl.load(v + at, mask=mask)
     first += rest1 * (grad - first)
@@ -65,22 +65,24 @@ def _adamw_elements(p, g, m, v, at, mask, keep, step, rest1, beta2, rest2, eps, 
     tl.store(m + at, first, mask=mask)
     tl.store(v + at, second, mask=mask)
     tl.store(p + at, param, mask=mask)
+    if COPY:
+        tl.store(out + at, param.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
-def _adamw(p, g, m, v, owner, table, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
-           BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+def _adamw(p, g, m, v, out, owner, table, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
+           COPY: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
     at, _, number, runs, stride, width, _, aligned, _ = _task(owner, table, FIELDS)
     step, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
     element = tl.arange(0, BLOCK)
     if (runs == 1) & (aligned == 1):
-        _adamw_elements(p, g, m, v, _multiple(at, 4) + element, element < _multiple(width, 4), keep, step, rest1, beta2,
-                        rest2, eps, inverse_root)
+        _adamw_elements(p, g, m, v, out, _multiple(at, 4) + element, element < _multiple(width, 4), keep, step, rest1,
+                        beta2, rest2, eps, inverse_root, COPY)
     else:
         narrow = width.to(tl.int32)
         run = element // narrow
-        _adamw_elements(p, g, m, v, at + run * stride + element % narrow, run < runs, keep, step, rest1, beta2, rest2,
-                        eps, inverse_root)
+        _adamw_elements(p, g, m, v, out, at + run * stride + element % narrow, run < runs, keep, step, rest1, beta2,
+                        rest2, eps, inverse_root, COPY)
 
 
 @triton.jit
@@ -97,7 +99,8 @@ def _one_sum(g, at, runs, stride, width, ALIGN: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+def _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY: tl.constexpr, ALIGN: tl.constexpr,
+                BLOCK: tl.constexpr):
     element, width = tl.arange(0, BLOCK), _multiple(width, ALIGN)
     for run in range(0, runs):
         base = _multiple(at + run * stride, ALIGN)
@@ -107,7 +110,10 @@ def _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, ALIGN: tl.c
             first = tl.load(m + place, mask=mask)
             first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
             tl.store(m + place, first, mask=mask)
-            tl.store(p + place, tl.load(p + place, mask=mask) * keep - step * first, mask=mask)
+            param = tl.load(p + place, mask=mask) * keep - step * first
+            tl.store(p + place, param, mask=mask)
+            if COPY:
+                tl.store(out + place, param.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -127,7 +133,8 @@ def _side_sums(g, at, runs, stride, width, unit, COLUMNS: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _side_update(p, g, m, at, runs, stride, width, keep, step, rest1, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _side_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY: tl.constexpr, COLUMNS: tl.constexpr,
+                 ROWS: tl.constexpr):
     column, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     for start in range(0, runs, ROWS):
         run = start + row
@@ -136,12 +143,16 @@ def _side_update(p, g, m, at, runs, stride, width, keep, step, rest1, COLUMNS: t
         first = tl.load(m + place, mask=mask)
         first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
         tl.store(m + place, first, mask=mask)
-        tl.store(p + place, tl.load(p + place, mask=mask) * keep - step[None, :] * first, mask=mask)
+        param = tl.load(p + place, mask=mask) * keep - step[None, :] * first
+        tl.store(p + place, param, mask=mask)
+        if COPY:
+            tl.store(out + place, param.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
-def _adam_mini(p, g, m, v, owner, table, numels, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
-               OWN_SUMS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr):
+def _adam_mini(p, g, m, v, out, owner, table, numels, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
+               OWN_SUMS: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+               FIELDS: tl.constexpr):
     at, slot, number, runs, stride, width, unit, aligned, rectangle = _task(owner, table, FIELDS)
     lr, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
     if unit > COLUMNS:  # one segment
@@ -155,9 +166,9 @@ def _adam_mini(p, g, m, v, owner, table, numels, numbers, classes, rest1, beta2,
             tl.store(v + slot, moment)
         step = lr / (tl.sqrt_rn(moment) * inverse_root + eps)
         if aligned == 1:
-            _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, 4, BLOCK)
+            _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY, 4, BLOCK)
         else:
-            _one_update(p, g, m, at, runs, stride, width, keep, step, rest1, 1, BLOCK)
+            _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY, 1, BLOCK)
     else:  # segments side by side; every column knows its own segment's moment
         column = tl.arange(0, COLUMNS)
         slots, held = slot + column // unit.to(tl.int32), column < width
@@ -168,7 +179,7 @@ def _adam_mini(p, g, m, v, owner, table, numels, numbers, classes, rest1, beta2,
             tl.debug_barrier()  # every column has read its old moment before one of them writes the new
             tl.store(v + slots, moments, mask=held & (column % unit.to(tl.int32) == 0))
         steps = lr / (tl.sqrt_rn(moments) * inverse_root + eps)
-        _side_update(p, g, m, at, runs, stride, width, keep, steps, rest1, COLUMNS, BLOCK // COLUMNS)
+        _side_update(p, g, m, out, at, runs, stride, width, keep, steps, rest1, COPY, COLUMNS, BLOCK // COLUMNS)
 
 
 @triton.jit
@@ -278,14 +289,15 @@ class TritonKernel:
         self._known: weakref.WeakKeyDictionary[Rectangles, dict] = weakref.WeakKeyDictionary()
 
     def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values)
+              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
         work = self._made(plan.whole, param.device, "elements", functools.partial(tasks, elementwise=True))
         if work.count:
             with _on(param.device):
-                _adamw[(work.count,)](param, grad, exp_avg, exp_avg_sq, work.owner, work.table,
-                                      *_numbers(values, param.device), BLOCK=BLOCK, FIELDS=_FIELDS)
+                _adamw[(work.count,)](param, grad, exp_avg, exp_avg_sq, param if out is None else out, work.owner,
+                                      work.table, *_numbers(values, param.device), COPY=out is not None, BLOCK=BLOCK,
+                                      FIELDS=_FIELDS)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not _fits(sums, grad):
@@ -301,25 +313,26 @@ class TritonKernel:
             sums[slots] += buffer[places]
 
     def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.whole, values, own_sums=True)
+                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out, own_sums=True)
 
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq):
-            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.cut, values, own_sums=False)
+                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
+            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.cut, values, out, own_sums=False)
 
     def _mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              rectangles: Rectangles, values: StepValues, own_sums: bool) -> None:
+              rectangles: Rectangles, values: StepValues, out: torch.Tensor | None, own_sums: bool) -> None:
         work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
         if work.count:
             with _on(param.device):
-                _adam_mini[(work.count,)](param, grad, exp_avg, exp_avg_sq, work.owner, work.table, work.numels,
-                                          *_numbers(values, param.device), OWN_SUMS=own_sums, BLOCK=BLOCK,
-                                          COLUMNS=COLUMNS, FIELDS=_FIELDS)
+                _adam_mini[(work.count,)](param, grad, exp_avg, exp_avg_sq, param if out is None else out, work.owner,
+                                          work.table, work.numels, *_numbers(values, param.device),
+                                          OWN_SUMS=own_sums, COPY=out is not None, BLOCK=BLOCK, COLUMNS=COLUMNS,
+                                          FIELDS=_FIELDS)
 
     def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make):
         known = self._known.setdefault(rectangles, {})
@@ -353,3 +366,7 @@ def _fits(*tensors: torch.Tensor) -> bool:
     place = ("cpu", "cuda") if interpreted() else ("cuda",)
     return all(t.device.type in place for t in tensors) and tensors[0].dtype == torch.float32 and all(
         t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
+
+
+def _takes(out: torch.Tensor | None) -> bool:
+    return out is None or out.dtype == torch.bfloat16

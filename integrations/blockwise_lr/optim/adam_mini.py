@@ -152,7 +152,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
             started = self._sync and self._sync.start(self._in_order(sums))
         for p, values in work:
-            self._kernel(p).adam_mini(*self._tensors(p), self.plan_of(p), values)
+            self._kernel(p).adam_mini(*self._tensors(p), self.plan_of(p), values, self.copy_of(p))
         if reduce_now and self._sync is not None:
             self._sync.finish(self._in_order(sums), started)
         for p, values in work:
@@ -172,4 +172,4 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         slots, numel = self._cut_slots[id(p)]
         moments = self.state[p]["exp_avg_sq"]
         moments[slots] = moments[slots] * values.beta2 + sums[slots] / numel * (1 - values.beta2)
-        self._kernel(p).adam_mini_cut(*self._tensors(p), plan, values)
+        self._kernel(p).adam_mini_cut(*self._tensors(p), plan, values, self.copy_of(p))

@@ -69,4 +69,4 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         for p, values in work:
             state = self.state[p]
             self._kernel(p).adamw(flat(p), flat(p.grad), flat(state["exp_avg"]), flat(state["exp_avg_sq"]),
-                                  self.plan_of(p), values)
+                                  self.plan_of(p), values, self.copy_of(p))

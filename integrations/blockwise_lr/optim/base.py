@@ -1,7 +1,7 @@
 """What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.block_map = block_map if block_map is not None else self._map_by_name(block_rules)
         self.shards: ShardMap | None = None
         self._plans: dict[int, StepPlan] = {}
+        self._copies: dict[int, torch.Tensor] = {}
         self._fragments: dict[int, list[Fragment]] = {}
         self._check_all_mapped()
         sharded = dtensor_shards((p for group in self.param_groups for p in group["params"] if p.requires_grad),
@@ -134,6 +135,30 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         raise NotImplementedError
+
+    def write_copies(self, copies: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """From now on every step also writes the updated parameters, rounded to bfloat16, in the same pass.
+
+        Args:
+            copies: the optimizer's tensor (a float32 master or shard) -> bfloat16 tensor of its shape and device.
+
+        Raises:
+            BlockError: a tensor that is not the optimizer's, or a copy that does not fit it.
+        """
+        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        for tensor, copy in copies.items():
+            if id(tensor) not in mine:
+                raise BlockError(f"write_copies was given a tensor of shape {tuple(tensor.shape)} that is not in this "
+                                 f"optimizer's param groups; use the tensors that it steps")
+            if copy.dtype != torch.bfloat16 or copy.shape != tensor.shape or copy.device != tensor.device:
+                raise BlockError(f"the copy of a parameter of shape {tuple(tensor.shape)} on {tensor.device} must be a "
+                                 f"bfloat16 tensor of that shape there, not {copy.dtype} of {tuple(copy.shape)} on "
+                                 f"{copy.device}")
+        self._copies = {id(tensor): flat(copy) for tensor, copy in copies.items()}
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """What :meth:`write_copies` set for a tensor, as one row."""
+        return self._copies.get(id(tensor))
 
     # ---- learning rates
 
