@@ -1,4 +1,6 @@
 """Saving and loading through DeepSpeed: to the bit on the same layout, at any other through universal checkpoints."""
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,46 +15,70 @@ SUB_GROUPS = {"sub_group_size": 3000}
 TOTAL = 10
 
 
+BF16_OPTIMIZER = {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}
+FP16 = {"dtype": "fp16", "fp16": {"loss_scale_window": 2}}  # doubles the scale before the save
+
+
 def _losses_and_weights(engine, first, steps):
     return train(engine, steps, first=first), weights(engine)
 
 
-def resumed(kind, model, stage, options, folder):
-    """(losses, weights equal) of a run that went on and of one that was loaded, both after the same save."""
+def loss_scale(engine):
+    """The state of a dynamic loss scaler."""
+    state = vars(getattr(engine.optimizer, "loss_scaler", None) or object)
+    return {key: state.get(key) for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+
+
+def resumed(kind, model, stage, options, folder, universal=False):
+    """(losses, weights equal, loss scales) of a run that went on and of one that was loaded, both after the same save."""
+    from blockwise_lr.deepspeed.universal import convert
+
     if options.get("dtype") == "fp16":
         from deepspeed.accelerator import get_accelerator
         get_accelerator().is_fp16_supported = lambda: True  # torch computes in half on any CPU; DeepSpeed asks for AMX
-    settings = config(kind, stage, steps=TOTAL, **options)
-    engine = start(make(model), settings)
+    engine = start(make(model), config(kind, stage, steps=TOTAL, **options))
     train(engine, 3)
-    engine.save_checkpoint(folder)
+    engine.save_checkpoint(folder, tag="three")
+    scales = [loss_scale(engine)]
     wanted, wanted_weights = _losses_and_weights(engine, 3, 3)
     engine.destroy()
-    engine = start(make(model, seed=5), settings)
+    if universal:
+        if dist.get_rank() == 0:
+            convert(os.path.join(folder, "three"), os.path.join(folder, "universal"))
+        dist.barrier()
+        options = {**options, "checkpoint": {"load_universal": True}}
+    engine = start(make(model, seed=5), config(kind, stage, steps=TOTAL, **options))
     engine.load_checkpoint(folder)
+    scales.append(loss_scale(engine))
     found, found_weights = _losses_and_weights(engine, 3, 3)
     engine.destroy()
-    return wanted, found, all(torch.equal(wanted_weights[name], found_weights[name]) for name in wanted_weights)
+    return wanted, found, all(torch.equal(wanted_weights[name], found_weights[name]) for name in wanted_weights), scales
 
 
-@pytest.mark.parametrize("kind, model, stage, ranks, options", [
-    (ADAMW, "gpt2", 0, 2, {}),
-    (MINI, "llama", 0, 2, {}),
-    (MINI, "gpt2", 0, 2, {"dtype": "bf16"}),
-    (ADAMW, "gpt2", 1, 2, {"dtype": "bf16"}),
-    (MINI, "gpt_neox", 1, 2, {}),
-    (MINI, "llama", 1, 2, {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}),
-    (MINI, "llama", 2, 2, {"dtype": "fp16"}),
-    (MINI, "llama_tied", 2, 3, {}),
-    (MINI, "gpt2", 2, 2, {"zero": OFFLOAD}),
-    (ADAMW, "gpt_neox", 3, 2, {"zero": OFFLOAD}),
-    (MINI, "gpt2", 3, 3, {}),
-    (MINI, "llama", 3, 2, {"zero": SUB_GROUPS, "dtype": "bf16"}),
+@pytest.mark.parametrize("kind, model, stage, ranks, options, universal", [
+    (ADAMW, "gpt2", 0, 2, {}, False),
+    (MINI, "llama", 0, 2, {}, False),
+    (MINI, "gpt2", 0, 2, {"dtype": "bf16"}, False),
+    (ADAMW, "gpt2", 1, 2, {"dtype": "bf16"}, False),
+    (MINI, "gpt_neox", 1, 2, {}, False),
+    (MINI, "llama", 1, 2, BF16_OPTIMIZER, False),
+    (ADAMW, "gpt2", 1, 2, BF16_OPTIMIZER, True),
+    (MINI, "llama", 2, 2, FP16, False),
+    (MINI, "gpt2", 2, 2, FP16, True),
+    (MINI, "llama_tied", 2, 3, {}, False),
+    (MINI, "gpt2", 2, 2, {"zero": OFFLOAD}, False),
+    (ADAMW, "gpt_neox", 3, 2, {"zero": OFFLOAD}, False),
+    (MINI, "gpt2", 3, 3, {}, False),
+    (MINI, "llama", 3, 2, {"zero": SUB_GROUPS, "dtype": "bf16"}, False),
+    (ADAMW, "llama", 3, 2, FP16, True),
 ])
-def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, tmp_path):
-    for wanted, found, equal in pool(ranks).run(resumed, kind, model, stage, options, str(tmp_path)):
+def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, universal, tmp_path):
+    for wanted, found, equal, scales in pool(ranks).run(resumed, kind, model, stage, options, str(tmp_path), universal):
         assert wanted == found
         assert equal
+        assert scales[0] == scales[1]
+        if options is FP16:
+            assert scales[0]["cur_scale"] > 2 ** 8 and scales[0]["cur_iter"] == 3
 
 
 # ---- other layouts
@@ -104,6 +130,7 @@ def saving(options, ranks):
     (MINI, "llama", 1, 4, 1, 2, {}),
     (MINI, "gpt2", 2, 4, 2, 3, {}),
     (ADAMW, "gpt_neox", 1, 4, 1, 3, {}),
+    (ADAMW, "gpt2", 2, 4, 1, 2, {}),
     (MINI, "gpt2", 1, 2, 3, 2, {}),
     (ADAMW, "llama", 1, 2, 3, 3, {"zero": SUB_GROUPS}),
     (MINI, "llama", 3, 4, 3, 2, {"zero": SUB_GROUPS}),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockwise_lr.checkpoint import Manifest, newest_complete, verify
-from blockwise_lr.checkpoint.manifest import complete_tags
+from blockwise_lr.checkpoint.manifest import survey
 from deepspeed_door.engines import config
 from extensions import build_once
 from ranks import ENVIRONMENT
@@ -99,7 +99,7 @@ def losses(folder):
 
 def files(folder):
     """Path -> SHA-256 of the files in a folder's complete checkpoints."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for tag in complete_tags(folder)
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for tag in survey(folder).tags
             for path in (folder / tag).iterdir()}
 
 
@@ -136,10 +136,10 @@ def start_and_kill(server, folder, settings, victim, kind, count, delay):
     assert started.events[victim][0][1] == (Manifest.read(folder / newest).steps if newest else 0)
     after = files(folder)
     assert {path: after.get(path) for path in before} == before  # what was complete is as it was
-    for tag in complete_tags(folder):
+    for tag in survey(folder).tags:
         verify(folder / tag)
     latest = folder / "latest"
-    assert not latest.exists() or latest.read_text() in complete_tags(folder)
+    assert not latest.exists() or latest.read_text() in survey(folder).tags
     return started.events[victim][-1] if codes[victim] == -signal.SIGKILL else None
 
 
@@ -166,7 +166,7 @@ def test_twenty_kills_change_no_bit(server, tmp_path):
             kills += 1
             tag = f"global_step{last[1] + 1}"
             landed[last[0]] += 1
-            landed["incomplete"] += last[0] == "save" and (folder / tag).exists() and tag not in complete_tags(folder)
+            landed["incomplete"] += last[0] == "save" and (folder / tag).exists() and tag not in survey(folder).tags
             assert losses(folder).items() <= wanted.items()
         assert Run(server, run, str(folder), settings, STEPS).end() == [0, 0]
         assert losses(folder) == wanted

@@ -141,6 +141,18 @@ def test_load_newest_passes_over_damage(folder):
     for path, steps in pool(2).run(newest, str(folder)):
         assert "global_step1" in path and steps == 1
     flip_a_bit(folder / "global_step1")
+    before = contents(folder)
+    for error in pool(2).run(newest, str(folder), errors=True):
+        assert "every complete checkpoint" in str(error) and "global_step1: mp_rank_00" in str(error)
+    assert contents(folder) == before
+
+
+def test_load_newest_stops_at_a_newer_format_and_starts_anew_after_unfinished_saves(folder):
+    make_newer(folder / "global_step1")
+    for error in pool(2).run(newest, str(folder), errors=True):
+        assert type(error).__name__ == "VersionError" and "format 2" in str(error)
+    for tag in ("global_step1", "global_step2"):
+        leave_incomplete(folder / tag)
     assert pool(2).run(newest, str(folder)) == [(None, 0), (None, 0)]
 
 

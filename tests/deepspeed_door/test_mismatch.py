@@ -98,6 +98,12 @@ def continued(kind, stage, folder, optimizer, model="llama"):
     return found, rates, lines
 
 
+def segment_shape(name, p):
+    """Of a llama parameter: (segments, elements of each)."""
+    heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
+    return (1, -1) if "norm" in name else (heads, -1) if heads else (p.shape[0], -1)
+
+
 def reference_means(model, states_of_ranks, stage):
     """Adam-mini's second moments from AdamW's, whole: per parameter, its segments' means, by plain reshaping."""
     elements = torch.cat([state[0]["exp_avg_sq"] for state in states_of_ranks])
@@ -105,9 +111,7 @@ def reference_means(model, states_of_ranks, stage):
     for name, p in model.named_parameters():
         value = elements[offset:offset + p.numel()].view(p.shape).double()
         offset += p.numel()
-        heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
-        shape = (1, -1) if "norm" in name else (heads, -1) if heads else (p.shape[0], -1)
-        means[name] = value.reshape(shape).mean(1)
+        means[name] = value.reshape(segment_shape(name, p)).mean(1)
     return torch.cat(list(means.values())).float()
 
 
@@ -135,6 +139,38 @@ def test_adam_mini_continues_as_adamw_with_expanded_segments(tmp_path):
         assert value.shape == found[0]["exp_avg"].shape
         assert set(value.unique().tolist()) - {0.0} == set(segments.unique().tolist()) - {0.0}
     assert any("every element gets its segment's second moment" in line for line in answers[0][2])
+
+
+def loaded_and_saved(kind, stage, folder):
+    """Loads a universal checkpoint of another optimizer and saves what came of it."""
+    engine = start(make("llama", seed=5), config(kind, stage, steps=TOTAL, checkpoint={"load_universal": True},
+                                                 optimizer={"accept_mismatch": ["optimizer"]}))
+    engine.load_checkpoint(folder, tag="universal", load_lr_scheduler_states=False)
+    engine.save_checkpoint(folder, tag="again")
+    engine.destroy()
+
+
+@pytest.mark.parametrize("source, target", [(ADAMW, MINI), ("AdamW", MINI), (MINI, ADAMW)])
+def test_another_optimizer_continues_at_another_layout(source, target, tmp_path):
+    from blockwise_lr.deepspeed.universal import UniversalFolder, convert
+
+    if source == "AdamW":
+        pool(2).run(plain_adamw, str(tmp_path), 1)
+    else:
+        pool(2).run(saved, source, 1, str(tmp_path))
+    convert(str(tmp_path / "three"), str(tmp_path / "universal"))
+    pool(3).run(loaded_and_saved, target, 3, str(tmp_path))
+    convert(str(tmp_path / "again"), str(tmp_path / "universal again"))
+    for name, p in make("llama").named_parameters():
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            before, after = (UniversalFolder(str(tmp_path / folder)).values(name, key, p.numel())
+                             for folder in ("universal", "universal again"))
+            if key == "exp_avg_sq" and target == MINI:
+                rows = before.double().reshape(segment_shape(name, p))
+                wanted = rows.mean(1, keepdim=True).expand_as(rows).reshape(-1).float()
+                assert torch.allclose(after, wanted, rtol=1e-6, atol=0)
+            else:
+                assert torch.equal(after, before)
 
 
 def plain_adamw(folder, stage):

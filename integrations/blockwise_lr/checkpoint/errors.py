@@ -10,6 +10,10 @@ class CheckpointError(BlockError):
     """A checkpoint that is incomplete, damaged, of another layout or of a newer format; the message says how to go on."""
 
 
+class VersionError(CheckpointError):
+    """A checkpoint of a newer format than this package reads."""
+
+
 class MismatchError(CheckpointError):
     """A checkpoint that contradicts the running model or settings; the message says what differs and what to pass."""
 

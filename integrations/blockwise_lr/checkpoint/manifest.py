@@ -6,7 +6,6 @@ exchanged later.
 """
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VersionError
 from .record import FORMAT, Record
 
 NAME = "blockwise_lr.json"
@@ -42,6 +41,7 @@ class Manifest:
         saved_at: nanoseconds since 1970, when the save was completed.
         files: path below the folder -> its entry.
         record: the origin of the optimizer state; None where it is not known.
+        layout: how the state was cut over ranks, in its framework's words; None where any layout can load it.
     """
 
     complete: bool
@@ -49,11 +49,18 @@ class Manifest:
     saved_at: int = 0
     files: Mapping[str, Entry] = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
+    layout: Mapping[str, Any] | None = None
+
+    @property
+    def universal(self) -> bool:
+        """Whether the folder is one of DeepSpeed's universal checkpoints."""
+        return any(name.startswith("zero/") for name in self.files)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Replaces the folder's manifest in one step, on disk before it returns."""
         content = {"format": FORMAT, "complete": self.complete, "steps": self.steps, "saved_at": self.saved_at,
-                   "files": {name: vars(entry) for name, entry in self.files.items()}, "record": self.record}
+                   "files": {name: vars(entry) for name, entry in self.files.items()}, "record": self.record,
+                   "layout": self.layout}
         content["sha256"] = _content_hash(content)
         write_atomically(Path(folder) / NAME, json.dumps(content))
 
@@ -62,18 +69,20 @@ class Manifest:
         """The folder's manifest, or None where it has none.
 
         Raises:
-            CheckpointError: it is damaged or of a newer format.
+            VersionError: it is of a newer format.
+            CheckpointError: it is damaged.
         """
         path = Path(folder) / NAME
         try:
             content = json.loads(path.read_text())
             if content["format"] > FORMAT:
-                raise CheckpointError(f"{path} is of format {content['format']}, and this blockwise-lr reads up to "
-                                      f"{FORMAT}; install the version that wrote it to load the checkpoint")
+                raise VersionError(f"{path} is of format {content['format']}, and this blockwise-lr reads up to "
+                                   f"{FORMAT}; install the version that wrote it to load the checkpoint")
             if content.pop("sha256") != _content_hash(content):
                 raise ValueError("its checksum does not fit")
             files = {name: Entry(**entry) for name, entry in content["files"].items()}
-            return cls(content["complete"], content["steps"], content["saved_at"], files, content["record"])
+            return cls(content["complete"], content["steps"], content["saved_at"], files, content["record"],
+                       content.get("layout"))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -111,9 +120,9 @@ def entries(folder: str | os.PathLike, paths: Iterable[str | os.PathLike], rank:
 
 
 def complete(folder: str | os.PathLike, files: Mapping[str, Entry], steps: int,
-             record: Mapping[str, Any] | None) -> None:
+             record: Mapping[str, Any] | None, layout: Mapping[str, Any] | None = None) -> None:
     """Marks a folder complete. All ranks' files must be on disk."""
-    Manifest(True, steps, time.time_ns(), dict(sorted(files.items())), record).write(folder)
+    Manifest(True, steps, time.time_ns(), dict(sorted(files.items())), record, layout).write(folder)
 
 
 def problems(folder: str | os.PathLike, manifest: Manifest, rank: int = 0, ranks: int = 1,
@@ -156,35 +165,70 @@ def refuse(folder: str | os.PathLike, manifest: Manifest, found: list[str]) -> N
         return
     what = ("is incomplete: the save that wrote it did not finish" if not manifest.complete
             else "is damaged: " + "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))
-    other = newest_complete(Path(folder).parent, but=(Path(folder).name,))
+    universal = manifest.universal or Path(folder, "zero").is_dir()
+    other = newest_complete(Path(folder).parent, but=(Path(folder).name,), universal=universal)
     remedy = (f"the newest complete one beside it is {other!r}; load it with tag={other!r}" if other
               else "there is no complete one beside it")
     raise CheckpointError(f"checkpoint {folder} {what}; {remedy}")
 
 
-def complete_tags(directory: str | os.PathLike) -> list[str]:
-    """The folders in a directory that hold complete checkpoints by their manifests and file sizes, newest first."""
-    found = []
+@dataclass(frozen=True)
+class Survey:
+    """What a directory of checkpoints holds, by manifests and file sizes. Folders of unfinished saves are left out.
+
+    Attributes:
+        tags: the complete ones, newest first.
+        damaged: tag -> what is wrong, of those that were complete once.
+        newer: what VersionError says of those of a newer format.
+        others: complete ones that are universal where such were not asked for, and the other way round.
+    """
+
+    tags: list[str]
+    damaged: dict[str, str]
+    newer: list[str]
+    others: list[str]
+
+
+def survey(directory: str | os.PathLike, *, universal: bool = False) -> Survey:
+    """Looks at the folders in a directory and changes nothing.
+
+    Args:
+        directory: what ``save_checkpoint`` was given.
+        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
+    """
+    found, damaged, newer, others = [], {}, [], []
     for folder in sorted(Path(directory).iterdir()) if Path(directory).is_dir() else ():
-        if not folder.is_dir():
+        try:
+            manifest = Manifest.read(folder) if folder.is_dir() else None
+        except VersionError as error:
+            newer.append(str(error))
             continue
-        with contextlib.suppress(CheckpointError):
-            manifest = Manifest.read(folder)
-            if manifest and manifest.complete and not problems(folder, manifest, checksums=False):
-                found.append((manifest.saved_at, folder.name))
-    return [name for _, name in sorted(found, reverse=True)]
+        except CheckpointError as error:
+            damaged[folder.name] = str(error)
+            continue
+        if manifest is None or not manifest.complete:
+            continue
+        if manifest.universal != universal:
+            others.append(folder.name)
+        elif wrong := problems(folder, manifest, checksums=False):
+            damaged[folder.name] = "; ".join(wrong)
+        else:
+            found.append((manifest.saved_at, folder.name))
+    return Survey([name for _, name in sorted(found, reverse=True)], damaged, newer, others)
 
 
-def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, but: Iterable[str] = ()) -> str | None:
+def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, but: Iterable[str] = (),
+                    universal: bool = False) -> str | None:
     """The tag of the newest complete checkpoint in a directory, or None.
 
     Args:
         directory: what ``save_checkpoint`` was given.
         checksums: read every file and compare its contents too.
         but: tags to leave out.
+        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
     """
     left_out = set(but)
-    for tag in complete_tags(directory):
+    for tag in survey(directory, universal=universal).tags:
         folder = Path(directory) / tag
         if tag not in left_out and not (checksums and problems(folder, Manifest.read(folder))):
             return tag

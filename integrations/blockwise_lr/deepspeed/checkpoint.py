@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ..checkpoint.errors import CheckpointError, is_first_rank, raise_together
-from ..checkpoint.manifest import Manifest, begin, complete, complete_tags, entries, problems, refuse, write_atomically
+from ..checkpoint.errors import CheckpointError, VersionError, is_first_rank, raise_together
+from ..checkpoint.manifest import Manifest, begin, complete, entries, problems, refuse, survey, write_atomically
 from ..checkpoint.restore import check
 from ..optim.base import BlockwiseOptimizer
 
@@ -54,11 +54,19 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     dist.all_gather_object(gathered, entries(folder, written, dist.get_rank(), checksums))
     if dist.get_rank() == 0:
         complete(folder, {name: entry for found in gathered for name, entry in found.items()}, engine.global_steps,
-                 engine.basic_optimizer.record().as_dict())
+                 engine.basic_optimizer.record().as_dict(), layout(engine))
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
     dist.barrier()
     return True
+
+
+def layout(engine: Any) -> dict[str, Any]:
+    """What two runs must share for one to load what the other saved, without conversion."""
+    sharding = {"DeepSpeedZeroOptimizer": "ZeRO-1 or 2", "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3",
+                "BF16_Optimizer": "BF16_Optimizer"}.get(type(engine.optimizer).__name__, "ZeRO-0")
+    return {"sharding": sharding, "precision": "bf16" if engine.bfloat16_enabled() else "fp32 or fp16",
+            "ranks": "any number of" if sharding == "ZeRO-0" else engine.dp_world_size}
 
 
 @contextlib.contextmanager
@@ -109,20 +117,45 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
 def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]:
     """``engine.load_checkpoint`` of the newest complete and intact checkpoint in a directory; all ranks call it.
 
-    Damaged ones are passed over and logged. Other errors (a mismatch of settings) are raised and not passed over.
+    Damaged ones are passed over and logged, those of unfinished saves are passed over, nothing is deleted.
 
     Returns:
-        As ``load_checkpoint``; (None, None) where there is no complete checkpoint.
+        As ``load_checkpoint``; (None, None) where no save was ever completed.
+
+    Raises:
+        VersionError: there is one of a newer format, which this run's saves might replace.
+        CheckpointError: all complete ones are damaged, or only universal ones are there and the ds_config asks for the
+            others, or the other way round.
+        MismatchError: the newest contradicts this run.
     """
-    tags: list[Any] = [complete_tags(load_dir) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(tags, src=0)
-    for tag in tags[0]:
-        found = _all_problems(os.path.join(load_dir, tag))
-        if not found:
+    gathered: list[Any] = [survey(load_dir, universal=engine.load_universal_checkpoint())
+                           if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(gathered, src=0)
+    found = gathered[0]
+    if found.newer:
+        raise VersionError("; ".join(found.newer))
+    for tag in found.tags:
+        wrong = _all_problems(os.path.join(load_dir, tag))
+        if not wrong:
+            _tell_damage(load_dir, found.damaged)
             return engine.load_checkpoint(load_dir, tag=tag, **arguments)
-        if is_first_rank():
-            log.warning("passing over checkpoint %s, which is damaged: %s", tag, "; ".join(found))
+        found.damaged[tag] = "; ".join(wrong)
+    _tell_damage(load_dir, found.damaged)
+    if found.damaged:
+        raise CheckpointError(f"every complete checkpoint in {load_dir} is damaged: "
+                              + "; ".join(f"{tag}: {what}" for tag, what in found.damaged.items())
+                              + "; name another folder to start anew")
+    if found.others:
+        raise CheckpointError(f"{load_dir} holds {', '.join(found.others)}, "
+                              + ('which the ds_config\'s "checkpoint": {"load_universal": true} does not load; take it '
+                                 'out or convert one' if engine.load_universal_checkpoint() else
+                                 'universal; set "checkpoint": {"load_universal": true} in the ds_config'))
     return None, None
+
+
+def _tell_damage(load_dir: str, damaged: Mapping[str, str]) -> None:
+    for tag, what in damaged.items() if is_first_rank() else ():
+        log.warning("passing over checkpoint %s, which is damaged: %s", os.path.join(load_dir, tag), what)
 
 
 def _latest(load_dir: str, universal: bool) -> str | None:
@@ -146,11 +179,32 @@ def _check_folder(engine: Any, folder: str, with_states: bool) -> None:
         found = _all_problems(folder)
     try:
         refuse(folder, manifest, found)
+        if with_states:
+            _check_layout(engine, folder, manifest)
         if with_states and manifest.record is not None:
             check(engine.basic_optimizer, manifest.saved_record(), f"checkpoint {folder}")
     except CheckpointError as problem:
         error = problem
     raise_together(error)
+
+
+def _check_layout(engine: Any, folder: str, manifest: Manifest) -> None:
+    universal, now = engine.load_universal_checkpoint(), layout(engine)
+    if manifest.universal and not universal:
+        raise CheckpointError(f'checkpoint {folder} is universal; set "checkpoint": {{"load_universal": true}} in the '
+                              f"ds_config to load it")
+    if universal and now["sharding"] == "ZeRO-0":
+        raise CheckpointError(f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from 1 to "
+                              f"3 and this run has 0; set another stage")
+    if universal or manifest.layout is None or manifest.layout == now:
+        return
+    saved, here = ("{sharding} in {precision} on {ranks} data-parallel ranks".format(**found)
+                   for found in (manifest.layout, now))
+    remedy = "go on with the former"
+    if manifest.layout["sharding"] != "ZeRO-0":
+        remedy += (f", or run python -m blockwise_lr.deepspeed.universal {folder} {folder}_universal and set "
+                   f'"checkpoint": {{"load_universal": true}} in the ds_config')
+    raise CheckpointError(f"checkpoint {folder} was saved with {saved}, and this run has {here}; {remedy}")
 
 
 def _all_problems(folder: str) -> list[str]:

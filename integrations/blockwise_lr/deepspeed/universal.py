@@ -10,8 +10,10 @@ from it what its shards hold.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +190,7 @@ def convert(checkpoint: str, output: str, *, workers: int = 1,
 
     Args:
         checkpoint: a tag's folder, as ``save_checkpoint`` has made it; checked where it has a manifest.
-        output: the new folder, usually beside it; must not hold a complete checkpoint.
+        output: the new folder, usually beside it; must be empty or absent.
         workers: parallel processes.
         run: the converter; DeepSpeed's by default.
 
@@ -200,17 +202,32 @@ def convert(checkpoint: str, output: str, *, workers: int = 1,
     origin = Manifest.read(checkpoint)
     if origin is not None:
         verify(checkpoint)
-    present = Manifest.read(output) if Path(output).is_dir() else None
-    if (present is not None and present.complete) or (present is None and Path(output).is_dir() and any(
-            Path(output).iterdir())):
-        raise CheckpointError(f"{output} exists; name another folder, nothing is overwritten")
+    if Path(output).is_dir() and any(Path(output).iterdir()):
+        raise CheckpointError(f"{output} exists; name another folder, or remove it if it is left from a conversion that "
+                              f"did not finish: nothing is overwritten")
     output = os.path.abspath(output)
     begin(output)
-    (run or main)(argparse.Namespace(
-        input_folder=os.path.abspath(checkpoint), output_folder=output, num_extract_workers=workers,
-        num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=True))
+    with _only_its_files(checkpoint, origin) as source:
+        (run or main)(argparse.Namespace(
+            input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
+            keep_temp_folder=False, strict=True, inject_missing_state=True))
     files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
     complete(output, entries(output, files, 0), origin.steps if origin else 0, origin.record if origin else None)
+
+
+@contextlib.contextmanager
+def _only_its_files(checkpoint: str, origin: Manifest | None) -> Iterator[str]:
+    """A folder of links to a checkpoint's files: the converter takes whatever it finds in a folder, also what a killed
+    save on more ranks has left there."""
+    if origin is None:
+        yield os.path.abspath(checkpoint)
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for name in origin.files:
+            link = Path(links, name)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(checkpoint, name).absolute())
+        yield links
 
 
 def _main() -> None:
