@@ -33,7 +33,9 @@ def _install(undo: Undo) -> None:
     if not cuda_on_cpu.PATCH.applied:
         undo.call(cuda_on_cpu.PATCH.apply())
     from megatron.core.datasets import utils
+    from megatron.core.extensions import transformer_engine
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     undo.set(random, "_get_cuda_rng_state", _get_state)
@@ -41,6 +43,8 @@ def _install(undo: Undo) -> None:
     undo.set(token_dispatcher, "maybe_move_tensor_to_cpu", _keep_on_cpu)  # it leaves CPU tensors as they are
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16's router asks for the name also without Transformer Engine
         undo.set(moe_utils, "te_general_gemm", None)
+    if not transformer_engine.HAVE_TE:  # 0.16 takes it for there, since what stands in for it imports
+        undo.set(multi_latent_attention, "HAVE_TE", False)
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         undo.set(utils, "compile_helpers", lambda: None)
 
@@ -55,6 +59,8 @@ PATCH = Patch(
         Symbol("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
                ("tensor", "as_numpy", "record_stream")),
         Symbol("megatron.core.datasets.utils:compile_helpers", ()),
+        Symbol("megatron.core.transformer.multi_latent_attention:HAVE_TE"),
+        Symbol("megatron.core.extensions.transformer_engine:HAVE_TE"),
     ),
     why="Megatron assumes a GPU throughout; opt-in, to train on gloo without one",
     until="Megatron runs on the CPU by itself",

@@ -23,8 +23,15 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
                    activation_func=torch.nn.functional.silu),
               dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     "moe": (dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False, normalization="RMSNorm",
-                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall"),
+                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
+                 moe_shared_expert_intermediate_size=24),
             dict(position_embedding_type="rope", share_embeddings_and_output_weights=False)),
+    # latent attention, and a head that predicts the token after the next
+    "deepseek": (dict(multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, v_head_dim=6,
+                      qk_pos_emb_head_dim=4, rope_type="rope", qk_layernorm=True, normalization="RMSNorm",
+                      gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
+                      mtp_num_layers=1),
+                 dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
 }
 
 
@@ -75,9 +82,10 @@ def megatron(layout: Layout) -> Iterator[None]:
 
 def make_config(variant: str, layout: Layout) -> Any:
     """The TransformerConfig of a variant under a layout."""
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    return TransformerConfig(**{**dict(
+    latent = VARIANTS[variant][0].get("multi_latent_attention", False)
+    return (MLATransformerConfig if latent else TransformerConfig)(**{**dict(
         num_layers=LAYERS, hidden_size=32, num_attention_heads=HEADS, ffn_hidden_size=48, use_cpu_initialization=True,
         hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=layout.tp, bias_dropout_fusion=False,
         pipeline_model_parallel_size=layout.pp, virtual_pipeline_model_parallel_size=layout.vpp,
@@ -95,23 +103,47 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
     from megatron_door.parts import replace_refused_parts
 
     config = make_config(variant, layout)
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
-                                     normalization=config.normalization)
-    norm = replace_refused_parts(layer.submodules, config)
+                                     normalization=config.normalization,
+                                     multi_latent_attention=config.multi_latent_attention)
+    replace_refused_parts(layer, config)
     chunks = []
     for stage in range(layout.vpp or 1):
         number = stage if layout.vpp else None
         where = dict(ignore_virtual=False, vp_stage=number)
-        spec = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, number), norm) if norm else layer
         chunks.append(GPTModel(
-            config, spec, VOCABULARY, LENGTH, pre_process=parallel_state.is_pipeline_first_stage(**where),
+            config, block_spec(config, layer, number), VOCABULARY, LENGTH, mtp_block_spec=mtp_spec(config, layer, number),
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where), vp_stage=number, **VARIANTS[variant][1]))
     return chunks
+
+
+def block_spec(config: Any, layer: Any, stage: int | None) -> Any:
+    """The spec of a chunk's decoder; the layer's is enough unless its final norm has to be another one."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    from megatron_door.parts import marked_norm
+
+    if not config.sequence_parallel:
+        return layer
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, stage), marked_norm(config))
+
+
+def mtp_spec(config: Any, layer: Any, stage: int | None) -> Any:
+    """The spec of the heads that predict later tokens, where the config and this stage have them."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from megatron_door.parts import marked_norm
+
+    spec = get_gpt_mtp_block_spec(config, layer, False, stage) if config.mtp_num_layers else None
+    if spec is not None and config.sequence_parallel:
+        for head in spec.layer_specs:
+            head.submodules.enorm = head.submodules.hnorm = head.submodules.layer_norm = marked_norm(config)
+    return spec
 
 
 def full_names(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,7 +152,9 @@ def full_names(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tenso
 
     for chunk in chunks:
         for name, p in global_names(chunk):
-            if name == "output_layer.weight" and getattr(p, "shared_embedding", False):
+            if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+                if not getattr(p, "shared_embedding", False):
+                    continue  # not in use: the last stage has a copy of the embedding for its MTP head
                 name = "embedding.word_embeddings.weight"
             if ".local_experts." in name:
                 before, after = name.split(".local_experts.")

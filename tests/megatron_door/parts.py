@@ -1,9 +1,11 @@
-"""Stand-ins, through Megatron's own layer specs, for two parts that its local (CPU) implementation refuses.
+"""Stand-ins, through Megatron's own layer specs, for parts that its local (CPU) implementation refuses.
 
 Sequence parallelism: ``WrappedTorchNorm`` asserts ``not config.sequence_parallel`` ("sequence parallel not supported by
 torch LayerNorm"); Apex's and Transformer Engine's norms mark their weights so that ``finalize_model_grads`` sums their
 gradients. Context parallelism: ``DotProductAttention`` asserts ``context_parallel_size == 1`` ("Context parallelism is only
-supported by TEDotProductAttention!"). Everything around these two stays Megatron's.
+supported by TEDotProductAttention!"). Latent attention: it does not know the ``k_channels`` that ``MLASelfAttention`` passes, and
+with a column-parallel down projection nobody adds up what the tensor-parallel ranks' heads give the rotary key as gradient.
+Everything around these parts stays Megatron's.
 """
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
 
 class MarkedLayerNorm(torch.nn.LayerNorm):
@@ -36,8 +39,9 @@ class MarkedRMSNorm(torch.nn.RMSNorm):
 class GatheredAttention(MegatronModule):
     """Causal attention in which every context-parallel rank gathers all keys and values."""
 
-    def __init__(self, config: Any, **_: Any) -> None:
+    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
+        self.scale = softmax_scale
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(own positions, batch, heads, channels) each -> (own positions, batch, heads * channels)."""
@@ -47,9 +51,19 @@ class GatheredAttention(MegatronModule):
         length, ranks = key.shape[0], group.size()
         mine = context_positions(length, group.rank(), ranks)
         theirs = torch.cat([context_positions(length, rank, ranks) for rank in range(ranks)])
-        scores = torch.einsum("sbhc,tbhc->bhst", query, key) / query.shape[-1] ** 0.5
+        scores = torch.einsum("sbhc,tbhc->bhst", query, key) * (self.scale or query.shape[-1] ** -0.5)
         weights = scores.masked_fill(theirs[None] > mine[:, None], -1e4).softmax(-1)
         return torch.einsum("bhst,tbhc->sbhc", weights, value).flatten(2)
+
+
+class SummedRotaryKey(MLASelfAttention):
+    """Latent attention in which the rotary key, one for all heads, gets the gradients of all tensor-parallel ranks' heads."""
+
+    def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        query, key, *rest = super().get_query_key_value_tensors(*arguments, **options)
+        own, rotary = key.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], -1)
+        rotary = copy_to_tensor_model_parallel_region(rotary[:, :, :1].contiguous())
+        return query, torch.cat([own, rotary.expand(*own.shape[:-1], -1)], -1), *rest
 
 
 def context_positions(length: int, rank: int, ranks: int) -> torch.Tensor:
@@ -58,16 +72,20 @@ def context_positions(length: int, rank: int, ranks: int) -> torch.Tensor:
     return torch.cat([chunks[rank], chunks[-1 - rank]]) if ranks > 1 else chunks[0].new_tensor(range(length))
 
 
-def replace_refused_parts(submodules: Any, config: Any) -> Any:
-    """Puts the stand-ins into a layer's submodules where the config needs them; returns the final norm to use, or None."""
-    attention = submodules.self_attention.submodules
-    if config.context_parallel_size > 1:
-        attention.core_attention = GatheredAttention
-    if not config.sequence_parallel:
-        return None
-    norm = MarkedRMSNorm if config.normalization == "RMSNorm" else MarkedLayerNorm
-    submodules.input_layernorm = submodules.pre_mlp_layernorm = norm
-    for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
-        if getattr(attention, name, None) not in (None, IdentityOp):
-            setattr(attention, name, norm)
-    return norm
+def replace_refused_parts(layer: Any, config: Any) -> None:
+    """Puts the stand-ins into a layer's spec where the config needs them."""
+    attention = layer.submodules.self_attention
+    if config.context_parallel_size > 1 or config.multi_latent_attention:
+        attention.submodules.core_attention = GatheredAttention
+    if config.multi_latent_attention:
+        attention.module = SummedRotaryKey
+    if config.sequence_parallel:
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = marked_norm(config)
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention.submodules, name, None) not in (None, IdentityOp):
+                setattr(attention.submodules, name, marked_norm(config))
+
+
+def marked_norm(config: Any) -> type[torch.nn.Module]:
+    """The norm of a config under sequence parallelism."""
+    return MarkedRMSNorm if config.normalization == "RMSNorm" else MarkedLayerNorm

@@ -25,6 +25,9 @@ CASES = [
     ("gqa", 4, Layout(tp=2, cp=2, sp=True)),
     ("moe", 2, Layout(ep=2)),
     ("moe", 4, Layout(ep=2, distributed=True)),
+    ("deepseek", 2, Layout(pp=2)),
+    # under tensor parallelism without sequence parallelism, finalize_model_grads adds up MLA's q_layernorm, which is whole
+    ("deepseek", 4, Layout(tp=2, sp=True, distributed=True)),
 ]
 
 

@@ -36,6 +36,21 @@ def test_latent_attention():
         (0, 12, "qk"), (12, 28, "vo"), (28, 32, "qk")]
 
 
+@pytest.mark.parametrize("parts, rank, rows, wanted", [
+    (2, 0, 10, [(0, 10, "vo")]),
+    (2, 1, 10, [(0, 6, "vo"), (6, 10, "qk")]),
+    (4, 3, 5, [(0, 1, "vo"), (1, 5, "qk")]),
+    (10, 8, 2, [(0, 2, "qk")]),
+    (2, None, 10, [(0, 10, "vo")]),
+])
+def test_slices_of_latent_attentions_down_projection(parts, rank, rows, wanted):
+    """16 rows of the latent, then 4 of the rotary key, cut evenly; without its rank a slice has the latent's rate."""
+    config = {"num_attention_heads": 20, "kv_lora_rank": 16, "qk_pos_emb_head_dim": 4, "tensor_model_parallel_size": parts,
+              "tensor_model_parallel_rank": rank}
+    found = spans(LAYER + "self_attention.linear_kv_down_proj.weight", (rows, 32), config)
+    assert [span[:3] for span in found] == wanted
+
+
 @pytest.mark.parametrize("name, shape, block", [
     ("embedding.word_embeddings.weight", (64, 32), "embedding"),
     ("embedding.position_embeddings.weight", (16, 32), "embedding"),

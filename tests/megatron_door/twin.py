@@ -13,8 +13,9 @@ from megatron_door.layouts import HEADS, LENGTH
 from twins import RATIOS, Leaf
 
 BLOCK_RATIOS = {**RATIOS, "router": 6.0}
-_BLOCKS = [("norm", r"layernorm"), ("embedding", r"word_embeddings|position_embeddings"), ("head", r"output_layer"),
-           ("qk", r"#[qk]$"), ("vo", r"#v$|linear_proj"), ("router", r"router"), ("ffn", r"linear_fc")]
+_BLOCKS = [("norm", r"layernorm|norm\.weight$"), ("embedding", r"word_embeddings|position_embeddings"),
+           ("head", r"output_layer"), ("qk", r"#([qk]|rotary)$|linear_q_"), ("vo", r"#(v|latent)$|linear_proj"),
+           ("router", r"router"), ("ffn", r"linear_fc|eh_proj")]
 
 
 class MegatronTwin:
@@ -22,37 +23,56 @@ class MegatronTwin:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.groups = model.config.num_query_groups
+        self.config = model.config
         self.leaves: dict[str, Leaf] = {}
         for name, p in model.named_parameters():
             for part, tensor in self._split(name, p.detach().float()).items():
                 block = next(block for block, pattern in _BLOCKS if re.search(pattern, part))
                 bias = name.endswith("bias")
-                segments = 1 if block == "norm" else 0 if bias else tensor.shape[0]
-                if block == "qk" and not bias:
-                    segments = HEADS if part.endswith("#q") else self.groups
+                segments = 1 if block == "norm" else 0 if bias else self._segments(part, tensor.shape[0])
                 self.leaves[part] = Leaf(tensor.clone().requires_grad_(), block, not bias and block != "norm", segments)
 
+    def _segments(self, part: str, rows: int) -> int:
+        """Query and key weights have a segment per head, the rotary key that all heads share one; others one per row."""
+        for ending, count in (("#q", HEADS), ("linear_q_up_proj.weight", HEADS), ("#k", self.config.num_query_groups),
+                              ("#rotary", 1)):
+            if part.endswith(ending):
+                return count
+        return rows
+
+    def _pattern(self, name: str) -> tuple[int, dict[str, int]]:
+        """Of a fused weight: how often its rows repeat, and the parts of one repeat with their numbers of rows."""
+        config = self.config
+        if "linear_qkv" in name:
+            head = config.kv_channels
+            return config.num_query_groups, {"q": HEADS // config.num_query_groups * head, "k": head, "v": head}
+        if "linear_kv_up_proj" in name:
+            return HEADS, {"k": config.qk_head_dim, "v": config.v_head_dim}
+        if "linear_kv_down_proj" in name:
+            return 1, {"latent": config.kv_lora_rank, "rotary": config.qk_pos_emb_head_dim}
+        return 1, {}
+
     def _split(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        if "linear_qkv" not in name:
+        repeats, parts = self._pattern(name)
+        if not parts:
             return {name: value}
-        per_group = value.unflatten(0, (self.groups, HEADS // self.groups + 2, -1))
-        return {f"{name}#q": per_group[:, :-2].flatten(0, 2), f"{name}#k": per_group[:, -2].flatten(0, 1),
-                f"{name}#v": per_group[:, -1].flatten(0, 1)}
+        values = value.unflatten(0, (repeats, -1)).split(list(parts.values()), 1)
+        return {f"{name}#{part}": value.flatten(0, 1) for part, value in zip(parts, values)}
 
     def values(self) -> dict[str, torch.Tensor]:
         """The fused parameters, built from the leaves (differentiable)."""
         joined = {}
         for name, _ in self.model.named_parameters():
-            if name in self.leaves:
-                joined[name] = self.leaves[name].tensor
-                continue
-            q, k, v = (self.leaves[f"{name}#{role}"].tensor.unflatten(0, (self.groups, -1)) for role in "qkv")
-            joined[name] = torch.cat([q, k, v], 1).flatten(0, 1)
+            repeats, parts = self._pattern(name)
+            leaves = [self.leaves[f"{name}#{part}"].tensor.unflatten(0, (repeats, -1)) for part in parts]
+            joined[name] = torch.cat(leaves, 1).flatten(0, 1) if parts else self.leaves[name].tensor
         return joined
 
     def backward(self, ids: torch.Tensor, weight: float, dtype: torch.dtype = torch.float32) -> float:
         """Adds the gradients of weight * mean loss on token ids (batch, LENGTH + 1); returns the loss."""
+        from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+        MTPLossAutoScaler.set_loss_scale(torch.tensor(weight))  # of the loss on the token after the next
         values = {name: value.to(dtype) for name, value in self.values().items()}
         losses = torch.func.functional_call(self.model, values, model_inputs(ids), {"labels": ids[:, 1:].contiguous()})
         loss = losses.float().mean()

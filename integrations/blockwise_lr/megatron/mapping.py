@@ -12,6 +12,7 @@ from megatron.core.utils import get_model_config
 
 from ..blocks import BlockMap, head_counts, map_names
 from ..blocks.block_map import plain_name
+from ..blocks.dims import config_values
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+$")
 
@@ -51,7 +52,8 @@ def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), 
     stages: list[dict] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
     everywhere = {name: value for stage in stages for name, value in stage.items()} | here
-    heads = head_counts(get_model_config(chunks[0]))
+    heads = head_counts({**config_values(get_model_config(chunks[0])),
+                         "tensor_model_parallel_rank": parallel_state.get_tensor_model_parallel_rank()})
     whole = map_names({name: shape for name, (shape, _) in everywhere.items()}, rules=rules, strict=strict,
                       heads=heads, family="megatron",
                       copies=[name for name, (_, is_copy) in everywhere.items() if is_copy])

@@ -6,6 +6,8 @@ Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism every 
 """
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..dims import HeadCounts
 from ..layout import Piece
 from ..rules import Rule, qkv_pieces
@@ -31,12 +33,8 @@ def _kv_up(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
 
 
 def _kv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
-    """MLA: the latent that k and v are made from, then the rotary part of k. A tensor-parallel slice, which may hold any
-    of these rows, takes the lower rate of the latent throughout."""
-    latent, rotary = heads.config.get("kv_lora_rank") or 0, heads.config.get("qk_pos_emb_head_dim") or 0
-    if latent and rotary and shape[0] == latent + rotary:
-        return (Piece(VO, latent, 1, "latent"), Piece(QK, rotary, rotary, "k")), 1
-    return (Piece(VO, shape[0], 1, "latent"),), 1
+    """MLA: the latent that k and v are made from, then the rotary part of k, which all heads share."""
+    return _down(shape[0], _latent_and_rotary(heads), heads), 1
 
 
 def _qkv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
@@ -44,8 +42,32 @@ def _qkv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
     q = heads.config.get("q_lora_rank") or 0
     if not 0 < q < shape[0]:
         raise BlockError(f"linear_qkv_down_proj has {shape[0]} rows and the config's q_lora_rank is {q}; give a rule")
-    rest, _ = _kv_down((shape[0] - q,), heads)
-    return (Piece(QK, q, 1, "q"), *rest), 1
+    return _down(shape[0], (Piece(QK, q, 1, "q"), *_latent_and_rotary(heads)), heads), 1
+
+
+def _latent_and_rotary(heads: HeadCounts) -> tuple[Piece, ...]:
+    latent, rotary = heads.config.get("kv_lora_rank") or 0, heads.config.get("qk_pos_emb_head_dim") or 0
+    pieces = (Piece(VO, latent, 1, "latent"), Piece(QK, rotary, rotary, "k"))
+    return tuple(piece for piece in pieces if piece.size)
+
+
+def _down(rows: int, pieces: tuple[Piece, ...], heads: HeadCounts) -> tuple[Piece, ...]:
+    """What ``rows`` rows are of a projection made of ``pieces``: all of them, or a tensor-parallel rank's slice.
+
+    A rotary key that the edge of a slice cuts is, to Adam-mini, a head of its own on either side. Where the slice's rank is
+    not known, all of it has the lower rate of the latent.
+    """
+    total, parts = sum(piece.size for piece in pieces), heads.config.get("tensor_model_parallel_size") or 1
+    rank = 0 if rows == total else heads.config.get("tensor_model_parallel_rank")
+    if rank is None or rows not in (total, total / parts):
+        return (Piece(VO, rows, 1, "latent"),)
+    begin, found = rank * rows, []
+    for piece in pieces:
+        size = min(piece.size, begin + rows) - max(begin, 0)
+        if size > 0:
+            found.append(replace(piece, size=size, unit=min(piece.unit, size)))
+        begin -= piece.size
+    return tuple(found)
 
 
 MEGATRON: dict[str, tuple[Rule, ...]] = {"megatron": (
