@@ -2,11 +2,13 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from blockwise_lr.checkpoint import CheckpointError, newest_complete, verify
 from deepspeed_door.engines import config, start, train, weights
@@ -124,6 +126,31 @@ def test_damage_is_refused_on_every_rank(damage, words, folder):
     assert newest_complete(folder, checksums=True) == "global_step1"
     with pytest.raises(CheckpointError):
         verify(folder / "global_step2")
+
+
+def saved_on_a_full_disk(folder):
+    """The error of a save during which rank 1 cannot write more than 1 kB to a file; a later save succeeds."""
+    engine = start(make("llama"), config(KIND, 2, steps=TOTAL))
+    train(engine, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    message, tags = None, None
+    try:
+        engine.save_checkpoint(folder)
+    except CheckpointError as error:
+        message, tags = str(error), (newest_complete(folder), Path(folder, "latest").read_text())
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    return message, tags, newest_complete(folder)
+
+
+def test_one_rank_that_cannot_write_stops_all_and_the_newest_stays(folder):
+    for message, before, after in pool(2).run(saved_on_a_full_disk, str(folder)):
+        assert "global_step3 failed on rank 1 of 2; rank 1: " in message
+        assert before == ("global_step2", "global_step2") and after == "global_step3"
 
 
 def newest(folder):

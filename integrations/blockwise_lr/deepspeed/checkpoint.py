@@ -36,6 +36,9 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     """DeepSpeedEngine.save_checkpoint with a manifest, and ``latest`` written last and at once.
 
     The ds_config's ``"checkpoint": {"checksums": false}`` leaves file sizes as the only check.
+
+    Raises:
+        CheckpointError: a rank cannot write; all ranks raise, the folder stays incomplete and ``latest`` as it was.
     """
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
     if not save_dir or engine.checkpoint_engine.is_decoupled() or engine.use_node_local_storage():
@@ -44,21 +47,34 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
                         "the background, nor node-local storage", tag)
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
-    if dist.get_rank() == 0:
-        begin(folder)
-    dist.barrier()
-    with _noting_files(engine.checkpoint_engine) as written:
+    _together(folder, lambda: begin(folder) if dist.get_rank() == 0 else None)
+    with _noting_files(engine.checkpoint_engine) as (written, failures):
         upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
+    raise_together(next(iter(failures), None), f"saving {folder}")
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
+    own = _together(folder, lambda: entries(folder, written, dist.get_rank(), checksums))
     gathered: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, entries(folder, written, dist.get_rank(), checksums))
-    if dist.get_rank() == 0:
+    dist.all_gather_object(gathered, own)
+
+    def finish() -> None:
         complete(folder, {name: entry for found in gathered for name, entry in found.items()}, engine.global_steps,
                  engine.basic_optimizer.record().as_dict(), layout(engine))
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
-    dist.barrier()
+
+    _together(folder, finish if dist.get_rank() == 0 else lambda: None)
     return True
+
+
+def _together(folder: str, act: Callable[[], Any]) -> Any:
+    """Does a part of a save; where it fails on one rank (a full disk, a lost mount), all ranks raise."""
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as problem:
+        error = problem
+    raise_together(error, f"saving {folder}")
+    return result
 
 
 def layout(engine: Any) -> dict[str, Any]:
@@ -70,19 +86,27 @@ def layout(engine: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _noting_files(checkpoint_engine: Any) -> Iterator[list[str]]:
-    """The paths that DeepSpeed's checkpoint engine writes meanwhile."""
+def _noting_files(checkpoint_engine: Any) -> Iterator[tuple[list[str], list[Exception]]]:
+    """The paths that DeepSpeed's checkpoint engine writes meanwhile, and the errors of writes that failed.
+
+    These are not raised in place: the other ranks would wait for this one in DeepSpeed's next barrier.
+    """
     written: list[str] = []
+    failures: list[Exception] = []
     write = checkpoint_engine.save
 
     def save_and_note(state_dict: Any, path: str) -> Any:
-        result = write(state_dict, path)
+        try:
+            result = write(state_dict, path)
+        except Exception as error:
+            failures.append(error)
+            return None
         written.append(path)
         return result
 
     checkpoint_engine.save = save_and_note
     try:
-        yield written
+        yield written, failures
     finally:
         del checkpoint_engine.save
 
