@@ -36,7 +36,7 @@ class ParamLayout:
 
     Attributes:
         name: the parameter's dotted name.
-        shape: its shape (full, also under ZeRO-3).
+        shape: its shape (full, also under ZeRO-3), as the model's forward reads it.
         pieces: the pattern along the output axis.
         repeat: how often the pattern repeats.
         transposed: the output axis is the last one (Conv1D; y = x W) and not the first.

@@ -42,6 +42,7 @@ class Rule:
         vector: matches only parameters of at most one dimension (norm rules, so that no matrix is caught).
         special: for layouts that need more than the above.
         undecayed: no weight decay whatever its shape (a state-space model's time scales).
+        view: the shape as which the model's forward reads the parameter, where that is another than it is stored in.
     """
 
     match: str
@@ -54,6 +55,7 @@ class Rule:
     vector: bool = False
     special: Special | None = None
     undecayed: bool = False
+    view: Callable[[tuple[int, ...], HeadCounts], tuple[int, ...]] | None = None
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -71,6 +73,8 @@ class Rule:
         Raises:
             BlockError: the layout needs head counts that are not known, or they contradict the shape.
         """
+        if self.view is not None:
+            shape = self.view(shape, _need(heads, name, self))
         # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
         vector = self.undecayed or len(shape) <= 1 + self.batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX

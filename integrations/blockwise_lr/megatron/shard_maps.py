@@ -78,7 +78,8 @@ def _splits(params: list[torch.Tensor], block_map: BlockMap) -> dict[str, InputS
     """Row-parallel weights: their slices along the input axis make whole rows only together."""
     splits = {}
     for param in params:
-        if getattr(param, "tensor_model_parallel", False) and getattr(param, "partition_dim", -1) == 1:
+        inputs = 0 if block_map[_name(block_map, param)].transposed else 1
+        if getattr(param, "tensor_model_parallel", False) and getattr(param, "partition_dim", -1) == inputs:
             group = (parallel_state.get_tensor_model_parallel_group() if getattr(param, "allreduce", True)
                      else parallel_state.get_expert_tensor_parallel_group())
             if group.size() > 1:

@@ -70,6 +70,25 @@ def _down(rows: int, pieces: tuple[Piece, ...], heads: HeadCounts) -> tuple[Piec
     return tuple(found)
 
 
+def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:
+    """(this rank's experts, their equal parts of ``columns``)."""
+    experts = (heads.config.get("num_moe_experts") or 1) // (heads.config.get("expert_model_parallel_size") or 1)
+    if columns % experts:
+        raise BlockError(f"grouped experts' {columns} columns do not divide over the config's {experts} experts; give a rule")
+    return experts, columns // experts
+
+
+def _weight1(shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
+    """Legacy GroupedMLP stores (hidden, experts * ffn), and reads it as (experts, hidden, ffn) of the same memory."""
+    experts, ffn = _per_expert(shape[1], heads)
+    return experts, shape[0], ffn
+
+
+def _weight2(shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
+    """Stored (experts * ffn, hidden), read as (experts, ffn, hidden)."""
+    return *_per_expert(shape[0], heads), shape[1]
+
+
 MEGATRON: dict[str, tuple[Rule, ...]] = {"megatron": (
     # attention
     Rule("*.linear_qkv.{weight,bias}", special=_qkv),
@@ -86,11 +105,16 @@ MEGATRON: dict[str, tuple[Rule, ...]] = {"megatron": (
     Rule("*.{router,gate}.{weight,bias}", ROUTER),
     Rule("*.shared_experts.gate_weight", ROUTER),
     Rule("*.{linear_fc1,linear_fc2}.{weight,bias}*", FFN),
-    Rule("*.eh_proj.{weight,bias}", FFN),
-    # state-space mixers
-    Rule("*.mixer.{in_proj,out_proj}.{weight,bias}", SSM),
-    Rule("*.mixer.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
-    Rule("*.mixer.{A_log,D,dt_bias}", SSM, undecayed=True),
+    Rule("*.experts.weight1", FFN, batch_dims=1, transposed=True, view=_weight1),
+    Rule("*.experts.weight2", FFN, batch_dims=1, transposed=True, view=_weight2),
+    Rule("*.{eh_proj,fc1_latent_proj,fc2_latent_proj}.{weight,bias}", FFN),
+    # state-space mixers: Mamba's, and gated delta nets in the place of self-attention
+    Rule("*.{mixer,self_attention}.{in_proj,out_proj}.{weight,bias}", SSM),
+    Rule("*.{mixer,self_attention}.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
+    Rule("*.{mixer,self_attention}.{A_log,D,dt_bias}", SSM, undecayed=True),
+    # what else goes into attention's scores: learnt softmax offsets, the indexer of sparse attention
+    Rule("*.core_attention.softmax_offset", QK),
+    Rule("*.indexer.{linear_wq_b,linear_wk,linear_weights_proj}.weight", QK),
     # embeddings and output layers
     Rule("*.{word_embeddings,position_embeddings,tokentype_embeddings}.weight", EMBEDDING),
     Rule("*.tied_modules.{embed,embedding,embeddings,word_embeddings}.weight", EMBEDDING),
