@@ -16,7 +16,7 @@ from .blocks import BlockError
 from .transformers.remote_code import Shapes, layers, skeleton
 
 _OTHER_MODELS = ("--multi-latent-attention", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--mtp-num-layers",
-                 "--yaml-cfg", "--moe-shared-expert-intermediate-size", "--moe-layer-freq", "--spec")
+                 "--yaml-cfg", "--moe-layer-freq", "--spec")
 
 
 def megatron_model(path: Path, vocabulary: int | None = None) -> torch.nn.Module:
@@ -60,7 +60,8 @@ def _parser(path: Path) -> argparse.ArgumentParser:
     for name in ("num-layers", "hidden-size", "num-attention-heads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("ffn-hidden-size", "moe-ffn-hidden-size", "num-query-groups", "kv-channels", "num-experts",
-                 "vocab-size", "padded-vocab-size", "max-position-embeddings"):
+                 "moe-shared-expert-intermediate-size", "vocab-size", "padded-vocab-size",
+                 "max-position-embeddings"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("group-query-attention", "swiglu", "add-qkv-bias", "qk-layernorm", "moe-grouped-gemm",
                  "untie-embeddings-and-output-weights"):
@@ -109,8 +110,7 @@ def _attention(flags: argparse.Namespace) -> Shapes:
 
 def _feed_forward(flags: argparse.Namespace) -> Shapes:
     H = flags.hidden_size
-    inner = (flags.num_experts and flags.moe_ffn_hidden_size) or flags.ffn_hidden_size or 4 * H
-    sizes = {"linear_fc1.": (inner * (2 if flags.swiglu else 1), H), "linear_fc2.": (H, inner)}
+    sizes = _linear_sizes(flags, (flags.num_experts and flags.moe_ffn_hidden_size) or flags.ffn_hidden_size or 4 * H)
     fused_norm = flags.transformer_impl != "local" and not flags.num_experts
     shapes = _norm("mlp.linear_fc1.layer_norm_" if fused_norm else "pre_mlp_layernorm.", flags)
     if not flags.num_experts:
@@ -118,6 +118,9 @@ def _feed_forward(flags: argparse.Namespace) -> Shapes:
             shapes |= _linear("mlp." + name, outputs, inputs, flags.bias)
         return shapes
     shapes["mlp.router.weight"] = (flags.num_experts, H)
+    if flags.moe_shared_expert_intermediate_size:
+        for name, (outputs, inputs) in _linear_sizes(flags, flags.moe_shared_expert_intermediate_size).items():
+            shapes |= _linear("mlp.shared_experts." + name, outputs, inputs, flags.bias)
     for expert in range(flags.num_experts):
         for name, (outputs, inputs) in sizes.items():
             if flags.moe_grouped_gemm:
@@ -125,3 +128,9 @@ def _feed_forward(flags: argparse.Namespace) -> Shapes:
             else:
                 shapes |= _linear(f"mlp.experts.local_experts.{expert}.{name}", outputs, inputs, flags.bias)
     return shapes
+
+
+def _linear_sizes(flags: argparse.Namespace, inner: int) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of both linear layers of a feed-forward network with that many inner units."""
+    H = flags.hidden_size
+    return {"linear_fc1.": (inner * (2 if flags.swiglu else 1), H), "linear_fc2.": (H, inner)}

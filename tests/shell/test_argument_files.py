@@ -19,7 +19,7 @@ FLAGS = {
     "gpt": "--untie-embeddings-and-output-weights",
     "gqa": RMS + "--swiglu --group-query-attention --num-query-groups 2 --qk-layernorm",
     "llama": RMS + "--swiglu --group-query-attention --num-query-groups 2",
-    "moe": RMS + "--num-experts 4 --untie-embeddings-and-output-weights",
+    "moe": RMS + "--num-experts 4 --untie-embeddings-and-output-weights --moe-shared-expert-intermediate-size 24",
 }
 
 
