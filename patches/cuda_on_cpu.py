@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,6 +131,19 @@ def _redirections() -> dict[str, Any]:
     }
 
 
+def _leaving_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
+    """A data loader draws a seed from the CPU's generator, which with a GPU is not the one that dropout draws from: here
+    a run that is resumed, and so makes its loaders anew, would otherwise drop other elements than the first."""
+    @functools.wraps(iterate)
+    def iterate_and_restore(self: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return iterate(self)
+        finally:
+            torch.set_rng_state(state)
+    return iterate_and_restore
+
+
 def _install(undo: Undo) -> None:
     if torch.cuda.is_available():
         raise PatchError("patch 'cuda-on-cpu' stands in for a missing GPU, and this machine has one; leave it out")
@@ -148,6 +163,7 @@ def _install(undo: Undo) -> None:
         undo.set(torch.accelerator, "synchronize", _nothing)
         if hasattr(torch.accelerator, "current_device_index"):
             undo.set(torch.accelerator, "current_device_index", lambda: 0)
+    undo.set(torch.utils.data.DataLoader, "__iter__", _leaving_generator(torch.utils.data.DataLoader.__iter__))
     mode = CudaMeansCpu()
     mode.__enter__()
     undo.call(lambda: mode.__exit__(None, None, None))
@@ -161,6 +177,7 @@ PATCH = Patch(
         Symbol("torch.cuda:current_device"),
         Symbol("torch.cuda:_lazy_call"),
         Symbol("torch.overrides:TorchFunctionMode"),
+        Symbol("torch.utils.data:DataLoader.__iter__", ("self",)),
     ),
     why="Megatron calls torch.cuda by name; opt-in, to train on gloo without a GPU",
     until="Megatron asks torch.accelerator for its device",

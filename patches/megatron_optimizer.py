@@ -12,6 +12,7 @@ from typing import Any
 from .base import Patch, Symbol, Undo
 
 _MODULE = "megatron.core.optimizer:"
+_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer."
 
 
 def _install(undo: Undo) -> None:
@@ -78,8 +79,12 @@ PATCH = Patch(
         Symbol(_MODULE + "Adam"),
         Symbol(_MODULE + "USING_PYTORCH_OPTIMIZER"),
         Symbol("megatron.core.optimizer.distrib_optimizer:Adam"),
-        Symbol("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._get_model_param_range_map",
-               ("self", "param")),
+        Symbol(_DISTRIBUTED + "_get_model_param_range_map", ("self", "param")),
+        # checkpoints go through these: see blockwise_lr.megatron.checkpoint
+        Symbol(_DISTRIBUTED + "_get_main_param_and_optimizer_states", ("self", "model_param")),
+        Symbol(_DISTRIBUTED + "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors")),
+        *(Symbol(f"{_DISTRIBUTED}load_parameter_state_from_{form}")
+          for form in ("dp_zero", "dp_reshardable", "fully_reshardable", "fs_model_space")),
     ),
     why="the optimizers Megatron can build are a closed list inside one function",
     until="Megatron takes an optimizer class or factory that works with its DistributedOptimizer",

@@ -18,6 +18,9 @@ _SCHEDULER = "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler."
 def _install(undo: Undo) -> None:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    from blockwise_lr.blocks import BlockType
+    from blockwise_lr.optim.settings import ratio_now
+
     original = OptimizerParamScheduler.step
 
     @functools.wraps(original)
@@ -27,8 +30,9 @@ def _install(undo: Undo) -> None:
             ratios = group.get("block_lr_ratios")
             if ratios:
                 peak = group.get("max_lr", self.max_lr)
-                group["block_lrs"] = {block: self.get_lr({**group, "max_lr": ratio * peak})
-                                      for block, ratio in ratios.items()}
+                group["block_lrs"] = {
+                    block: self.get_lr({**group, "max_lr": ratio_now(group, BlockType(block)) * peak})
+                    for block in ratios}
 
     undo.set(OptimizerParamScheduler, "step", step)
 

@@ -194,7 +194,8 @@ def version_skewed(folder):
     """Loads what a newer package has written into the state itself, its folder having no manifest."""
     engine = start(make("llama", seed=5), config(KIND, 2, steps=TOTAL))
     state = engine.optimizer.optimizer.state_dict()
-    state["param_groups"][0]["blockwise_lr"].update(format=2, version="9.0")
+    for group in state["param_groups"]:
+        group["blockwise_lr"].update(format=2, version="9.0")
     try:
         engine.basic_optimizer.load_state_dict(state)
     except CheckpointError as error:

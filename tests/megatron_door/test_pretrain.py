@@ -78,6 +78,21 @@ def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
     assert "learning rates |" not in logs[0]
 
 
+def test_a_run_resumes_to_the_bit_and_refuses_other_ratios(data, tmp_path):
+    """Dropout is on, so that random states count; the last logged loss, for Megatron's first after a start is an average
+    of other iterations."""
+    flags = ["--optimizer", "blockwise_adam_mini", "--bf16", "--use-distributed-optimizer", "--save",
+             str(tmp_path), "--save-interval", "10"]
+    code, log = launch(data, *flags)
+    assert code == 0, log[-3000:]
+    code, resumed = launch(data, *flags, "--load", str(tmp_path), "--ckpt-step", "10")
+    assert code == 0, resumed[-3000:]
+    assert losses(resumed)[-1] == losses(log)[-1] and len(losses(resumed)) == len(losses(log)) - 2
+    code, refused = launch(data, *flags, "--load", str(tmp_path), "--block-lr-ratios", "qk=4")
+    assert code != 0 and "block_lr_ratios: qk 8.0 -> 4.0" in refused
+    assert "pass --accept-mismatch block_lr_ratios" in refused
+
+
 def test_flags_are_in_megatrons_help_and_checked(data):
     code, log = launch(data, "--help")
     assert code == 0 and "blockwise learning rates:" in log and "blockwise_adam_mini" in log

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from .errors import CheckpointError, MismatchError, is_first_rank
 
 log = logging.getLogger("blockwise_lr")
 
-# Key of the record in the first param group of a state dict: every format, also DeepSpeed's universal one, carries
-# param groups along.
+# Key of the record in the param groups of a state dict: every format, also DeepSpeed's universal one, carries param
+# groups along.
 KEY = "blockwise_lr"
 # Raised when an older package could misread what a newer one wrote.
 FORMAT = 1
@@ -37,6 +37,7 @@ class Record:
         settings: per param group, the settings the optimizer was built with.
         bias_segments: Adam-mini's setting; None for AdamW.
         second_moment: "elements" or "segments": the form exp_avg_sq is saved in.
+        row_parts: in how many segments Adam-mini cuts the rows that tensor-parallel ranks hold parts of.
         format: number of the format.
     """
 
@@ -47,6 +48,7 @@ class Record:
     settings: Sequence[Mapping[str, Any]]
     bias_segments: str | None = None
     second_moment: str = ELEMENTS
+    row_parts: int = 1
     format: int = FORMAT
 
     def layout(self, name: str) -> ParamLayout:
@@ -60,6 +62,10 @@ class Record:
             raise CheckpointError(f"the checkpoint knows no parameter {name}; it is of another model")
         return layout
 
+    def settings_of(self, number: int) -> Mapping[str, Any]:
+        """The settings of a param group; of all groups, where the framework makes the groups itself."""
+        return self.settings[min(number, len(self.settings) - 1)]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings: loadable without this package, and as JSON."""
         layouts = {name: [list(p.shape), p.repeat, p.transposed, p.batch_dims, p.kind,
@@ -69,7 +75,8 @@ class Record:
                     for group in self.settings]
         return {"format": self.format, "version": self.version, "optimizer": self.optimizer,
                 "fingerprint": self.fingerprint, "bias_segments": self.bias_segments,
-                "second_moment": self.second_moment, "settings": settings, "layouts": layouts}
+                "second_moment": self.second_moment, "row_parts": self.row_parts, "settings": settings,
+                "layouts": layouts}
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Record:
@@ -89,7 +96,7 @@ class Record:
                                          repeat, transposed, batch_dims, kind)
                        for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()}
             return cls(saved["optimizer"], saved["version"], saved["fingerprint"], layouts, saved["settings"],
-                       saved["bias_segments"], saved["second_moment"], number)
+                       saved["bias_segments"], saved["second_moment"], saved.get("row_parts", 1), number)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's record of its origin is damaged ({type(error).__name__}: {error}); "
                                   f"load another checkpoint") from error
@@ -138,6 +145,13 @@ def _map_differences(saved: Record, now: Record) -> list[Difference]:
     return found
 
 
+def same_segments(saved: Record | None, now: Record) -> bool:
+    """Whether both are Adam-mini's with the same segments, so that one saved element stands for all of its segment."""
+    return (saved is not None and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
+            and saved.bias_segments == now.bias_segments and saved.row_parts == now.row_parts
+            and saved.layouts == now.layouts)
+
+
 def _meaning(layout: ParamLayout, with_heads: bool) -> tuple:
     pieces = tuple((p.block, p.size, p.unit if with_heads else None) for p in layout.pieces)
     return pieces, layout.repeat, layout.transposed, layout.batch_dims, layout.kind
@@ -173,13 +187,21 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str) -> None:
+def in_parameters(keys: Sequence[str]) -> str:
+    """What to write where the optimizer's parameters are stated, to accept differences."""
+    listed = ", ".join(f'"{key}"' for key in keys)
+    return f'add "accept_mismatch": [{listed}] to the optimizer\'s parameters'
+
+
+def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str,
+           to_accept: Callable[[Sequence[str]], str] = in_parameters) -> None:
     """Refuses differences that are not accepted and logs those that are.
 
     Args:
         found: from :func:`differences`.
         accepted: the optimizer's ``accept_mismatch``.
         origin: what is being loaded, for the message.
+        to_accept: tells what to write to accept the differences it is given the keys of.
 
     Raises:
         MismatchError: names every refused difference, what to pass to go on anyway, or that nothing can be passed.
@@ -192,9 +214,7 @@ def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str) ->
             remedy = ("this optimizer state does not fit the model; start with the model and param groups it was saved "
                       "from, or load the weights alone")
         else:
-            listed = ", ".join(f'"{key}"' for key in keys)
-            remedy = (f'to go on with the new ones, add "accept_mismatch": [{listed}] to the optimizer\'s parameters; '
-                      f"otherwise restore the old ones")
+            remedy = f"to go on with the new ones, {to_accept(keys)}; otherwise restore the old ones"
         lines = "".join(f"\n  {d.text}" for d in refused)
         raise MismatchError(f"{origin} contradicts this run (checkpoint -> now):{lines}\n{remedy}")
     if is_first_rank():

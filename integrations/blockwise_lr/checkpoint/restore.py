@@ -11,7 +11,7 @@ import torch
 from ..optim.plan import StepPlan, adam_mini_plan, element_biases
 from .errors import CheckpointError, is_first_rank, raise_together
 from .moments import gather, means, segment_sums, spread
-from .record import ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Difference, Record, differences, plain, settle
+from .record import ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Difference, Record, differences, plain, same_segments, settle
 
 if TYPE_CHECKING:
     from ..optim.base import BlockwiseOptimizer
@@ -38,34 +38,53 @@ def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> di
     try:
         record = record_of(groups)
         check(optimizer, record)
-        states = _indexed_states(optimizer, state_dict["state"], groups)
-        _check_shapes(optimizer, states, record)
+        if optimizer.states_apart:
+            states = _steps(optimizer, groups)
+        else:
+            states = _indexed_states(optimizer, state_dict["state"], groups)
+            _check_shapes(optimizer, states, record)
     except CheckpointError as problem:
         error = problem
-    if optimizer.shards is not None:
+    if optimizer.loads_together:
         raise_together(error)
     elif error is not None:
         raise error
     step = max((int(state["step"]) for state in states.values()), default=0)
-    return {"state": _converted(optimizer, states, record),
+    _tell(optimizer, record)
+    return {"state": _counted(states if optimizer.states_apart else _converted(optimizer, states, record)),
             "param_groups": [_merged_group(optimizer, number, group, record, step)
                              for number, group in enumerate(groups)]}
 
 
 def record_of(groups: list[dict[str, Any]]) -> Record | None:
-    """Takes the record out of a saved state's param groups; None where another optimizer saved it."""
-    saved = [group.pop(KEY) for group in groups if KEY in group]
+    """The record in a saved state's param groups; None where another optimizer saved it."""
+    saved = [group[KEY] for group in groups if KEY in group]
     return Record.from_dict(saved[0]) if saved else None
 
 
 def check(optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "the saved optimizer state") -> None:
     """Raises MismatchError where a record contradicts an optimizer; see :func:`~.record.settle`."""
     if record is None:
-        now = type(optimizer).__name__
-        settle([Difference("optimizer", f"optimizer: one without a blockwise_lr record, taken for AdamW -> {now}")],
-               optimizer.accept_mismatch, origin)
+        found = [Difference("optimizer", f"optimizer: one without a blockwise_lr record, taken for AdamW -> "
+                                         f"{type(optimizer).__name__}")]
     else:
-        settle(differences(record, optimizer.record()), optimizer.accept_mismatch, origin)
+        found = differences(record, optimizer.record())
+    settle(found, optimizer.accept_mismatch, origin, optimizer.to_accept)
+
+
+def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The step count of every tensor by its position, where that is all of a state that the groups come with."""
+    steps = [group["step"] for group in groups for _ in group["params"] if group.get("step") is not None]
+    if len(steps) != len(_tensors(optimizer)):
+        raise CheckpointError("the saved param groups have no step count; load the weights alone, or a checkpoint whose "
+                              "optimizer states were saved too")
+    return {position: {"step": float(step)} for position, step in enumerate(steps)}
+
+
+def _counted(states: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The states, each with a step tensor of its own."""
+    return {position: {**state, "step": torch.tensor(state["step"], dtype=torch.float32)}
+            for position, state in states.items()}
 
 
 def _indexed_states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any],
@@ -130,36 +149,36 @@ def _converted(optimizer: BlockwiseOptimizer, states: Mapping[int, dict[str, Any
     """States with exp_avg_sq in the optimizer's own form."""
     tensors = _tensors(optimizer)
     form, to_segments = _form(record), optimizer.segment_plans
-    if form == SEGMENTS and not (to_segments and _same_segments(optimizer, record)):
+    known = same_segments(record, optimizer.record())
+    if form == SEGMENTS and not (to_segments and known):
         for position, state in states.items():
             plan = _source_plan(optimizer, tensors[position], record)
             state["exp_avg_sq"] = spread(state["exp_avg_sq"], plan).view_as(tensors[position])
         form = ELEMENTS
     if to_segments and form == ELEMENTS:
         moments = {position: state["exp_avg_sq"].float().reshape(-1) for position, state in states.items()}
-        if _same_segments(optimizer, record):
+        if known:
             found = {position: gather(elements, optimizer.plan_of(tensors[position]))
                      for position, elements in moments.items()}
         else:
-            found = _averaged(optimizer, tensors, moments)
+            found = averaged(optimizer, tensors, moments)
         for position, value in found.items():
             states[position]["exp_avg_sq"] = value
-    _tell(optimizer, record)
-    return {position: {**state, "step": torch.tensor(state["step"], dtype=torch.float32)}
-            for position, state in states.items()}
+    return dict(states)
 
 
-def _same_segments(optimizer: BlockwiseOptimizer, record: Record | None) -> bool:
-    """Whether the saved values are those of this optimizer's own segments, so that one element stands for all."""
-    if record is None or record.optimizer != type(optimizer).__name__:
-        return False
-    now = optimizer.record()
-    return record.bias_segments == now.bias_segments and record.layouts == now.layouts
+def averaged(optimizer: Any, tensors: list[torch.Tensor],
+             moments: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Means over segments; those that shard edges cut are summed over the ranks that share them, so all must call it.
 
+    Args:
+        optimizer: a BlockwiseAdamMini.
+        tensors: its flat tensors.
+        moments: position among the tensors -> (numel,), the second moments of its elements.
 
-def _averaged(optimizer: Any, tensors: list[torch.Tensor],
-              moments: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Means over segments; those that shard edges cut are summed over the ranks that share them."""
+    Returns:
+        Position -> (slots,), float32.
+    """
     sums = {position: segment_sums(elements, optimizer.plan_of(tensors[position]))
             for position, elements in moments.items()}
     reduced = optimizer.reduce_cut({id(tensors[position]): value.float().to(tensors[position].device)
@@ -194,11 +213,15 @@ def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: dict[str, A
     if record is None:
         merged = {**{key: value for key, value in current.items() if key != "params"}, "params": saved["params"]}
     else:
-        merged = dict(saved)
+        merged = {key: value for key, value in saved.items() if key not in (KEY, "step")}
+        old = record.settings_of(number)
+        new = optimizer.initial_settings[min(number, len(optimizer.initial_settings) - 1)]
         for key in GROUP_SETTINGS:
-            if key in optimizer.accept_mismatch and _changed(key, record.settings[number], optimizer.initial_settings[number]):
+            if key in optimizer.accept_mismatch and plain(old.get(key)) != plain(new.get(key)):
                 merged[key] = current[key]
-    before = record.settings[number]["block_lr_ratios"] if record is not None else None
+        if merged["block_weight_decay"] != saved["block_weight_decay"]:
+            merged["group_decay"] = current["group_decay"]
+    before = record.settings_of(number)["block_lr_ratios"] if record is not None else None
     ratios = dict(current["block_lr_ratios"])
     if before != merged["block_lr_ratios"] == ratios and optimizer.ratio_fade_steps:
         merged["ratio_fade"] = {"from": before or dict.fromkeys(ratios, 1.0), "start": step, "at": step,
@@ -207,7 +230,3 @@ def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: dict[str, A
             log.warning("learning-rate ratios fade from the checkpoint's to this run's over %d optimizer steps",
                         optimizer.ratio_fade_steps)
     return merged
-
-
-def _changed(key: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    return plain(before.get(key)) != plain(after.get(key))

@@ -12,7 +12,8 @@ import torch
 from ..blocks import BlockError, BlockMap
 from ..optim.base import BlockwiseOptimizer
 from ..optim.settings import group_lr
-from .mapping import map_chunks
+from .checkpoint import save_for_any_layout
+from .mapping import ChunkMaps, map_chunks
 from .settings import KINDS, BlockSettings
 from .shard_maps import shard_map
 
@@ -35,11 +36,11 @@ def build(original: Callable[..., Any], settings: BlockSettings, config: Any, mo
     if config.optimizer in KINDS:
         config = copy.copy(config)
         config.optimizer = "adam"
-    ours, whole = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
-    with _in_place_of_adam(_factory(settings, ours)):
+    maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
+    with _in_place_of_adam(_factory(settings, maps.ours)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
     if isinstance(wrapper.optimizer, BlockwiseOptimizer):
-        _attach(wrapper, ours, whole, settings)
+        _attach(wrapper, maps, settings)
     return wrapper
 
 
@@ -48,7 +49,9 @@ def _factory(settings: BlockSettings, block_map: BlockMap) -> Callable[..., Bloc
              **_: Any) -> BlockwiseOptimizer:
         return KINDS[settings.kind](params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_map=block_map,
                                     block_lr_ratios=settings.block_lr_ratios or None,
-                                    block_weight_decay=settings.block_weight_decay or None, kernel=settings.kernel)
+                                    block_weight_decay=settings.block_weight_decay or None, kernel=settings.kernel,
+                                    accept_mismatch=settings.accept_mismatch,
+                                    ratio_fade_steps=settings.ratio_fade_steps)
     return make
 
 
@@ -65,28 +68,21 @@ def _in_place_of_adam(factory: Callable[..., BlockwiseOptimizer]) -> Iterator[No
         module.Adam, module.USING_PYTORCH_OPTIMIZER = adam, is_torch
 
 
-def _attach(wrapper: Any, ours: BlockMap, whole: BlockMap, settings: BlockSettings) -> None:
+def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings) -> None:
     """Tells the optimizer what Megatron's wrapper has put into it, and makes its state.
 
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
     common step over it, and is called before loading.
     """
     optimizer = wrapper.optimizer
-    optimizer.attach_shards(shard_map(wrapper, ours, row_parallel_sums=settings.row_parallel_sums))
-    optimizer.register_load_state_dict_post_hook(_own_steps)
-    optimizer.blocks_everywhere = tuple(whole.block_numel())
+    optimizer.attach_shards(shard_map(wrapper, maps.ours, row_parallel_sums=settings.row_parallel_sums))
+    optimizer.blocks_everywhere = tuple(maps.stages.block_numel())
     for group in optimizer.param_groups:
         group["group_decay"] = not settings.block_weight_decay  # Megatron's own rule of what decays, unless told else
         for tensor in group["params"]:
             optimizer.init_state(tensor)
+    save_for_any_layout(wrapper, optimizer, maps.recorded, settings.row_parallel_sums)
     _live.add(optimizer)
-
-
-def _own_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron loads one step tensor into the state of all parameters; each needs its own to count with."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
 
 
 def current_block_lrs() -> dict[str, float]:

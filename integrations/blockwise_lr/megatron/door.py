@@ -11,7 +11,8 @@ from .settings import BlockSettings, remember
 
 def register(*, block_lr_ratios: Mapping[str, float] | None = None,
              block_weight_decay: Mapping[str, float] | None = None, block_rules: Iterable[Any] | None = None,
-             block_strict: bool = True, row_parallel_sums: bool = True, kernel: str = "auto") -> Callable[[], None]:
+             block_strict: bool = True, row_parallel_sums: bool = True, kernel: str = "auto",
+             accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> Callable[[], None]:
     """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw" or "blockwise_adam_mini")``.
 
     Call it before the optimizer is built; a later call replaces the settings. They are those of
@@ -26,7 +27,8 @@ def register(*, block_lr_ratios: Mapping[str, float] | None = None,
     """
     remember(BlockSettings(block_lr_ratios=block_lr_ratios, block_weight_decay=block_weight_decay,
                            block_rules=tuple(block_rules or ()), block_strict=block_strict,
-                           row_parallel_sums=row_parallel_sums, kernel=kernel))
+                           row_parallel_sums=row_parallel_sums, kernel=kernel,
+                           accept_mismatch=tuple(accept_mismatch), ratio_fade_steps=ratio_fade_steps))
     return apply_patches()
 
 

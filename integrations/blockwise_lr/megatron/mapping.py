@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,23 @@ from ..blocks.block_map import plain_name
 from ..blocks.dims import config_values
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+$")
+_EXPERT = re.compile(r"(\.local_experts\.)\d+(?=\.)|(\.experts\.linear_fc[12]\.(?:weight|bias))\d+\Z")
+_VOCABULARY = re.compile(r"\b(?:word_embeddings|output_layer)\.(?:weight|bias)\Z")
+
+
+@dataclass(frozen=True)
+class ChunkMaps:
+    """BlockMaps of a Megatron model.
+
+    Attributes:
+        ours: this rank's model chunks, their parameters bound.
+        stages: all pipeline stages, each parameter as this rank's tensor-parallel slice.
+        recorded: what a checkpoint says of the model, the same under any parallelism: see :func:`_recorded`.
+    """
+
+    ours: BlockMap
+    stages: BlockMap
+    recorded: BlockMap
 
 
 def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -35,8 +53,8 @@ def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), strict: bool = True,
-               pipeline: dist.ProcessGroup | None = None) -> tuple[BlockMap, BlockMap]:
-    """The BlockMap of this rank's model chunks, and that of all pipeline stages.
+               pipeline: dist.ProcessGroup | None = None) -> ChunkMaps:
+    """The BlockMaps of this rank's model chunks, of all pipeline stages, and of the model without its parallelism.
 
     Collective over the pipeline group: an unmapped parameter or a rule that matches nothing is judged on all stages
     together, so that every rank raises the same error or none does.
@@ -47,16 +65,50 @@ def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), 
         pipeline: the group of stages; Megatron's own by default.
     """
     named = [pair for chunk in chunks for pair in global_names(chunk)]
-    here = {name: (tuple(p.shape), bool(getattr(p, "shared_embedding", False))) for name, p in named}
+    here = {name: (tuple(p.shape), _whole_shape(p), bool(getattr(p, "shared_embedding", False))) for name, p in named}
     group = pipeline or parallel_state.get_pipeline_model_parallel_group()
     stages: list[dict] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
     everywhere = {name: value for stage in stages for name, value in stage.items()} | here
-    heads = head_counts({**config_values(get_model_config(chunks[0])),
-                         "tensor_model_parallel_rank": parallel_state.get_tensor_model_parallel_rank()})
-    whole = map_names({name: shape for name, (shape, _) in everywhere.items()}, rules=rules, strict=strict,
-                      heads=heads, family="megatron",
-                      copies=[name for name, (_, is_copy) in everywhere.items() if is_copy])
-    ours = BlockMap((whole[name] for name in here), whole.heads, whole.unmapped & here.keys())
+    config = config_values(get_model_config(chunks[0]))
+    arguments = dict(rules=rules, strict=strict, family="megatron",
+                     copies=[name for name, (_, _, is_copy) in everywhere.items() if is_copy])
+    heads = head_counts({**config, "tensor_model_parallel_rank": parallel_state.get_tensor_model_parallel_rank()})
+    stages = map_names({name: shape for name, (shape, _, _) in everywhere.items()}, heads=heads, **arguments)
+    ours = BlockMap((stages[name] for name in here), stages.heads, stages.unmapped & here.keys())
     ours.bind(named)
-    return ours, whole
+    undivided = head_counts({**config, "tensor_model_parallel_size": 1})
+    whole = map_names({name: shape for name, (_, shape, _) in everywhere.items()}, heads=undivided, **arguments)
+    return ChunkMaps(ours, stages, _recorded(whole, arguments["copies"]))
+
+
+def slice_group(param: torch.Tensor) -> dist.ProcessGroup:
+    """The ranks that hold the slices of a tensor-parallel parameter."""
+    return (parallel_state.get_tensor_model_parallel_group() if getattr(param, "allreduce", True)
+            else parallel_state.get_expert_tensor_parallel_group())
+
+
+def _whole_shape(param: torch.Tensor) -> tuple[int, ...]:
+    """A parameter's shape without tensor parallelism."""
+    shape = list(param.shape)
+    dim = getattr(param, "partition_dim", -1)
+    if getattr(param, "tensor_model_parallel", False) and dim >= 0:
+        shape[dim] *= slice_group(param).size()
+    return tuple(shape)
+
+
+def _recorded(whole: BlockMap, copies: Iterable[str]) -> BlockMap:
+    """A map that tells nothing of the parallelism it was made under.
+
+    Left out are the tied embedding's copies on other stages, experts beyond the first, of which every expert-parallel rank
+    has its own, and the size of the vocabulary, which Megatron pads to a multiple that depends on the number of ranks.
+    """
+    layouts = {}
+    for name in whole.keys() - {name for name in copies if not name.endswith("word_embeddings.weight")}:
+        layout, name = whole[name], _EXPERT.sub(lambda found: f"{found.group(1) or found.group(2)}0", name)
+        if _VOCABULARY.search(name):
+            layout = replace(layout, shape=(1, *layout.shape[1:]), pieces=(replace(layout.pieces[0], size=1),))
+        if layout.batch_dims:  # experts stacked in one parameter
+            layout = replace(layout, shape=(1, *layout.shape[1:]))
+        layouts[name] = replace(layout, name=name)
+    return BlockMap((layouts[name] for name in sorted(layouts)), whole.heads)

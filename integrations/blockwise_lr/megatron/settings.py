@@ -11,8 +11,10 @@ from typing import Any
 from ..blocks import BlockError, lr_ratios
 from ..blocks.rules import user_rules
 from ..blocks.types import block_values
+from ..checkpoint.record import ACCEPTABLE, checked_accepts
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
+from ..optim.settings import checked_fade
 
 KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
     "blockwise_adamw": BlockwiseAdamW,
@@ -34,6 +36,7 @@ class BlockSettings:
             the result does not depend on their number. False keeps each rank's part a segment of its own: no all-reduce
             over tensor-parallel ranks, one second moment more per row and rank, and a result that depends on TP.
         kernel: "auto", or a kernel's name.
+        accept_mismatch, ratio_fade_steps: as for BlockwiseAdamW: in what a loaded checkpoint may differ.
     """
 
     kind: str = "blockwise_adamw"
@@ -43,6 +46,8 @@ class BlockSettings:
     block_strict: bool = True
     row_parallel_sums: bool = True
     kernel: str = "auto"
+    accept_mismatch: tuple[str, ...] = ()
+    ratio_fade_steps: int = 0
 
     def __post_init__(self) -> None:
         """Refuses bad values before any model is built."""
@@ -51,6 +56,8 @@ class BlockSettings:
         lr_ratios(self.block_lr_ratios)
         block_values(self.block_weight_decay, "block_weight_decay", positive=False)
         user_rules(self.block_rules)
+        checked_accepts(self.accept_mismatch)
+        checked_fade(self.ratio_fade_steps)
 
 
 _registered = BlockSettings()
@@ -76,7 +83,9 @@ def settings_of(config: Any) -> BlockSettings | None:
     if config.optimizer != "adam" or kind is None:
         return None
     return BlockSettings(kind, dict(arguments.block_lr_ratios or ()), dict(arguments.block_weight_decay or ()),
-                         arguments.block_rules or (), arguments.block_strict, arguments.adam_mini_row_sums)
+                         arguments.block_rules or (), arguments.block_strict, arguments.adam_mini_row_sums,
+                         accept_mismatch=tuple(arguments.accept_mismatch or ()),
+                         ratio_fade_steps=arguments.ratio_fade_steps)
 
 
 class ChooseOptimizer(argparse.Action):
@@ -108,6 +117,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--adam-mini-row-sums", action=argparse.BooleanOptionalAction, default=True,
                        help="Sum Adam-mini's rows over tensor-parallel ranks, so that TP does not change the result; "
                             "otherwise each rank's part of a row has a second moment of its own.")
+    group.add_argument("--accept-mismatch", nargs="+", choices=ACCEPTABLE, metavar="NAME",
+                       help=f"In what a loaded checkpoint may contradict this run: {', '.join(ACCEPTABLE)}.")
+    group.add_argument("--ratio-fade-steps", type=int, default=0, metavar="N",
+                       help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.")
     return parser
 
 

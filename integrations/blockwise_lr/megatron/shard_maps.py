@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from ..blocks import BlockError, BlockMap
 from ..optim import Cut, Fragment, InputSplit, ShardMap
 from ..optim.shards import even_cuts
+from .mapping import slice_group
 
 
 def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = True) -> ShardMap:
@@ -80,8 +80,7 @@ def _splits(params: list[torch.Tensor], block_map: BlockMap) -> dict[str, InputS
     for param in params:
         inputs = 0 if block_map[_name(block_map, param)].transposed else 1
         if getattr(param, "tensor_model_parallel", False) and getattr(param, "partition_dim", -1) == inputs:
-            group = (parallel_state.get_tensor_model_parallel_group() if getattr(param, "allreduce", True)
-                     else parallel_state.get_expert_tensor_parallel_group())
+            group = slice_group(param)
             if group.size() > 1:
                 splits[_name(block_map, param)] = InputSplit(group, group.size())
     return splits

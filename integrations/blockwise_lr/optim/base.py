@@ -1,7 +1,7 @@
 """What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from ..blocks import BlockError, BlockMap, ParamLayout, map_names
 from ..blocks.block_map import full_shape
 from ..checkpoint.moments import spread
-from ..checkpoint.record import ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record, checked_accepts, plain_layouts
-from ..checkpoint.restore import prepared
+from ..checkpoint.record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record, checked_accepts, in_parameters,
+                                 plain_layouts)
+from ..checkpoint.restore import prepared, record_of
 from ..kernels import KERNELS, Kernel, StepValues, kernel_for
 from .dtensor import dtensor_shards, local
 from .plan import StepPlan
@@ -51,14 +52,25 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._copies: dict[int, torch.Tensor] = {}
         self._fragments: dict[int, list[Fragment]] = {}
         self._check_all_mapped()
+        self._set_saving()
         sharded = dtensor_shards((p for group in self.param_groups for p in group["params"] if p.requires_grad),
                                  self.block_map.name_of)
         if sharded is not None:
             self.attach_shards(sharded)
         self.accept_mismatch = checked_accepts(accept_mismatch)
         self.ratio_fade_steps = checked_fade(ratio_fade_steps)
-        self.element_state = False  # whether state_dict spreads second moments over elements; adapters set it
+
+    def _set_saving(self) -> None:
+        """How states are saved and loaded, as frameworks' adapters change it."""
         self.initial_settings = [_settings(group) for group in self.param_groups]
+        self.recorded_map = self.block_map  # what the record shows; of the whole model where this rank has a part
+        self.row_parts = 1  # in how many segments rows that tensor-parallel ranks hold parts of are cut
+        self.loaded_record: Record | None = None  # that of the last loaded state; None where it had none
+        self.element_state = False  # saved second moments are spread over elements
+        self.step_in_groups = False  # param groups are saved with the step count too
+        self.states_apart = False  # the framework saves and loads the states' tensors itself; only steps come with groups
+        self.loads_together = False  # all ranks load at the same time, and hear of each other's errors
+        self.to_accept: Callable[[Sequence[str]], str] = in_parameters  # how a user accepts differences of such names
 
     # ---- what is mapped to what
 
@@ -101,6 +113,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
                                      f"{fragment.name}, which has {layout.numel}")
         self.shards = shards
+        self.loads_together = True
         self._fragments = {id(flat): list(fragments) for flat, fragments in shards.flats}
         self._plans = {id(flat): self._make_plan(flat, fragments) for flat, fragments in shards.flats}
 
@@ -219,24 +232,28 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return False
 
     def record(self) -> Record:
-        """Where a state saved now comes from; it lies in the first param group of a state dict."""
+        """Where a state saved now comes from; it lies in every param group of a state dict."""
         from .. import __version__
 
         form = SEGMENTS if self.segment_plans and not self.element_state else ELEMENTS
-        return Record(type(self).__name__, __version__, self.block_map.fingerprint(), plain_layouts(self.block_map),
-                      self.initial_settings, self.bias_segments, form)
+        return Record(type(self).__name__, __version__, self.recorded_map.fingerprint(),
+                      plain_layouts(self.recorded_map), self.initial_settings, self.bias_segments, form, self.row_parts)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with a record of its origin. Where shards are saved in formats that know only states of the
         parameters' shape, second moments are spread over their elements (on the CPU, 4 bytes an element)."""
         saved = super().state_dict()
-        saved["param_groups"][0][KEY] = self.record().as_dict()
-        if self.segment_plans and self.element_state:
+        record = self.record().as_dict()
+        for group in saved["param_groups"]:  # frameworks pick and reorder groups; pickles hold the record once
+            group[KEY] = record
+            if self.step_in_groups:
+                group["step"] = max((int(state["step"]) for state in saved["state"].values()), default=0)
+        if self.segment_plans and self.element_state and not self.states_apart:
             tensors = [p for group in self.param_groups for p in group["params"]]
             for index, state in saved["state"].items():
-                plan = self.plan_of(tensors[index])
-                saved["state"][index] = {**state, "exp_avg_sq": spread(state["exp_avg_sq"], plan)}
+                elements = spread(state["exp_avg_sq"], self.plan_of(tensors[index]))
+                saved["state"][index] = {**state, "exp_avg_sq": elements.view_as(tensors[index])}
         return saved
 
     @torch._disable_dynamo
@@ -250,12 +267,15 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             CheckpointError: it does not fit these tensors, or is of a newer format. Nothing has been loaded then.
         """
         ready = prepared(self, state_dict)
+        self.loaded_record = record_of(state_dict["param_groups"])
+        kept = dict(self.state) if self.states_apart else {}
         super().load_state_dict(ready)
+        self.state.update(kept)
         tensors = [p for group in self.param_groups for p in group["params"]]
         for position, state in ready["state"].items():
-            mine = self.state[tensors[position]]
+            mine = self.init_state(tensors[position])
             mine["step"] = state["step"].clone()  # DeepSpeed's loaders share one tensor between several states
-            if self.segment_plans:  # torch has cast it to the parameter's dtype
+            if self.segment_plans and not self.states_apart:  # torch has cast it to the parameter's dtype
                 mine["exp_avg_sq"] = state["exp_avg_sq"].to(tensors[position].device, torch.float32, copy=True)
 
     def _kernel(self, tensor: torch.Tensor) -> Kernel:

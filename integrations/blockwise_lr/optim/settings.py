@@ -60,7 +60,8 @@ def advance_fade(group: dict[str, Any], step: int) -> None:
             del group["ratio_fade"]
 
 
-def _ratio(group: Mapping[str, Any], block: BlockType) -> float:
+def ratio_now(group: Mapping[str, Any], block: BlockType) -> float:
+    """A block type's ratio in a param group, also while it fades from a loaded checkpoint's."""
     ratio, fade = group["block_lr_ratios"][block.value], group.get("ratio_fade")
     if not fade:
         return ratio
@@ -80,7 +81,7 @@ def group_lr(group: Mapping[str, Any], block: BlockType) -> float:
     if stated is not None:
         return float(stated)
     floor = float(group["lr_floor"])
-    return floor + _ratio(group, block) * (float(group["lr"]) - floor)
+    return floor + ratio_now(group, block) * (float(group["lr"]) - floor)
 
 
 def class_decay(group: Mapping[str, Any], of: StepClass) -> float:
