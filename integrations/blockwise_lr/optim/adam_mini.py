@@ -44,8 +44,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     Args:
         params, lr, betas, eps, weight_decay, block_map, block_lr_ratios, block_weight_decay, decay_norms_and_biases,
-        min_lr, block_rules, kernel, accept_mismatch, ratio_fade_steps: as for :class:`~blockwise_lr.BlockwiseAdamW`. A block_map that knows the number of
-            heads is needed (``map_blocks(model)`` of a model with a config).
+        min_lr, block_rules, kernel, accept_mismatch, ratio_fade_steps: as for :class:`~blockwise_lr.BlockwiseAdamW`. A
+            block_map that knows the number of heads is needed (``map_blocks(model)`` of a model with a config).
         bias_segments: "element" (the default: as the official code, at a cost of memory that cannot be measured, and a
             fused bias of q, k and v needs no sums over ranks) or "vector" (one per bias vector).
 
@@ -137,7 +137,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         return sums
 
     def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-        """The sums of all attached flat tensors, zeros for those without a gradient: their rank takes part all the same."""
+        """The sums of all attached flat tensors, zeros for those without a gradient: their rank takes part too."""
         for tensor, _ in self.shards.flats:
             if id(tensor) not in sums:
                 sums[id(tensor)] = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
