@@ -3,8 +3,8 @@
 All arms step a flat float32 shard of a LLaMA-shaped model with fused QKV (the official Adam-mini: the same model's
 tensors, split as it needs them). Rounds are interleaved and begin with another arm each, so that a machine that slows
 down slows all arms; every ratio is the median over rounds of an arm's time over the base arm's time in the same round,
-with its quartiles. Arms share parameters, gradients and moments, so they touch the same memory, on huge pages for all
-(PyTorch's THP_MEM_ALLOC_ENABLE=1; set it to 0 to see the difference).
+with its quartiles. Arms share parameters, gradients and moments, so they touch the same memory; our optimizers have put
+it on huge pages, for all arms (BLOCKWISE_LR_HUGE_PAGES=0 shows the difference).
 """
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ import argparse
 import functools
 import importlib
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it when it is imported
 
 import torch
 from rich.console import Console
@@ -29,6 +26,7 @@ from rich.table import Table
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW
 from blockwise_lr.blocks import BlockMap, BlockType, ParamLayout, Piece
 from blockwise_lr.kernels import kernel_for
+from blockwise_lr.kernels.huge_pages import use_huge_pages
 from blockwise_lr.optim import Fragment, ShardMap
 
 HIDDEN, HEADS, KV_HEADS, FFN, VOCABULARY = 1024, 16, 4, 2816, 8192
@@ -109,6 +107,7 @@ def arms(numel: int, device: torch.device) -> dict[str, Callable[[], None]]:
     if numel <= 120_000_000:
         makers["torch foreach AdamW"] = lambda: torch.optim.AdamW([flat], foreach=True, **SETTINGS)
     moments = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq")}
+    use_huge_pages(*moments.values())
     found: dict[str, Callable[[], None]] = {}
     for name, make in makers.items():
         optimizer = make()
@@ -120,7 +119,8 @@ def arms(numel: int, device: torch.device) -> dict[str, Callable[[], None]]:
     official_step = official(flat, model) if numel <= 120_000_000 else None
     if official_step is not None:
         found["official adam-mini"] = official_step
-    out = torch.empty(numel, device=device)
+    out = torch.empty(numel, device=device).zero_()
+    use_huge_pages(out)
     p, g = flat.data, flat.grad
     found["triad"] = lambda: torch.add(p, g, alpha=0.5, out=out)
     found["copy"] = lambda: out.copy_(g)
@@ -231,8 +231,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(width=120)
-    console.print(f"kernel: {kernel_for(device).name} on {device}, torch {torch.__version__}, "
-                  f"THP_MEM_ALLOC_ENABLE={os.environ['THP_MEM_ALLOC_ENABLE']}")
+    console.print(f"kernel: {kernel_for(device).name} on {device}, torch {torch.__version__}")
     plans = plan_times()
     for plan in plans:
         console.print(f"plans of a rank of {plan['plans']}: {plan['seconds']:.2f} s, {plan['bytes'] / 1e6:.2f} MB")

@@ -14,6 +14,7 @@ from ..checkpoint.record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record
                                  plain_layouts)
 from ..checkpoint.restore import prepared, record_of
 from ..kernels import KERNELS, Kernel, StepValues, kernel_for
+from ..kernels.huge_pages import use_huge_pages
 from .dtensor import dtensor_shards, local
 from .plan import StepPlan
 from .settings import advance_fade, checked_fade, class_decay, group_lr
@@ -50,6 +51,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.shards: ShardMap | None = None
         self._plans: dict[int, StepPlan] = {}
         self._copies: dict[int, torch.Tensor] = {}
+        self._placed: set[int] = set()  # ids of tensors whose memory has been seen to
         self._fragments: dict[int, list[Fragment]] = {}
         self._check_all_mapped()
         self._set_saving()
@@ -215,9 +217,16 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         tensors = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for group, p in tensors:
             self.init_state(p)["step"] += 1
+            self._place(p)
             advance_fade(group, int(self.state[p]["step"]))
         self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in tensors])
         return loss
+
+    def _place(self, tensor: torch.Tensor) -> None:
+        if id(tensor) not in self._placed:
+            self._placed.add(id(tensor))
+            state = self.state[tensor]
+            use_huge_pages(*map(local, (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"])))
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         raise NotImplementedError
@@ -271,6 +280,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         kept = dict(self.state) if self.states_apart else {}
         super().load_state_dict(ready)
         self.state.update(kept)
+        self._placed.clear()  # the moments may lie elsewhere now
         tensors = [p for group in self.param_groups for p in group["params"]]
         for position, state in ready["state"].items():
             mine = self.init_state(tensors[position])
