@@ -14,7 +14,7 @@ EXTRAS = deepspeed,megatron,transformers,examples,test
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
-	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 2 minutes)"
+	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make test           run the tests"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make bench          measure optimizer steps side by side"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, make_config, megatron
-from megatron_door.training import (BATCH, BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, batches, reference)
+from megatron_door.training import (BATCH, BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, batches, reference, worst)
 from megatron_door.twin import model_inputs
 
 TOTAL = 10
@@ -32,12 +32,6 @@ def initialize(**arguments: Any) -> Any:
     return deepspeed.initialize(**arguments)[0]
 
 
-def result(found: dict, wanted: dict, apart: float) -> dict[str, float]:
-    differences = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
-    worst = max(differences, key=lambda name: differences[name])
-    return {"worst": differences[worst], "apart": apart, "name": worst}
-
-
 def tensor_parallel(variant: str, kind: str, stage: int) -> dict[str, float]:
     """TP=2 x ZeRO DP=2 with ``mpu=megatron.core.parallel_state``; worst difference from the unfused twin."""
     first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper")
@@ -56,7 +50,7 @@ def tensor_parallel(variant: str, kind: str, stage: int) -> dict[str, float]:
                 engine.step()
         found, apart = gather_full([model], first)
         engine.destroy()
-    return result(found, wanted, apart)
+    return {**worst(found, wanted), "apart": apart}
 
 
 class Embedding(torch.nn.Module):
@@ -142,7 +136,7 @@ def pipeline(variant: str, kind: str, stage: int) -> dict[str, float]:
     for weights in everyone:
         for name, value in weights.items():
             apart = max(apart, float((found.setdefault(name, value) - value).abs().max()))
-    return result(found, wanted, apart)
+    return {**worst(found, wanted), "apart": apart}
 
 
 def initialize_group() -> None:

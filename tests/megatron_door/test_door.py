@@ -144,3 +144,36 @@ def patches_undone():
 
 def test_patches_are_given_back():
     assert pool(1).run(patches_undone) == [(True, True, (True, "torch.cuda.FloatTensor"), False, "torch.FloatTensor")]
+
+
+def collectives(name, layout):
+    """How many collectives one iteration takes, forward and backward included, as torch's profiler counts gloo's."""
+    import torch
+
+    import blockwise_lr.megatron
+    from megatron_door.training import make_optimizer, train, wrap
+
+    with megatron(layout):
+        undo = blockwise_lr.megatron.register()
+        try:
+            wrapped = wrap(build_chunks("llama", layout), layout)
+            optimizer = make_optimizer(wrapped, name, layout)
+            train(wrapped, optimizer, 1)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                train(wrapped, optimizer, 1)
+        finally:
+            undo()
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
+
+
+@pytest.mark.parametrize("ranks, layout, more", [
+    (2, Layout(), 0),  # nothing is cut
+    (2, Layout(distributed=True), 1),  # segments cut by shards' edges
+    (2, Layout(tp=2), 1),  # rows of row-parallel weights
+    (4, Layout(tp=2, distributed=True), 2),  # both, one after the other
+], ids=str)
+def test_collectives_of_an_iteration(ranks, layout, more):
+    adam = pool(ranks).run(collectives, "adam", layout)
+    assert adam[0] > 2
+    assert pool(ranks).run(collectives, "blockwise_adamw", layout) == adam
+    assert pool(ranks).run(collectives, "blockwise_adam_mini", layout) == [count + more for count in adam]

@@ -4,7 +4,7 @@ import pytest
 pytest.importorskip("megatron.core")
 
 from megatron_door.layouts import Layout  # noqa: E402
-from megatron_door.training import parity  # noqa: E402
+from megatron_door.training import parity, steps_parity  # noqa: E402
 from ranks import pool  # noqa: E402
 
 CASES = [
@@ -40,17 +40,30 @@ def test_equals_the_single_process_twin(kind, variant, ranks, layout, record_pro
         assert result["apart"] == 0.0  # replicas, and the tied embedding's copies, to the bit
 
 
-@pytest.mark.parametrize("kind, ranks, layout", [
-    ("BlockwiseAdamW", 1, Layout(bf16=True)),
+BF16 = pytest.mark.parametrize("kind, ranks, layout", [
     ("BlockwiseAdamW", 2, Layout(bf16=True, distributed=True)),
+    ("BlockwiseAdamW", 2, Layout(bf16=True, tp=2)),
     ("BlockwiseAdamMini", 2, Layout(bf16=True, tp=2)),
     ("BlockwiseAdamMini", 2, Layout(bf16=True, distributed=True)),
-])
-def test_bf16_follows_the_twin(kind, ranks, layout):
-    """Rounding differs (the twin adds no micro batches), so this bounds the drift of 10 updates, where a wrong block type
-    would be off by a third and more; the test above is the sharp one."""
+], ids=str)
+
+
+@BF16
+def test_bf16_steps_equal_the_twins_on_the_same_gradients(kind, ranks, layout, record_property):
+    for result in pool(ranks).run(steps_parity, "llama", kind, layout):
+        record_property("worst", result["worst"])
+        assert result["worst"] < 1e-6, result
+        assert result["apart"] == 0.0
+
+
+@BF16
+def test_bf16_follows_the_twin(kind, ranks, layout, record_property):
+    """End to end, against one process in bf16 with fp32 weights: 10 steps change every tensor as there, but for what
+    rounding to 8 bits in another order, fed back through the steps, makes of it (under TP=2, where sums are split, 1 percent
+    for Megatron's own Adam at the base learning rate). The test above is the sharp one."""
     for result in pool(ranks).run(parity, "llama", kind, layout):
-        assert result["worst"] < 0.1, result
+        record_property("worst", result["worst"])
+        assert result["worst"] < 0.05, result
         assert result["apart"] == 0.0
 
 

@@ -14,7 +14,7 @@ from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
 from twins import REFERENCES, paper_lr
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
-NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini"}
+NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini", "adam": "adam"}
 
 
 def batches(steps: int) -> torch.Tensor:
@@ -22,10 +22,10 @@ def batches(steps: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (steps, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(7))
 
 
-def start_model(variant: str) -> torch.nn.Module:
+def start_model(variant: str, bf16: bool = False) -> torch.nn.Module:
     """The single-process model everything starts from; call it under a layout without model parallelism."""
     torch.manual_seed(0)
-    model, = build_chunks(variant, Layout())
+    model, = build_chunks(variant, Layout(bf16=bf16))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):  # they start at 0, where a relative difference says nothing
@@ -43,17 +43,19 @@ def megatron_lr(step: int, ratio: float) -> float:
 @functools.cache
 def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32,
               schedule: str = "megatron") -> tuple[dict, dict, list[float]]:
-    """(weights at the start, weights after the steps, losses) of the unfused twin in one process.
+    """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
+    "adam" is torch's AdamW with one learning rate. In bf16 the twin computes in it and keeps fp32 weights and gradients.
     The "paper" schedule begins with update 1 of the warmup and ends with ``steps``, Megatron's begins with 0.
     """
     with megatron(Layout()):
-        twin = MegatronTwin(start_model(variant))
+        twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16))
         first = {name: value.detach().clone() for name, value in twin.values().items()}
-        optimizer = REFERENCES[kind](twin, BETAS, EPS, DECAY, BLOCK_RATIOS)
+        ratios = dict.fromkeys(BLOCK_RATIOS, 1.0) if kind == "adam" else BLOCK_RATIOS
+        optimizer = REFERENCES[kind if kind != "adam" else "BlockwiseAdamW"](twin, BETAS, EPS, DECAY, ratios)
         losses = []
-        for number, ids in enumerate(batches(steps)):
-            losses.append(twin.backward(ids, 1.0, dtype))
+        for number, batch in enumerate(batches(steps)):
+            losses.append(sum(twin.backward(ids, 1 / BATCH, dtype) / BATCH for ids in batch.split(1)))
             twin.clip(CLIP)
             optimizer.step(lambda ratio: megatron_lr(number, ratio) if schedule == "megatron"
                            else paper_lr(number + 1, ratio, LR, MIN_LR, WARMUP, steps))
@@ -149,8 +151,12 @@ def masters(optimizer: Any, chunks: list[torch.nn.Module]) -> dict[int, tuple[in
 
 
 def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str, torch.Tensor],
+            watch: Callable[[dict[str, torch.Tensor]], None] | None = None,
             **settings: Any) -> tuple[dict[str, torch.Tensor], float]:
-    """Weights after training under a layout, and how far ranks' copies of them are apart."""
+    """Weights after training under a layout, and how far ranks' copies of them are apart.
+
+    ``watch`` gets, in bf16, the whole fp32 gradients that each step of our optimizer starts from.
+    """
     import blockwise_lr.megatron
 
     with megatron(layout):
@@ -160,6 +166,10 @@ def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str
             load_full(chunks, first)
             wrapped = wrap(chunks, layout)
             optimizer = make_optimizer(wrapped, NAMES[kind], layout)
+            if watch:
+                optimizer.chained_optimizers[0].optimizer.register_step_pre_hook(lambda *_: watch(gather_full(
+                    chunks, first, {key: (start, shard.grad) for key, (start, shard) in
+                                    masters(optimizer, chunks).items()})[0]))
             train(wrapped, optimizer, steps)
             return gather_full(chunks, first, masters(optimizer, chunks) if layout.bf16 else None)
         finally:
@@ -169,14 +179,34 @@ def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str
 def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings: Any) -> dict[str, Any]:
     """Worst relative difference (2-norm) of any tensor from the twin's, and how far ranks' copies are apart.
 
-    In bf16 the difference is that of the updates, from a twin that computes in bf16 with fp32 master weights.
+    In bf16 the difference is that of the fp32 weights' changes over all steps.
     """
     first, wanted, _ = reference(variant, kind, steps, torch.bfloat16 if layout.bf16 else torch.float32)
     found, apart = trained(variant, kind, layout, steps, first, **settings)
     if layout.bf16:
-        begin = {name: value.bfloat16().float() for name, value in first.items()}
-        found = {name: found[name] - begin[name] for name in found}
-        wanted = {name: wanted[name] - first[name] for name in found}
+        found, wanted = ({name: value - first[name] for name, value in end.items()} for end in (found, wanted))
+    return {**worst(found, wanted), "apart": apart}
+
+
+def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> dict[str, Any]:
+    """In bf16: the same for fp32 weights of the twin that get this run's own gradients, so that no rounding differs."""
+    with megatron(Layout()):
+        twin = MegatronTwin(start_model(variant, bf16=True))
+    first = {name: value.detach().clone() for name, value in twin.values().items()}
+    optimizer = REFERENCES[kind](twin, BETAS, EPS, DECAY, BLOCK_RATIOS)
+    numbers = iter(range(steps))
+
+    def follow(gradients: dict[str, torch.Tensor]) -> None:
+        number = next(numbers)
+        twin.set_gradients(gradients)
+        optimizer.step(lambda ratio: megatron_lr(number, ratio))
+
+    found, apart = trained(variant, kind, layout, steps, first, follow)
+    return {**worst(found, {name: value.detach() for name, value in twin.values().items()}), "apart": apart}
+
+
+def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The tensor with the largest relative difference (2-norm)."""
     differences = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
-    worst = max(differences, key=lambda name: differences[name])
-    return {"worst": differences[worst], "apart": apart, "name": worst}
+    name = max(differences, key=lambda name: differences[name])
+    return {"worst": differences[name], "name": name}

@@ -79,6 +79,12 @@ class MegatronTwin:
         (loss * weight).backward()
         return float(loss.detach())
 
+    def set_gradients(self, gradients: dict[str, torch.Tensor]) -> None:
+        """Gives the leaves the gradients of the fused parameters."""
+        for name, gradient in gradients.items():
+            for part, value in self._split(name, gradient).items():
+                self.leaves[part].tensor.grad = value.clone()
+
     def clip(self, norm: float) -> None:
         torch.nn.utils.clip_grad_norm_([leaf.tensor for leaf in self.leaves.values()], norm)
 
