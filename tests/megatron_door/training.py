@@ -14,7 +14,7 @@ from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
 from twins import REFERENCES, paper_lr
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
-NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini", "adam": "adam"}
+NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini"}
 
 
 def batches(steps: int) -> torch.Tensor:
@@ -165,7 +165,7 @@ def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str
             chunks = build_chunks(variant, layout)
             load_full(chunks, first)
             wrapped = wrap(chunks, layout)
-            optimizer = make_optimizer(wrapped, NAMES[kind], layout)
+            optimizer = make_optimizer(wrapped, NAMES.get(kind, kind), layout)
             if watch:
                 optimizer.chained_optimizers[0].optimizer.register_step_pre_hook(lambda *_: watch(gather_full(
                     chunks, first, {key: (start, shard.grad) for key, (start, shard) in
