@@ -167,7 +167,6 @@ def collectives(name, layout):
 
 
 @pytest.mark.parametrize("ranks, layout, more", [
-    (2, Layout(), 0),  # nothing is cut
     (2, Layout(distributed=True), 1),  # segments cut by shards' edges
     (2, Layout(tp=2), 1),  # rows of row-parallel weights
     (4, Layout(tp=2, distributed=True), 2),  # both, one after the other

@@ -19,8 +19,6 @@ CASES = [
     ("gpt", 4, Layout(pp=2, distributed=True)),
     ("gqa", 4, Layout(pp=2, vpp=2, distributed=True)),
     ("gpt", 2, Layout(tp=2, sp=True)),
-    ("gqa", 4, Layout(tp=2, sp=True, distributed=True)),
-    ("gpt", 2, Layout(cp=2)),
     ("gqa", 4, Layout(cp=2, distributed=True)),
     ("gqa", 4, Layout(tp=2, cp=2, sp=True)),
     ("moe", 2, Layout(ep=2)),
