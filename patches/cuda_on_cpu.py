@@ -93,7 +93,7 @@ def _redirected(device: Any) -> Any:
 
 
 class CudaMeansCpu(TorchFunctionMode):
-    """Rewrites devices in calls of torch functions, pins no memory, and names CPU tensor types as the CUDA ones are named."""
+    """Rewrites devices in calls of torch functions, pins no memory, and names CPU tensor types as CUDA's are named."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

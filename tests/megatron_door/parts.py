@@ -1,10 +1,11 @@
 """Stand-ins, through Megatron's own layer specs, for parts that its local (CPU) implementation refuses.
 
-Sequence parallelism: ``WrappedTorchNorm`` asserts ``not config.sequence_parallel`` ("sequence parallel not supported by
-torch LayerNorm"); Apex's and Transformer Engine's norms mark their weights so that ``finalize_model_grads`` sums their
-gradients. Context parallelism: ``DotProductAttention`` asserts ``context_parallel_size == 1`` ("Context parallelism is only
-supported by TEDotProductAttention!"). Latent attention: it does not know the ``k_channels`` that ``MLASelfAttention`` passes, and
-with a column-parallel down projection nobody adds up what the tensor-parallel ranks' heads give the rotary key as gradient.
+Sequence parallelism: ``WrappedTorchNorm`` asserts ``not config.sequence_parallel`` ("sequence parallel not supported
+by torch LayerNorm"); Apex's and Transformer Engine's norms mark their weights so that ``finalize_model_grads`` sums
+their gradients. Context parallelism: ``DotProductAttention`` asserts ``context_parallel_size == 1`` ("Context
+parallelism is only supported by TEDotProductAttention!"). Latent attention: it does not know the ``k_channels`` that
+``MLASelfAttention`` passes, and with a column-parallel down projection nobody adds up the gradients that the heads of
+the tensor-parallel ranks give the rotary key.
 Everything around these parts stays Megatron's.
 """
 from __future__ import annotations
@@ -57,7 +58,7 @@ class GatheredAttention(MegatronModule):
 
 
 class SummedRotaryKey(MLASelfAttention):
-    """Latent attention in which the rotary key, one for all heads, gets the gradients of all tensor-parallel ranks' heads."""
+    """Latent attention in which the rotary key, one for all heads, gets the gradients of all ranks' heads."""
 
     def get_query_key_value_tensors(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         query, key, *rest = super().get_query_key_value_tensors(*arguments, **options)

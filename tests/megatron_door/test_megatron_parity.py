@@ -24,13 +24,13 @@ CASES = [
     ("moe", 2, Layout(ep=2)),
     ("moe", 4, Layout(ep=2, distributed=True)),
     ("deepseek", 2, Layout(pp=2)),
-    # under tensor parallelism without sequence parallelism, finalize_model_grads adds up MLA's q_layernorm, which is whole
+    # without sequence parallelism, finalize_model_grads adds up MLA's q_layernorm over TP, which is whole already
     ("deepseek", 4, Layout(tp=2, sp=True, distributed=True)),
 ]
 
 
 @pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
-@pytest.mark.parametrize("variant, ranks, layout", CASES, ids=[f"{variant}-{ranks}-{layout}" for variant, ranks, layout in CASES])
+@pytest.mark.parametrize("variant, ranks, layout", CASES, ids=str)
 def test_equals_the_single_process_twin(kind, variant, ranks, layout, record_property):
     for result in pool(ranks).run(parity, variant, kind, layout):
         record_property("worst", result["worst"])
@@ -56,9 +56,9 @@ def test_bf16_steps_equal_the_twins_on_the_same_gradients(kind, ranks, layout, r
 
 @pytest.mark.parametrize("kind, ranks, layout", [("adam", 2, Layout(bf16=True, tp=2)), *BF16], ids=str)
 def test_bf16_follows_the_twin(kind, ranks, layout, record_property):
-    """End to end, against one process in bf16 with fp32 weights: 10 steps change every tensor as there, but for what the
-    steps make of roundings to 8 bits in another order. Megatron's own Adam, at one learning rate, is held to the same bound.
-    The test above is the sharp one."""
+    """End to end, against one process in bf16 with fp32 weights: 10 steps change every tensor as there, but for what
+    the steps make of roundings to 8 bits in another order. Megatron's own Adam, at one learning rate, is held to the
+    same bound. The test above is the sharp one."""
     for result in pool(ranks).run(parity, "llama", kind, layout):
         record_property("worst", result["worst"])
         assert result["worst"] < 0.05, result

@@ -74,7 +74,8 @@ def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:
     """(this rank's experts, their equal parts of ``columns``)."""
     experts = (heads.config.get("num_moe_experts") or 1) // (heads.config.get("expert_model_parallel_size") or 1)
     if columns % experts:
-        raise BlockError(f"grouped experts' {columns} columns do not divide over the config's {experts} experts; give a rule")
+        raise BlockError(f"grouped experts' {columns} columns do not divide over the config's {experts} experts; "
+                         f"give a rule")
     return experts, columns // experts
 
 
