@@ -1,6 +1,7 @@
 """Saves and loads the tiny Megatron models through Megatron's own checkpoint functions; runs in the rank processes."""
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -53,8 +54,7 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
     import blockwise_lr.megatron
     from blockwise_lr.checkpoint import CheckpointError
 
-    with megatron(Layout()):
-        first = {name: value.detach().clone() for name, value in MegatronTwin(start_model(job.variant)).values().items()}
+    first = _first_weights(job.variant)
     with megatron(job.layout), _fused_adam(job.fused):
         undo = blockwise_lr.megatron.register(kernel="reference", **job.settings)
         try:
@@ -76,6 +76,12 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
             return {"error": f"{type(error).__name__}: {error}"}
         finally:
             undo()
+
+
+@functools.cache
+def _first_weights(variant: str) -> dict[str, torch.Tensor]:
+    with megatron(Layout()):
+        return {name: value.detach().clone() for name, value in MegatronTwin(start_model(variant)).values().items()}
 
 
 class _Parts:
