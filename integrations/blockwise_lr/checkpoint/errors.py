@@ -1,13 +1,30 @@
 """Errors of saving and loading, and how all ranks come to raise the same one."""
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch.distributed as dist
 
 from ..blocks.types import BlockError
 
+Result = TypeVar("Result")
+
 
 class CheckpointError(BlockError):
     """A checkpoint that is incomplete, damaged, of another layout or of a newer format; the message says how to go on."""
+
+
+class DamageError(CheckpointError):
+    """A checkpoint whose files are not what was saved.
+
+    Attributes:
+        problems: what is wrong, file by file.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class VersionError(CheckpointError):
@@ -44,6 +61,22 @@ def raise_together(error: Exception | None, what: str = "loading") -> None:
                                 f"rank {first}: {failed[first]}")
     error.raised_together = True
     raise error
+
+
+def together(act: Callable[[], Result], what: str = "loading") -> Result:
+    """Does this rank's part of something; where that fails on any rank, with whatever error, all ranks raise.
+
+    Args:
+        act: this rank's part; it holds no collective that the others would wait in.
+        what: as for :func:`raise_together`.
+    """
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as problem:  # whatever it is, the other ranks have to hear of it
+        error = problem
+    raise_together(error, what)
+    return result
 
 
 def is_first_rank() -> bool:

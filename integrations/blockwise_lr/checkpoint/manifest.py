@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, VersionError
+from .errors import CheckpointError, DamageError, VersionError
 from .record import FORMAT, Record
 
 NAME = "blockwise_lr.json"
@@ -160,16 +160,17 @@ def verify(folder: str | os.PathLike) -> None:
 
 
 def refuse(folder: str | os.PathLike, manifest: Manifest, found: list[str]) -> None:
-    """Raises CheckpointError where a folder is incomplete or has problems."""
+    """Raises CheckpointError where a folder is incomplete, DamageError where it has problems."""
     if manifest.complete and not found:
         return
-    what = ("is incomplete: the save that wrote it did not finish" if not manifest.complete
-            else "is damaged: " + "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else ""))
     universal = manifest.universal or Path(folder, "zero").is_dir()
     other = newest_complete(Path(folder).parent, but=(Path(folder).name,), universal=universal)
     remedy = (f"the newest complete one beside it is {other!r}; load it with tag={other!r}" if other
               else "there is no complete one beside it")
-    raise CheckpointError(f"checkpoint {folder} {what}; {remedy}")
+    if not manifest.complete:
+        raise CheckpointError(f"checkpoint {folder} is incomplete: the save that wrote it did not finish; {remedy}")
+    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+    raise DamageError(f"checkpoint {folder} is damaged: {'; '.join(found[:4])}{more}; {remedy}", found)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ log = logging.getLogger("blockwise_lr")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict that torch's load_state_dict can load as it is: this optimizer's settings, groups and states.
+def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Record | None]:
+    """A state dict that torch's load_state_dict can load as it is: this optimizer's settings, groups and states; and the
+    record of the given one's origin.
 
     Every rank that holds shards must call it at the same time. Changes neither the optimizer nor the given dict.
 
@@ -36,7 +37,7 @@ def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> di
     groups = [dict(group) for group in state_dict["param_groups"]]
     error, record, states = None, None, {}
     try:
-        record = record_of(groups)
+        record = _record_of(groups)
         check(optimizer, record)
         if optimizer.states_apart:
             states = _steps(optimizer, groups)
@@ -51,12 +52,13 @@ def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> di
         raise error
     step = max((int(state["step"]) for state in states.values()), default=0)
     _tell(optimizer, record)
-    return {"state": _counted(states if optimizer.states_apart else _converted(optimizer, states, record)),
-            "param_groups": [_merged_group(optimizer, number, group, record, step)
-                             for number, group in enumerate(groups)]}
+    ready = {"state": _counted(states if optimizer.states_apart else _converted(optimizer, states, record)),
+             "param_groups": [_merged_group(optimizer, number, group, record, step)
+                              for number, group in enumerate(groups)]}
+    return ready, record
 
 
-def record_of(groups: list[dict[str, Any]]) -> Record | None:
+def _record_of(groups: list[dict[str, Any]]) -> Record | None:
     """The record in a saved state's param groups; None where another optimizer saved it."""
     saved = [group[KEY] for group in groups if KEY in group]
     return Record.from_dict(saved[0]) if saved else None
@@ -75,7 +77,7 @@ def check(optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "t
 def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The step count of every tensor by its position, where that is all of a state that the groups come with."""
     steps = [group["step"] for group in groups for _ in group["params"] if group.get("step") is not None]
-    if len(steps) != len(_tensors(optimizer)):
+    if len(steps) != len(optimizer.all_tensors()):
         raise CheckpointError("the saved param groups have no step count; load the weights alone, or a checkpoint whose "
                               "optimizer states were saved too")
     return {position: {"step": float(step)} for position, step in enumerate(steps)}
@@ -90,7 +92,7 @@ def _counted(states: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def _indexed_states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any],
                     groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The saved states by position among the optimizer's tensors; step is a number, all else is left out."""
-    tensors = _tensors(optimizer)
+    tensors = optimizer.all_tensors()
     indices = list(chain.from_iterable(group["params"] for group in groups))
     sizes, saved_sizes = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in groups]
     if sizes != saved_sizes:
@@ -111,12 +113,8 @@ def _indexed_states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any],
     return states
 
 
-def _tensors(optimizer: BlockwiseOptimizer) -> list[torch.Tensor]:
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
-
-
 def _check_shapes(optimizer: BlockwiseOptimizer, states: Mapping[int, Mapping[str, Any]], record: Record | None) -> None:
-    tensors = _tensors(optimizer)
+    tensors = optimizer.all_tensors()
     for position, state in states.items():
         tensor, numel = tensors[position], tensors[position].numel()
         wanted = _source_plan(optimizer, tensor, record).slots if _form(record) == SEGMENTS else numel
@@ -147,7 +145,7 @@ def _source_plan(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, record: Re
 def _converted(optimizer: BlockwiseOptimizer, states: Mapping[int, dict[str, Any]],
                record: Record | None) -> dict[int, dict[str, Any]]:
     """States with exp_avg_sq in the optimizer's own form."""
-    tensors = _tensors(optimizer)
+    tensors = optimizer.all_tensors()
     form, to_segments = _form(record), optimizer.segment_plans
     known = same_segments(record, optimizer.record())
     if form == SEGMENTS and not (to_segments and known):

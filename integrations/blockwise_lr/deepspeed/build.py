@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..blocks import BlockError
-from ..checkpoint.errors import raise_together
+from ..checkpoint.errors import together
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
 from .stages import map_engine_module
@@ -33,13 +33,7 @@ def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterab
     Raises:
         BlockError: an unknown setting, a bad value, a parameter that no rule maps, on any rank; all ranks raise.
     """
-    optimizer, error = None, None
-    try:
-        optimizer = _build(kind, module, model_parameters, settings)
-    except Exception as problem:  # where one rank alone is misconfigured, the others are not to wait for it
-        error = problem
-    raise_together(error, f"building {kind}")
-    return optimizer
+    return together(lambda: _build(kind, module, model_parameters, settings), f"building {kind}")
 
 
 def _build(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from ..checkpoint.errors import CheckpointError, VersionError, is_first_rank, raise_together
+from ..checkpoint.errors import CheckpointError, DamageError, VersionError, is_first_rank, raise_together, together
 from ..checkpoint.manifest import Manifest, begin, complete, entries, problems, refuse, survey, write_atomically
 from ..checkpoint.restore import check
 from ..optim.base import BlockwiseOptimizer
@@ -47,12 +47,13 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
                         "the background, nor node-local storage", tag)
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
-    _together(folder, lambda: begin(folder) if dist.get_rank() == 0 else None)
+    saving = f"saving {folder}"
+    together(lambda: begin(folder) if dist.get_rank() == 0 else None, saving)
     with _noting_files(engine.checkpoint_engine) as (written, failures):
         upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
-    raise_together(next(iter(failures), None), f"saving {folder}")
+    raise_together(next(iter(failures), None), saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
-    own = _together(folder, lambda: entries(folder, written, dist.get_rank(), checksums))
+    own = together(lambda: entries(folder, written, dist.get_rank(), checksums), saving)
     gathered: list[dict] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
 
@@ -62,19 +63,8 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 
-    _together(folder, finish if dist.get_rank() == 0 else lambda: None)
+    together(finish if dist.get_rank() == 0 else lambda: None, saving)
     return True
-
-
-def _together(folder: str, act: Callable[[], Any]) -> Any:
-    """Does a part of a save; where it fails on one rank (a full disk, a lost mount), all ranks raise."""
-    result, error = None, None
-    try:
-        result = act()
-    except Exception as problem:
-        error = problem
-    raise_together(error, f"saving {folder}")
-    return result
 
 
 def layout(engine: Any) -> dict[str, Any]:
@@ -126,13 +116,8 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
     if tag is not None:
         with_states = load_optimizer_states and not load_module_only
         _check_folder(engine, os.path.join(load_dir, str(tag)), with_states)
-    result, error = (None, None), None
-    try:
-        result = upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
-                          load_module_only=load_module_only, **arguments)
-    except Exception as problem:  # whatever it is, the other ranks have to hear of it
-        error = problem
-    raise_together(error)
+    result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
+                                       load_module_only=load_module_only, **arguments))
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False  # to the states before the load; the next step links anew
     return result
@@ -158,13 +143,14 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
     found = gathered[0]
     if found.newer:
         raise VersionError("; ".join(found.newer))
+    for tag, what in found.damaged.items():
+        _tell_damage(load_dir, tag, what)
     for tag in found.tags:
-        wrong = _all_problems(os.path.join(load_dir, tag))
-        if not wrong:
-            _tell_damage(load_dir, found.damaged)
+        try:
             return engine.load_checkpoint(load_dir, tag=tag, **arguments)
-        found.damaged[tag] = "; ".join(wrong)
-    _tell_damage(load_dir, found.damaged)
+        except DamageError as error:
+            found.damaged[tag] = "; ".join(error.problems)
+            _tell_damage(load_dir, tag, found.damaged[tag])
     if found.damaged:
         raise CheckpointError(f"every complete checkpoint in {load_dir} is damaged: "
                               + "; ".join(f"{tag}: {what}" for tag, what in found.damaged.items())
@@ -177,8 +163,8 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
     return None, None
 
 
-def _tell_damage(load_dir: str, damaged: Mapping[str, str]) -> None:
-    for tag, what in damaged.items() if is_first_rank() else ():
+def _tell_damage(load_dir: str, tag: str, what: str) -> None:
+    if is_first_rank():
         log.warning("passing over checkpoint %s, which is damaged: %s", os.path.join(load_dir, tag), what)
 
 
@@ -200,7 +186,7 @@ def _check_folder(engine: Any, folder: str, with_states: bool) -> None:
                         "checked", folder)
         return
     if manifest.complete:
-        found = _all_problems(folder)
+        found = _all_problems(folder, manifest)
     try:
         refuse(folder, manifest, found)
         if with_states:
@@ -231,9 +217,9 @@ def _check_layout(engine: Any, folder: str, manifest: Manifest) -> None:
     raise CheckpointError(f"checkpoint {folder} was saved with {saved}, and this run has {here}; {remedy}")
 
 
-def _all_problems(folder: str) -> list[str]:
+def _all_problems(folder: str, manifest: Manifest) -> list[str]:
     """What is wrong with a folder's files; every rank reads its share of them and gets all answers."""
     ranks = dist.get_world_size()
     gathered: list[list[str]] = [[]] * ranks
-    dist.all_gather_object(gathered, problems(folder, Manifest.read(folder), dist.get_rank(), ranks))
+    dist.all_gather_object(gathered, problems(folder, manifest, dist.get_rank(), ranks))
     return sorted(problem for found in gathered for problem in found)

@@ -109,7 +109,7 @@ class _Exchange:
             self.segments_known = same_segments(self.optimizer.loaded_record, self.optimizer.record())
             load(self.wrapper(), *arguments, **options)
             if self.optimizer.segment_plans and not self.segments_known:
-                tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+                tensors = self.optimizer.all_tensors()
                 elements = {number: self.to_average[id(tensor)] for number, tensor in enumerate(tensors)}
                 for number, means in averaged(self.optimizer, tensors, elements).items():
                     self.optimizer.state[tensors[number]]["exp_avg_sq"].copy_(means)

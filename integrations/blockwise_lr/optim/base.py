@@ -12,7 +12,7 @@ from ..blocks.block_map import full_shape
 from ..checkpoint.moments import spread
 from ..checkpoint.record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record, checked_accepts, in_parameters,
                                  plain_layouts)
-from ..checkpoint.restore import prepared, record_of
+from ..checkpoint.restore import prepared
 from ..kernels import KERNELS, Kernel, StepValues, kernel_for
 from ..kernels.huge_pages import use_huge_pages
 from .dtensor import dtensor_shards, local
@@ -118,6 +118,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self.loads_together = True
         self._fragments = {id(flat): list(fragments) for flat, fragments in shards.flats}
         self._plans = {id(flat): self._make_plan(flat, fragments) for flat, fragments in shards.flats}
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        """The tensors of all param groups, in the order in which state dicts number them."""
+        return [tensor for group in self.param_groups for tensor in group["params"]]
 
     def plan_of(self, tensor: torch.Tensor) -> StepPlan:
         """The plan of one of the optimizer's tensors: a flat shard, or a whole parameter.
@@ -253,13 +257,13 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         """As torch's, with a record of its origin. Where shards are saved in formats that know only states of the
         parameters' shape, second moments are spread over their elements (on the CPU, 4 bytes an element)."""
         saved = super().state_dict()
-        record = self.record().as_dict()
+        added: dict[str, Any] = {KEY: self.record().as_dict()}
+        if self.step_in_groups:
+            added["step"] = max((int(state["step"]) for state in saved["state"].values()), default=0)
         for group in saved["param_groups"]:  # frameworks pick and reorder groups; pickles hold the record once
-            group[KEY] = record
-            if self.step_in_groups:
-                group["step"] = max((int(state["step"]) for state in saved["state"].values()), default=0)
+            group.update(added)
         if self.segment_plans and self.element_state and not self.states_apart:
-            tensors = [p for group in self.param_groups for p in group["params"]]
+            tensors = self.all_tensors()
             for index, state in saved["state"].items():
                 elements = spread(state["exp_avg_sq"], self.plan_of(tensors[index]))
                 saved["state"][index] = {**state, "exp_avg_sq": elements.view_as(tensors[index])}
@@ -275,13 +279,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             MismatchError: it contradicts this optimizer's settings or model in what ``accept_mismatch`` does not name.
             CheckpointError: it does not fit these tensors, or is of a newer format. Nothing has been loaded then.
         """
-        ready = prepared(self, state_dict)
-        self.loaded_record = record_of(state_dict["param_groups"])
+        ready, self.loaded_record = prepared(self, state_dict)
         kept = dict(self.state) if self.states_apart else {}
         super().load_state_dict(ready)
         self.state.update(kept)
         self._placed.clear()  # the moments may lie elsewhere now
-        tensors = [p for group in self.param_groups for p in group["params"]]
+        tensors = self.all_tensors()
         for position, state in ready["state"].items():
             mine = self.init_state(tensors[position])
             mine["step"] = state["step"].clone()  # DeepSpeed's loaders share one tensor between several states
