@@ -7,7 +7,10 @@
 //
 // Built without -ffast-math: NaN and inf go through as in PyTorch. `out`, where it is not null, takes the updated
 // parameters rounded to bfloat16.
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -197,11 +200,49 @@ void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
   }
 }
 
+// A thread's tiles that nobody has begun, as first << 32 | end, on a cache line of its own.
+struct alignas(64) Part {
+  std::atomic<uint64_t> span;
+  static int64_t first(uint64_t s) { return static_cast<int64_t>(s >> 32); }
+  static int64_t end(uint64_t s) { return static_cast<int64_t>(s & 0xffffffffu); }
+
+  int64_t left() const {
+    const uint64_t now = span.load(std::memory_order_relaxed);
+    return end(now) - first(now);
+  }
+  // a tile from the front, for the thread itself, or from the end, for another thread; -1 where none is left
+  int64_t take(bool front) {
+    uint64_t now = span.load(std::memory_order_relaxed);
+    while (first(now) < end(now))
+      if (span.compare_exchange_weak(now, front ? now + (uint64_t{1} << 32) : now - 1, std::memory_order_relaxed))
+        return front ? first(now) : end(now) - 1;
+    return -1;
+  }
+};
+
+// Calls work(i) once for every tile i < count. A thread goes through a part of its own, as with schedule(static), and then
+// takes tiles from the far end of the fullest other part: cores do not get memory in equal shares, and with fixed parts
+// all wait for the slowest (3 to 9% of a step on two cores).
+template <typename Work>
+void each_tile(int64_t count, int threads, Work work) {
+  std::vector<Part> parts(threads);
+  for (int t = 0; t < threads; ++t)
+    parts[t].span = static_cast<uint64_t>(count * t / threads) << 32 | static_cast<uint64_t>(count * (t + 1) / threads);
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t i; (i = parts[omp_get_thread_num()].take(true)) >= 0;) work(i);
+    const auto emptier = [](const Part &a, const Part &b) { return a.left() < b.left(); };
+    for (auto fullest = parts.begin(); (fullest = std::max_element(parts.begin(), parts.end(), emptier))->left() > 0;) {
+      const int64_t i = fullest->take(false);
+      if (i >= 0) work(i);
+    }
+  }
+}
+
 template <typename G>
 void adamw_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
                const Values &values, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
+  each_tile(count, threads, [=, &values](int64_t i) {
     const Tile &t = tiles[i];
     for (int64_t run = 0; run < t.outer; ++run) {
       const int64_t end = t.offset + run * t.stride + t.inner;
@@ -212,32 +253,28 @@ void adamw_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
         copy_out(out, p, at, n);
       }
     }
-  }
+  });
 }
 
 template <typename G>
 void mini_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
               const Values &values, int own_sums, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i)
+  each_tile(count, threads, [=, &values](int64_t i) {
     mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0, g + tiles[i + 1 < count ? i + 1 : i].offset);
+  });
 }
 
 // Tiles may share slots here, so only the sums run in parallel and are added one after another.
 template <typename G>
 void sums_all(const G *g, float *sums, const Tile *tiles, int64_t count, int threads) {
   std::vector<std::vector<double>> found(count);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
+  each_tile(count, threads, [&](int64_t i) {
     const Tile &t = tiles[i];
-    if (t.spread) {
-      spread_sums(g, t, found[i]);
-      continue;
-    }
+    if (t.spread) return spread_sums(g, t, found[i]);
     for (int64_t run = 0; run < t.outer; ++run)
       for (int64_t j = 0; j < t.inner / t.unit; ++j)
         found[i].push_back(sum_squares(g + t.offset + run * t.stride + j * t.unit, t.unit));
-  }
+  });
   for (int64_t i = 0; i < count; ++i) {
     const Tile &t = tiles[i];
     const int64_t units = t.inner / t.unit, runs = t.spread ? 1 : t.outer;
