@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, make_config, megatron
+from megatron_door.layouts import (LENGTH, Layout, build_chunks, gather_full, load_full, make_config, megatron,
+                                   vocabulary)
 from megatron_door.training import (BATCH, BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, batches, reference, worst)
 from megatron_door.twin import model_inputs
 
@@ -53,14 +54,29 @@ def tensor_parallel(variant: str, kind: str, stage: int) -> dict[str, float]:
     return {**worst(found, wanted), "apart": apart}
 
 
+def slice_blocks(variant: str) -> tuple[dict[str, list], dict[str, list]]:
+    """Under TP=2, every parameter's (block, rows) pieces as the DeepSpeed door and as the Megatron door map them."""
+    with megatron(Layout(tp=2)):
+        from megatron.core import parallel_state
+
+        from blockwise_lr.megatron.mapping import map_chunks
+
+        model, = build_chunks(variant, Layout(tp=2))
+        engine = initialize(model=model, mpu=parallel_state, config=ds_config("BlockwiseAdamW", 1, 1, 1))
+        maps = engine.basic_optimizer.block_map, map_chunks([model]).ours
+        engine.destroy()
+    return tuple({name: [(piece.block.value, piece.size) for piece in layout.pieces] for name, layout in each.items()}
+                 for each in maps)
+
+
 class Embedding(torch.nn.Module):
     """The first stage: token ids to hidden states."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, rows: int) -> None:
         super().__init__()
         from megatron.core import tensor_parallel
 
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(VOCABULARY, config.hidden_size,
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(rows, config.hidden_size,
                                                                       init_method=config.init_method, config=config)
 
     @property
@@ -97,10 +113,10 @@ def pipeline_layers(variant: str) -> list[Any]:
             mask = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), 1)[None, None]
             return super().forward(hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
 
-    return [TiedLayerSpec("embed", Embedding, config),
+    return [TiedLayerSpec("embed", Embedding, config, vocabulary(variant)),
             *(LayerSpec(Layer, config, submodules, layer_number=number + 1) for number in range(config.num_layers)),
             LayerSpec(torch.nn.RMSNorm, config.hidden_size, config.layernorm_epsilon),
-            TiedLayerSpec("embed", Embedding, config, forward_fn=logits)]
+            TiedLayerSpec("embed", Embedding, config, vocabulary(variant), forward_fn=logits)]
 
 
 def single_process_name(name: str) -> str:
@@ -111,8 +127,9 @@ def single_process_name(name: str) -> str:
     return f"decoder.final_layernorm.{rest}" if int(first) == 5 else f"decoder.layers.{int(first) - 1}.{rest}"
 
 
-def pipeline(variant: str, kind: str, stage: int) -> dict[str, float]:
-    """PP=2 x ZeRO DP=2 in a PipelineModule of Megatron layers; worst difference from the unfused twin."""
+def pipeline(variant: str, kind: str, stage: int, kernel: str = "reference") -> dict[str, Any]:
+    """PP=2 x ZeRO DP=2 in a PipelineModule of Megatron layers; worst difference from the unfused twin, and at which
+    elements of its rows the shards' edges cut the tied embedding on any stage."""
     first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper")
     with megatron(Layout()):
         from deepspeed.pipe import PipelineModule
@@ -122,7 +139,10 @@ def pipeline(variant: str, kind: str, stage: int) -> dict[str, float]:
         with torch.no_grad():
             for name, p in module.named_parameters():
                 p.copy_(first[single_process_name(name)])
-        engine = initialize(model=module, config=ds_config(kind, stage, 1, BATCH // 2))
+        engine = initialize(model=module, config=ds_config(kind, stage, 1, BATCH // 2, kernel=kernel))
+        cut = engine.basic_optimizer.shards.cuts.get("tied_modules.embed.word_embeddings.weight")
+        width = make_config(variant, Layout()).hidden_size
+        edges = [] if cut is None else [int(edge) % width for edge in cut.positions]
         share = batches(TOTAL).chunk(2, 1)[engine.grid.get_data_parallel_rank()]
         data = iter([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for batch in share for ids in batch.split(1)])
         for _ in range(TOTAL):
@@ -136,7 +156,7 @@ def pipeline(variant: str, kind: str, stage: int) -> dict[str, float]:
     for weights in everyone:
         for name, value in weights.items():
             apart = max(apart, float((found.setdefault(name, value) - value).abs().max()))
-    return {**worst(found, wanted), "apart": apart}
+    return {**worst(found, wanted), "apart": apart, "edges": edges}
 
 
 def initialize_group() -> None:

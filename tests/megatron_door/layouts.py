@@ -1,6 +1,7 @@
 """Tiny real Megatron models under any parallel layout, on gloo; runs in the rank processes."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
                    activation_func=torch.nn.functional.silu),
               dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    # more embedding than anything else, so that shard edges cut it
+    "many_words": (dict(normalization="RMSNorm", add_bias_linear=False),
+                   dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     "moe": (dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False, normalization="RMSNorm",
                  moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
                  moe_shared_expert_intermediate_size=24),
@@ -33,6 +37,11 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
                       mtp_num_layers=1),
                  dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
 }
+
+
+def vocabulary(variant: str) -> int:
+    """Rows of a variant's embedding."""
+    return 1021 if variant == "many_words" else VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,8 @@ def megatron(layout: Layout) -> Iterator[None]:
             dist.destroy_process_group(group)
     finally:
         parallel_state.destroy_model_parallel()
+        if "deepspeed.utils.groups" in sys.modules:  # it keeps the last engine's mpu and asks it in engines without one
+            sys.modules["deepspeed.utils.groups"].mpu = None
         undo()
 
 
@@ -116,7 +127,8 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
         number = stage if layout.vpp else None
         where = dict(ignore_virtual=False, vp_stage=number)
         chunks.append(GPTModel(
-            config, block_spec(config, layer, number), VOCABULARY, LENGTH, mtp_block_spec=mtp_spec(config, layer, number),
+            config, block_spec(config, layer, number), vocabulary(variant), LENGTH,
+            mtp_block_spec=mtp_spec(config, layer, number),
             pre_process=parallel_state.is_pipeline_first_stage(**where),
             post_process=parallel_state.is_pipeline_last_stage(**where), vp_stage=number, **VARIANTS[variant][1]))
     return chunks

@@ -15,16 +15,19 @@ class Shards:
         model: whose parameters are laid one after another and cut.
         edges: where to cut, ascending, without 0 and the end.
         optimizer: class; settings its arguments.
+        copied, elsewhere: a parameter with copies, and where in it the copies are cut.
     """
 
-    def __init__(self, model, edges, optimizer, **settings):
+    def __init__(self, model, edges, optimizer, copied=None, elsewhere=(), **settings):
         named = [(n, p.detach()) for n, p in model.named_parameters()]
         self.flat = torch.cat([p.reshape(-1) for _, p in named])
         starts = dict(zip([n for n, _ in named], np.cumsum([0] + [p.numel() for _, p in named]).tolist()))
         sizes = {n: p.numel() for n, p in named}
         self.bounds = list(zip([0, *edges], [*edges, self.flat.numel()]))
         cuts = {n: np.array([e - starts[n] for e in edges if starts[n] < e < starts[n] + sizes[n]]) for n, _ in named}
-        cuts = {n: Cut(positions) for n, positions in cuts.items() if len(positions)}
+        if copied:
+            cuts[copied] = np.union1d(cuts[copied], elsewhere).astype(int)
+        cuts = {n: Cut(positions, has_copies=n == copied) for n, positions in cuts.items() if len(positions)}
         self.optimizers, self.tensors = [], []
         for low, high in self.bounds:
             fragments = [Fragment(n, max(low, starts[n]) - starts[n],
@@ -57,9 +60,11 @@ class Shards:
             for parts in shares:
                 for share, values in parts:
                     buffer.index_add_(0, share.index, values[share.slots])
+            for to, places in stages[0].additions:
+                buffer[to] += buffer[places]
             for parts in shares:
                 for share, values in parts:
-                    values[share.slots] = buffer[share.index]
+                    values[share.slots] = buffer[share.total]
         for optimizer, found in zip(self.optimizers, sums):
             optimizer._early = found
 

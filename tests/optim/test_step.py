@@ -54,20 +54,44 @@ def test_adam_mini_is_the_paper_loop(model):
     assert max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted) < 1e-6
 
 
+@pytest.mark.parametrize("kernel", ["reference", "cpp"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", ["llama", "gpt2", "gpt_neox"])
-def test_any_cut_gives_the_unsharded_step(kind, model):
+def test_any_cut_gives_the_unsharded_step(kind, model, kernel):
     rng = random.Random(1)
-    wanted = torch.cat([p.reshape(-1) for p in whole(kind, make(model), kernel="reference").values()])
+    wanted = torch.cat([p.reshape(-1) for p in whole(kind, make(model), kernel=kernel).values()])
     for trial in range(6):
         shards = Shards(make(model), sorted(rng.sample(range(1, wanted.numel()), trial)), KINDS[kind], lr=LR, betas=BETAS,
-                        eps=EPS, weight_decay=DECAY, kernel="reference")
+                        eps=EPS, weight_decay=DECAY, kernel=kernel)
         for step in range(3):
             shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
         if kind == "BlockwiseAdamW":
             assert torch.equal(shards.weights(), wanted)
         else:
             assert float((shards.weights() - wanted).norm() / wanted.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kernel", ["reference", "cpp"])
+def test_copies_cut_at_different_places_stay_equal_to_the_bit(seed, kernel):
+    """A tied embedding on two pipeline stages, cut by the shards of each at other places, several times in some rows."""
+    draw = random.Random(seed)
+    model = make("llama_tied")
+    name, table = next(iter(model.named_parameters()))
+    width = table.shape[1]
+    rows = draw.sample(range(table.shape[0]), 3)  # most edges lie in these rows, on both stages
+    edges = [sorted({*draw.sample(range(1, table.numel()), 2),
+                     *(row * width + draw.randrange(1, width) for row in rows for _ in range(2))}) for _ in range(2)]
+    stages = [Shards(model, mine, BlockwiseAdamMini, name, others, lr=LR, betas=BETAS, eps=EPS, kernel=kernel)
+              for mine, others in (edges, edges[::-1])]
+    for step in range(5):
+        given = torch.cat([grad.reshape(-1) for grad in gradients(model, step).values()])
+        for stage in stages:
+            stage.step(given)
+    found = [stage.weights()[:table.numel()].view_as(table) for stage in stages]
+    assert torch.equal(*found)
+    wanted = whole("BlockwiseAdamMini", model, 5, kernel=kernel)[name]
+    assert float((found[0] - wanted).norm() / wanted.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("model", ["gpt2", "gpt_neox"])

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,16 @@ def config_values(config: Any) -> dict[str, Any]:
             values[name] = getattr(config, name)
     if "tensor_model_parallel_size" in values:  # Megatron's TransformerConfig, which names no family
         values.setdefault("model_type", "megatron")
+        values.setdefault("tensor_model_parallel_rank", _megatron_rank(values["tensor_model_parallel_size"]))
     return values
+
+
+def _megatron_rank(parts: int) -> int | None:
+    """This rank's place among the ``parts`` slices of running Megatron's tensor parallelism; no config states it."""
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None or not state.model_parallel_is_initialized():
+        return None
+    return state.get_tensor_model_parallel_rank() if state.get_tensor_model_parallel_world_size() == parts else None
 
 
 def head_counts(config: Any) -> HeadCounts | None:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import deepspeed.comm as dist
+import numpy as np
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -33,21 +35,21 @@ def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Modu
     splits = _input_splits(module, mpu)
     if wrapper is optimizer:
         return ShardMap(_whole(optimizer), {}, splits) if splits else None
-    shards = _flats_and_cuts(wrapper, optimizer)
+    shards = _flats_and_cuts(wrapper, optimizer, module)
     shards.splits = splits
     return shards
 
 
-def _flats_and_cuts(wrapper: Any, optimizer: BlockwiseOptimizer) -> ShardMap:
+def _flats_and_cuts(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module) -> ShardMap:
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         return _stage3(wrapper, optimizer)
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
         offsets = [dict(zip(map(id, group), starts)) for group, starts in zip(wrapper.round_robin_bit16_groups,
                                                                               wrapper.round_robin_bit16_offsets)]
-        return _partitioned(optimizer, wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups,
+        return _partitioned(optimizer, module, wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups,
                             wrapper.real_dp_process_group, offsets)
     if isinstance(wrapper, BF16_Optimizer):
-        return _partitioned(optimizer, wrapper.bf16_groups, wrapper.fp32_groups_flat_partition,
+        return _partitioned(optimizer, module, wrapper.bf16_groups, wrapper.fp32_groups_flat_partition,
                             wrapper.real_dp_process_group, None)
     if isinstance(wrapper, FP16_UnfusedOptimizer):
         return _unsharded(wrapper, optimizer)
@@ -62,8 +64,9 @@ def _name(optimizer: BlockwiseOptimizer, parameter: torch.Tensor) -> str:
     return name
 
 
-def _partitioned(optimizer: BlockwiseOptimizer, groups: Sequence[Sequence[torch.Tensor]], flats: Sequence[torch.Tensor],
-                 process_groups: Sequence[Any], offsets: Sequence[dict[int, int]] | None) -> ShardMap:
+def _partitioned(optimizer: BlockwiseOptimizer, module: torch.nn.Module, groups: Sequence[Sequence[torch.Tensor]],
+                 flats: Sequence[torch.Tensor], process_groups: Sequence[Any],
+                 offsets: Sequence[dict[int, int]] | None) -> ShardMap:
     """ZeRO-1 and 2, and BF16_Optimizer: a group's parameters lie one after another in a buffer that is cut evenly."""
     found, cuts = [], {}
     for number, (parameters, flat, process_group) in enumerate(zip(groups, flats, process_groups)):
@@ -76,12 +79,24 @@ def _partitioned(optimizer: BlockwiseOptimizer, groups: Sequence[Sequence[torch.
             low, high = max(start, begin), min(start + numel, begin + size)
             if low < high:
                 fragments.append(Fragment(name, low - start, high - low, low - begin))
-            positions = even_cuts(numel, size, start)
-            if len(positions):
-                cuts[name] = Cut(positions, process_group)
+            cuts[name] = Cut(even_cuts(numel, size, start), process_group)
             position += numel
         found.append((flat, fragments))
-    return ShardMap(found, cuts)
+    if optimizer.segment_plans:
+        _add_cuts_of_copies(cuts, optimizer, module)
+    return ShardMap(found, {name: cut for name, cut in cuts.items() if len(cut.positions)})
+
+
+def _add_cuts_of_copies(cuts: dict[str, Cut], optimizer: BlockwiseOptimizer, module: torch.nn.Module) -> None:
+    """Tied weights of a PipelineModule: every stage that holds one takes over where the others' shards cut it."""
+    tied = module.get_tied_weights_and_groups() if isinstance(module, PipelineModule) else ()
+    for weight, stages in tied:
+        mine = cuts.get(optimizer.block_map.name_of(weight))
+        everyone: list[Any] = [None] * dist.get_world_size(group=stages)
+        dist.all_gather_object(everyone, () if mine is None else mine.positions, group=stages)
+        if mine is not None:
+            positions = np.unique(np.concatenate(everyone)).astype(np.int64)
+            cuts[_name(optimizer, weight)] = Cut(positions, mine.group, has_copies=True)
 
 
 def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3, optimizer: BlockwiseOptimizer) -> ShardMap:

@@ -73,8 +73,8 @@ def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), 
     config = config_values(get_model_config(chunks[0]))
     arguments = dict(rules=rules, strict=strict, family="megatron",
                      copies=[name for name, (_, _, is_copy) in everywhere.items() if is_copy])
-    heads = head_counts({**config, "tensor_model_parallel_rank": parallel_state.get_tensor_model_parallel_rank()})
-    stages = map_names({name: shape for name, (shape, _, _) in everywhere.items()}, heads=heads, **arguments)
+    stages = map_names({name: shape for name, (shape, _, _) in everywhere.items()}, heads=head_counts(config),
+                       **arguments)
     ours = BlockMap((stages[name] for name in here), stages.heads, stages.unmapped & here.keys())
     ours.bind(named)
     undivided = head_counts({**config, "tensor_model_parallel_size": 1})

@@ -70,7 +70,9 @@ def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, Cut]:
                 start, end, _ = buffer.param_index_map[param]
                 positions = even_cuts(end - start, shard, start - bucket.offset)
                 if len(positions):
-                    cuts[_name(block_map, param)] = Cut(positions, buffer.data_parallel_group)
+                    # Megatron cuts the copies of a shared embedding alike: it gives each a bucket of its own
+                    shared = getattr(param, "shared_embedding", False)
+                    cuts[_name(block_map, param)] = Cut(positions, buffer.data_parallel_group, has_copies=shared)
     return cuts
 
 

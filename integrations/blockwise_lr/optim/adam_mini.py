@@ -12,7 +12,7 @@ from .base import BlockwiseOptimizer, flat
 from .plan import StepPlan, adam_mini_plan, element_biases, slot_numel
 from .segment_sync import SegmentSync, sync_of
 from .settings import checked_defaults
-from .shards import Fragment, ShardMap
+from .shards import Fragment, ShardMap, split_where_copies_are_cut
 
 BIAS_SEGMENTS = ("element", "vector")
 
@@ -83,6 +83,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         return adam_mini_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
 
     def attach_shards(self, shards: ShardMap) -> None:
+        shards = split_where_copies_are_cut(shards)
         super().attach_shards(shards)
         self._cut_slots.clear()
         layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}

@@ -61,6 +61,7 @@ class SegmentRun:
         first: the first segment's number within the piece, over all repeats and stacked matrices.
         slot: its slot in the flat tensor's second moment.
         count: how many.
+        start: the first element of the parameter in the fragment they lie in.
     """
 
     name: str
@@ -68,6 +69,7 @@ class SegmentRun:
     first: int
     slot: int
     count: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def adam_mini_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[
                 key = is_cut or split > 1
                 rows[key].append((*row[:SLOT], row[SLOT] - first + slots, *row[SLOT_STEP:]))
                 numels[key].append(segment)
-            runs.append(SegmentRun(fragment.name, index, first, slots, last - first + 1))
+            runs.append(SegmentRun(fragment.name, index, first, slots, last - first + 1, fragment.start))
             slots += last - first + 1
     return StepPlan(numel, tuple(classes), _rectangles(rows[False], numels[False]),
                     _rectangles(rows[True], numels[True]), slots, tuple(runs))

@@ -9,26 +9,32 @@ import torch
 import torch.distributed as dist
 
 from ..blocks.layout import ParamLayout
-from .plan import StepPlan, cut_segments
+from .plan import SegmentRun, StepPlan, cut_segments
 from .shards import Cut, ShardMap
 
 
 @dataclass(frozen=True)
 class _Share:
-    """This rank's part of one flat tensor in a buffer: ``slots[i]`` of the flat's sums is ``index[i]`` of the buffer."""
+    """This rank's part of one flat tensor in a buffer: ``slots[i]`` of the flat's sums goes to ``index[i]`` of the buffer,
+    and the whole segment's sum is found at ``total[i]``."""
 
     flat: int
     slots: torch.Tensor
     index: torch.Tensor
+    total: torch.Tensor
 
 
 @dataclass(frozen=True)
 class SyncStage:
-    """One all-reduce: which sums of which flat tensors meet in a buffer of ``size`` floats over ``group``."""
+    """One all-reduce: which sums of which flat tensors meet in a buffer of ``size`` floats over ``group``.
+
+    ``additions``: (to, from), places of the buffer whose sums are added up afterwards, one pair after another.
+    """
 
     group: dist.ProcessGroup | None
     size: int
     shares: tuple[_Share, ...]
+    additions: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     def start(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dist.Work]:
         """Starts the all-reduce of the flat tensors' sums; returns the buffer and the handle to wait for."""
@@ -41,8 +47,10 @@ class SyncStage:
         """Waits, then writes the reduced sums back."""
         buffer, work = started
         work.wait()
+        for to, places in self.additions:
+            buffer[to] += buffer[places]
         for share in self.shares:
-            sums[share.flat][share.slots] = buffer[share.index]
+            sums[share.flat][share.slots] = buffer[share.total]
 
 
 @dataclass(frozen=True)
@@ -81,26 +89,87 @@ def sync_of(shards: ShardMap, plans: Sequence[StepPlan], layouts: Mapping[str, P
 
 def _cut_stage(group: dist.ProcessGroup | None, cuts: Mapping[str, Cut], plans: Sequence[StepPlan],
                layouts: Mapping[str, ParamLayout]) -> SyncStage:
-    places: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
+    places: dict[tuple[str, int], _Places | _Stretches] = {}
     size = 0
     for name, cut in cuts.items():
-        for piece in range(len(layouts[name].pieces)):
-            segments = cut_segments(layouts[name], piece, cut.positions)
-            if len(segments):
-                places[name, piece] = (size, segments)
-                size += len(segments)
+        layout = layouts[name]
+        for piece in range(len(layout.pieces)):
+            if cut.has_copies and _is_rows(layout):
+                found = _Stretches.of(size, layout.pieces[piece].unit * layout.inputs, cut.positions)
+            else:
+                found = _Places(size, cut_segments(layout, piece, cut.positions))
+            if found.size:
+                places[name, piece] = found
+                size += found.size
     shares = []
     for flat, plan in enumerate(plans):
-        slots, index = [], []
-        for run in plan.runs:
-            if (run.name, run.piece) not in places:
-                continue
-            base, segments = places[run.name, run.piece]
-            low, high = np.searchsorted(segments, (run.first, run.first + run.count))
-            slots.append(segments[low:high] - run.first + run.slot)
-            index.append(np.arange(low, high) + base)
-        shares += _share(flat, slots, index)
-    return SyncStage(group, size, tuple(shares))
+        runs = [(run, places[run.name, run.piece]) for run in plan.runs if (run.name, run.piece) in places]
+        shares += _share(flat, *zip(*(found.share(run) for run, found in runs))) if runs else []
+    additions = [pair for found in places.values() if isinstance(found, _Stretches) for pair in found.additions()]
+    return SyncStage(group, size, tuple(shares), tuple(additions))
+
+
+@dataclass(frozen=True)
+class _Places:
+    """One place of the buffer, from ``base`` on, for each of a piece's cut ``segments``."""
+
+    base: int
+    segments: np.ndarray
+
+    @property
+    def size(self) -> int:
+        return len(self.segments)
+
+    def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A run's cut segments: their slots, the places of their sums, and of the whole segments' sums."""
+        low, high = np.searchsorted(self.segments, (run.first, run.first + run.count))
+        places = np.arange(low, high) + self.base
+        return self.segments[low:high] - run.first + run.slot, places, places
+
+
+@dataclass(frozen=True)
+class _Stretches:
+    """One place of the buffer, from ``base`` on, for every stretch between two edges in a cut row.
+
+    Only one rank writes to a place, and the places are added in order, so a row's sum depends on nothing but the edges.
+
+    Attributes:
+        row: elements of a row; a segment.
+        begins: where in the parameter each stretch begins, ascending.
+    """
+
+    base: int
+    row: int
+    begins: np.ndarray
+
+    @staticmethod
+    def of(base: int, row: int, positions: np.ndarray) -> _Stretches:
+        """The stretches that edges at ``positions`` make of the rows they cut."""
+        inside = positions[positions % row != 0]
+        return _Stretches(base, row, np.unique(np.concatenate([inside // row * row, inside])))
+
+    @property
+    def size(self) -> int:
+        return len(self.begins)
+
+    def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As of :class:`_Places`."""
+        rows = np.unique(self.begins // self.row)
+        rows = rows[slice(*np.searchsorted(rows, (run.first, run.first + run.count)))]
+        places = np.searchsorted(self.begins, np.maximum(rows * self.row, run.start))
+        return rows - run.first + run.slot, places + self.base, np.searchsorted(self.begins, rows * self.row) + self.base
+
+    def additions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(to, from): the second stretches of all rows to the first ones, then the third, and so on."""
+        firsts = np.searchsorted(self.begins, self.begins // self.row * self.row)
+        numbers = np.arange(self.size) - firsts
+        pairs = [(firsts[numbers == n], np.flatnonzero(numbers == n)) for n in range(1, int(numbers.max()) + 1)]
+        return [(torch.from_numpy(to + self.base), torch.from_numpy(places + self.base)) for to, places in pairs]
+
+
+def _is_rows(layout: ParamLayout) -> bool:
+    """Whether its segments are rows, or equal numbers of rows, one after another in memory, as an embedding's."""
+    return len(layout.pieces) == 1 and not layout.transposed and layout.pieces[0].unit is not None
 
 
 def _split_stage(group: dist.ProcessGroup, names: set[str], plans: Sequence[StepPlan]) -> SyncStage:
@@ -108,7 +177,8 @@ def _split_stage(group: dist.ProcessGroup, names: set[str], plans: Sequence[Step
     for flat, plan in enumerate(plans):
         slots = [np.arange(run.slot, run.slot + run.count) for run in plan.runs if run.name in names]
         count = sum(len(s) for s in slots)
-        shares += _share(flat, slots, [np.arange(size, size + count)])
+        places = [np.arange(size, size + count)]
+        shares += _share(flat, slots, places, places)
         size += count
     _agree(group, size)
     return SyncStage(group, size, tuple(shares))
@@ -123,7 +193,8 @@ def _agree(group: dist.ProcessGroup, size: int) -> None:
                            f"Adam-mini cannot sum rows over them; use the local form (row_parallel_sums=False)")
 
 
-def _share(flat: int, slots: list[np.ndarray], index: list[np.ndarray]) -> list[_Share]:
-    if not sum(len(s) for s in slots):
+def _share(flat: int, *parts: Sequence[np.ndarray]) -> list[_Share]:
+    """The share with these slots, places and places of totals; none where there are no slots."""
+    if not sum(map(len, parts[0])):
         return []
-    return [_Share(flat, torch.from_numpy(np.concatenate(slots)), torch.from_numpy(np.concatenate(index)))]
+    return [_Share(flat, *(torch.from_numpy(np.concatenate(part)) for part in parts))]

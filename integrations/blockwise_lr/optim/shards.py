@@ -30,10 +30,14 @@ class Cut:
         positions: element positions strictly inside the parameter where one rank's shard ends and another's begins,
             ascending; the same on every rank of the group.
         group: the ranks that hold the parameter's shards (data parallel); None for the default group.
+        has_copies: other pipeline stages hold copies of the parameter (a tied embedding), cut at places of their own, and
+            ``positions`` are those of all copies. What lies between two positions is then summed alone and the sums
+            are added in the order of the positions, so that all stages get the same sum of a row to the bit.
     """
 
     positions: np.ndarray
     group: ProcessGroup | None = None
+    has_copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,23 @@ class ShardMap:
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     splits: Mapping[str, InputSplit] = field(default_factory=dict)
+
+
+def split_where_copies_are_cut(shards: ShardMap) -> ShardMap:
+    """The same shards with every fragment of a parameter that has copies ending where any copy is cut."""
+    flats = [(flat, [part for fragment in fragments for part in _parts(fragment, shards.cuts.get(fragment.name))])
+             for flat, fragments in shards.flats]
+    return ShardMap(flats, shards.cuts, shards.splits)
+
+
+def _parts(fragment: Fragment, cut: Cut | None) -> list[Fragment]:
+    if cut is None or not cut.has_copies:
+        return [fragment]
+    end = fragment.start + fragment.numel
+    inside = cut.positions[(cut.positions > fragment.start) & (cut.positions < end)]
+    edges = [fragment.start, *map(int, inside), end]
+    return [Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
+            for low, high in zip(edges, edges[1:])]
 
 
 def even_cuts(numel: int, shard: int, first: int = 0) -> np.ndarray:
