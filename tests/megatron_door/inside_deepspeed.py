@@ -33,9 +33,10 @@ def initialize(**arguments: Any) -> Any:
     return deepspeed.initialize(**arguments)[0]
 
 
-def tensor_parallel(variant: str, kind: str, stage: int) -> dict[str, float]:
+def tensor_parallel(variant: str, kind: str, stage: int, **settings: Any) -> dict[str, float]:
     """TP=2 x ZeRO DP=2 with ``mpu=megatron.core.parallel_state``; worst difference from the unfused twin."""
-    first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper")
+    first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper",
+                                 vector_biases=settings.get("bias_segments") == "vector")
     layout = Layout(tp=2)
     with megatron(layout):
         from megatron.core import parallel_state
@@ -43,7 +44,7 @@ def tensor_parallel(variant: str, kind: str, stage: int) -> dict[str, float]:
         model, = build_chunks(variant, layout)
         load_full([model], first)
         ranks = parallel_state.get_data_parallel_world_size()
-        engine = initialize(model=model, mpu=parallel_state, config=ds_config(kind, stage, 1, BATCH // ranks))
+        engine = initialize(model=model, mpu=parallel_state, config=ds_config(kind, stage, 1, BATCH // ranks, **settings))
         for batch in batches(TOTAL).chunk(ranks, 1)[parallel_state.get_data_parallel_rank()]:
             for ids in batch.split(1):
                 loss = engine(*model_inputs(ids), labels=ids[:, 1:].contiguous()).mean()

@@ -23,6 +23,11 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
                    activation_func=torch.nn.functional.silu),
               dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    # gated delta nets in place of attention
+    "delta": (dict(linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
+                   deterministic_mode=True, activation_func=torch.nn.functional.silu, gated_linear_unit=True,
+                   normalization="RMSNorm", add_bias_linear=False),
+              dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     # more embedding than anything else, so that shard edges cut it
     "many_words": (dict(normalization="RMSNorm", add_bias_linear=False),
                    dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
@@ -52,6 +57,7 @@ class Layout:
     pp: int = 1
     vpp: int | None = None
     ep: int = 1
+    etp: int = 1  # of experts, where ep is not 1
     cp: int = 1
     sp: bool = False
     distributed: bool = False
@@ -75,7 +81,7 @@ def megatron(layout: Layout) -> Iterator[None]:
     others = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1 if layout.ep > 1 else None, create_gloo_process_groups=False)
+        expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None, create_gloo_process_groups=False)
     groups = set(dist.distributed_c10d._world.pg_map) - others  # without those that DeepSpeed keeps for later cases
     random.model_parallel_cuda_manual_seed(1)
     try:
@@ -100,7 +106,7 @@ def make_config(variant: str, layout: Layout) -> Any:
         num_layers=LAYERS, hidden_size=32, num_attention_heads=HEADS, ffn_hidden_size=48, use_cpu_initialization=True,
         hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=layout.tp, bias_dropout_fusion=False,
         pipeline_model_parallel_size=layout.pp, virtual_pipeline_model_parallel_size=layout.vpp,
-        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1 if layout.ep > 1 else None,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None,
         # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
         overlap_p2p_comm=bool(layout.vpp), batch_p2p_comm=not layout.vpp,
         context_parallel_size=layout.cp, sequence_parallel=layout.sp, bias_activation_fusion=False,
@@ -115,12 +121,14 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from megatron_door.parts import replace_refused_parts
+    from megatron_door.parts import delta_net_spec, replace_refused_parts
 
     config = make_config(variant, layout)
     layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
                                      normalization=config.normalization,
                                      multi_latent_attention=config.multi_latent_attention)
+    if variant == "delta":
+        layer.submodules.self_attention = delta_net_spec(config)
     replace_refused_parts(layer, config)
     chunks = []
     for stage in range(layout.vpp or 1):
@@ -177,7 +185,7 @@ def full_names(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, torch.Tenso
             yield name, p
 
 
-def own_slice(full: torch.Tensor, name: str, p: torch.Tensor, gated: bool) -> torch.Tensor:
+def own_slice(full: torch.Tensor, name: str, p: torch.Tensor, config: Any) -> torch.Tensor:
     """This tensor-parallel rank's slice of a full parameter."""
     from megatron.core import parallel_state
 
@@ -185,16 +193,30 @@ def own_slice(full: torch.Tensor, name: str, p: torch.Tensor, gated: bool) -> to
         return full
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
-    if gated and ".linear_fc1." in name:  # every rank has its part of the gate and its part of the up projection
-        return full.unflatten(0, (2, -1)).chunk(size, 1)[rank].flatten(0, 1)
-    return full.chunk(size, p.partition_dim)[rank]
+    if ".local_experts." in name:
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+    is_gated = config.gated_linear_unit and ".linear_fc1." in name
+    sections = [full.shape[0] // 2] * 2 if is_gated else delta_net_sections(name, config)
+    if sections:  # every rank has its part of the gate and its part of the up projection, ...
+        return torch.cat([section.chunk(size)[rank] for section in full.split(sections)])
+    return full.chunk(size, max(getattr(p, "partition_dim", 0), 0))[rank]
+
+
+def delta_net_sections(name: str, config: Any) -> list[int]:
+    """Rows of a gated delta net's fused weight: queries, keys, values, then gates, betas, alphas; [] of another weight."""
+    if not name.endswith(("self_attention.in_proj.weight", "self_attention.conv1d.weight")):
+        return []
+    keys = config.linear_key_head_dim * config.linear_num_key_heads
+    values = config.linear_value_head_dim * config.linear_num_value_heads
+    return [keys, keys, values, *([values, *[config.linear_num_value_heads] * 2] if "in_proj" in name else [])]
 
 
 def load_full(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor]) -> None:
     """Copies a single-process model's weights into this rank's chunks."""
     with torch.no_grad():
         for name, p in full_names(chunks):
-            p.copy_(own_slice(weights[name], name, p, chunks[0].config.gated_linear_unit))
+            p.copy_(own_slice(weights[name], name, p, chunks[0].config))
 
 
 def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
@@ -207,7 +229,7 @@ def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
     pieces = []
     for name, p in full_names(chunks):
         index = own_slice(torch.arange(like[name].numel()).view(like[name].shape), name, p,
-                          chunks[0].config.gated_linear_unit).reshape(-1)
+                          chunks[0].config).reshape(-1)
         if masters is None:
             start, value = 0, p
         elif id(p) in masters:

@@ -10,6 +10,7 @@ Everything around these parts stays Megatron's.
 """
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -85,6 +86,20 @@ def replace_refused_parts(layer: Any, config: Any) -> None:
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention.submodules, name, None) not in (None, IdentityOp):
                 setattr(attention.submodules, name, marked_norm(config))
+
+
+def delta_net_spec(config: Any) -> Any:
+    """A gated delta net. flash-linear-attention needs a GPU: Megatron has the rule in PyTorch too, but not the norm of q
+    and k."""
+    from megatron.core.ssm import gated_delta_net as module
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    common = getattr(module, "common", module)
+    common.HAVE_FLA = True
+    common.l2norm = functools.partial(torch.nn.functional.normalize, dim=-1)
+    return ModuleSpec(module.GatedDeltaNet, submodules=module.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=MarkedRMSNorm, out_proj=RowParallelLinear))
 
 
 def marked_norm(config: Any) -> type[torch.nn.Module]:

@@ -1,6 +1,8 @@
 """Megatron models handed to DeepSpeed, configured by the ds_config alone, train as one process does."""
 # Without q and k norms: under tensor parallelism their gradients are partial, and it is Megatron's own training loop that
 # adds them up (finalize_model_grads), which DeepSpeed's engine does not call, whatever the optimizer.
+import functools
+
 import pytest
 
 pytest.importorskip("megatron.core")
@@ -16,6 +18,14 @@ KINDS = ["BlockwiseAdamW", "BlockwiseAdamMini"]
 @pytest.mark.parametrize("stage", [1, 2])
 def test_tensor_parallel_model_with_zero(kind, stage, record_property):
     for result in pool(4).run(tensor_parallel, "llama", kind, stage):
+        record_property("worst", result["worst"])
+        assert result["worst"] < 1e-5, result
+        assert result["apart"] == 0.0
+
+
+def test_one_moment_per_bias_vector_over_all_slices(record_property):
+    """A column-parallel layer's bias is sliced, and Adam-mini's one moment is that of all slices."""
+    for result in pool(4).run(functools.partial(tensor_parallel, bias_segments="vector"), "gpt", "BlockwiseAdamMini", 1):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result
         assert result["apart"] == 0.0

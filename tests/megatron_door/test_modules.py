@@ -1,7 +1,7 @@
 """Megatron's own modules, built for real: what a change of the rows mapped as q, k, v changes, and every parameter's block.
 
-Mamba's mixer, gated delta nets and the legacy grouped experts are built without the packages that their forward passes need
-(mamba_ssm, fla, grouped_gemm), so nothing is trained with them here.
+Mamba's mixer and the legacy grouped experts are built without the packages that their forward passes need (mamba_ssm,
+grouped_gemm), so nothing is trained with them here.
 """
 from unittest.mock import patch
 
@@ -87,7 +87,8 @@ def blocks_of(module, name):
             for full, layout in map_blocks(model, config=module.config).items()}
 
 
-def mamba():
+def mamba(layout, found):
+    """``found(mixer)`` of a mixer built under a layout."""
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.ssm import mamba_mixer
@@ -98,17 +99,40 @@ def mamba():
             super().__init__(size, eps)
 
     config = make_config("llama", Layout(extra=dict(mamba_state_dim=16, mamba_head_dim=8, mamba_num_groups=2)))
-    with megatron(Layout()), patch.object(mamba_mixer, "HAVE_MAMBA_SSM", True), \
+    with megatron(layout), patch.object(mamba_mixer, "HAVE_MAMBA_SSM", True), \
             patch.object(mamba_mixer, "ExtendedRMSNorm", Norm):
         mixer = mamba_mixer.MambaMixer(
             config, mamba_mixer.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear), config.hidden_size,
             layer_number=1, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-        return blocks_of(mixer, "mixer")
+        return found(mixer)
+
+
+def mixer_blocks(mixer):
+    return blocks_of(mixer, "mixer")
+
+
+def mixer_splits(mixer):
+    """Which parameters' Adam-mini segments go on in other tensor-parallel ranks."""
+    import torch
+
+    from blockwise_lr import BlockwiseAdamMini, map_blocks
+    from blockwise_lr.optim.shards import spans_slices
+
+    model = torch.nn.ModuleDict({"mixer": mixer})
+    optimizer = BlockwiseAdamMini(model.named_parameters(), block_map=map_blocks(model, config=mixer.config))
+    return sorted(name for name, p in model.named_parameters() if spans_slices(p, optimizer.layout_of(name)))
+
+
+def test_mambas_mixer_under_tensor_parallelism():
+    """Slices of the norm's vector have one second moment together, as slices of the rows of out_proj have."""
+    pytest.importorskip("triton")
+    for found in pool(2).run(mamba, Layout(tp=2), mixer_splits):
+        assert found == ["mixer.norm.weight", "mixer.out_proj.weight"]
 
 
 def test_mambas_mixer():
     pytest.importorskip("triton")  # Megatron's module imports it
-    found, = pool(1).run(mamba)
+    found, = pool(1).run(mamba, Layout(), mixer_blocks)
     for name in ("conv1d", "conv1d_"):  # a module of its own in 0.16, parameters of the mixer in 0.19
         for kind in ("weight", "bias"):
             found.pop(f"{name}{kind}" if name[-1] == "_" else f"{name}.{kind}", None)
@@ -137,6 +161,18 @@ def test_gated_delta_net():
     found, = pool(1).run(gated_delta_net)
     assert found == {"in_proj.weight": ("ssm", True), "conv1d.weight": ("ssm", True), "out_proj.weight": ("ssm", True),
                      "A_log": ("ssm", False), "dt_bias": ("ssm", False), "out_norm.weight": ("norm", False)}
+
+
+def recorded(layout):
+    from blockwise_lr.megatron.mapping import map_chunks
+
+    with megatron(layout):
+        return map_chunks(build_chunks("delta", layout)).recorded.fingerprint()
+
+
+def test_what_checkpoints_record_of_a_delta_net_does_not_depend_on_tensor_parallelism():
+    """Megatron 0.16 marks what the net slices without saying along which dimension."""
+    assert set(pool(1).run(recorded, Layout())) == set(pool(2).run(recorded, Layout(tp=2)))
 
 
 def grouped_experts():

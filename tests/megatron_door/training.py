@@ -41,15 +41,15 @@ def megatron_lr(step: int, ratio: float) -> float:
 
 
 @functools.cache
-def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32,
-              schedule: str = "megatron") -> tuple[dict, dict, list[float]]:
+def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32, schedule: str = "megatron",
+              vector_biases: bool = False) -> tuple[dict, dict, list[float]]:
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
     "adam" is torch's AdamW with one learning rate. In bf16 the twin computes in it and keeps fp32 weights and gradients.
     The "paper" schedule begins with update 1 of the warmup and ends with ``steps``, Megatron's begins with 0.
     """
     with megatron(Layout()):
-        twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16))
+        twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16), vector_biases)
         first = {name: value.detach().clone() for name, value in twin.values().items()}
         ratios = dict.fromkeys(BLOCK_RATIOS, 1.0) if kind == "adam" else BLOCK_RATIOS
         optimizer = REFERENCES[kind if kind != "adam" else "BlockwiseAdamW"](twin, BETAS, EPS, DECAY, ratios)

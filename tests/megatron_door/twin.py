@@ -12,24 +12,30 @@ import torch
 from megatron_door.layouts import HEADS, LENGTH
 from twins import RATIOS, Leaf
 
-BLOCK_RATIOS = {**RATIOS, "router": 6.0}
+BLOCK_RATIOS = {**RATIOS, "router": 6.0, "ssm": 6.0}
 _BLOCKS = [("norm", r"layernorm|norm\.weight$"), ("embedding", r"word_embeddings|position_embeddings"),
            ("head", r"output_layer"), ("qk", r"#([qk]|rotary)$|linear_q_"), ("vo", r"#(v|latent)$|linear_proj"),
-           ("router", r"router"), ("ffn", r"linear_fc|eh_proj")]
+           ("router", r"router"), ("ffn", r"linear_fc|eh_proj"),
+           ("ssm", r"\.(in_proj|out_proj|conv1d|A_log|dt_bias)")]
 
 
 class MegatronTwin:
-    """The leaves of a single-process GPTModel; has what the optimizers of :mod:`twins` ask of a twin."""
+    """The leaves of a single-process GPTModel; has what the optimizers of :mod:`twins` ask of a twin.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: as it starts.
+        vector_biases: Adam-mini has one second moment per vector of biases, and not one per element.
+    """
+
+    def __init__(self, model: torch.nn.Module, vector_biases: bool = False) -> None:
         self.model = model
         self.config = model.config
         self.leaves: dict[str, Leaf] = {}
         for name, p in model.named_parameters():
             for part, tensor in self._split(name, p.detach().float()).items():
                 block = next(block for block, pattern in _BLOCKS if re.search(pattern, part))
-                bias = name.endswith("bias")
-                segments = 1 if block == "norm" else 0 if bias else self._segments(part, tensor.shape[0])
+                bias = name.endswith(("bias", "A_log"))
+                segments = 1 if block == "norm" else int(vector_biases) if bias else self._segments(part, tensor.shape[0])
                 self.leaves[part] = Leaf(tensor.clone().requires_grad_(), block, not bias and block != "norm", segments)
 
     def _segments(self, part: str, rows: int) -> int:

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from ..blocks import BlockError
 from ..optim import Cut, Fragment, InputSplit, ShardMap
 from ..optim.base import BlockwiseOptimizer
-from ..optim.shards import even_cuts
+from ..optim.shards import even_cuts, spans_slices
 
 
 def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module,
@@ -32,7 +32,7 @@ def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Modu
     Raises:
         BlockError: a kind of wrapper this adapter does not know.
     """
-    splits = _input_splits(module, mpu)
+    splits = _splits(optimizer, module, mpu)
     if wrapper is optimizer:
         return ShardMap(_whole(optimizer), {}, splits) if splits else None
     shards = _flats_and_cuts(wrapper, optimizer, module)
@@ -131,13 +131,12 @@ def _whole(optimizer: BlockwiseOptimizer) -> list[tuple[torch.Tensor, list[Fragm
             for p in group["params"] if p.requires_grad]
 
 
-def _input_splits(module: torch.nn.Module, mpu: Any) -> dict[str, InputSplit]:
-    """Megatron's row-parallel weights, by the marks Megatron puts on them: their rows go on in other ranks' slices."""
+def _splits(optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any) -> dict[str, InputSplit]:
+    """Megatron's slices whose segments go on in other ranks' slices, by the marks Megatron puts on them."""
     if mpu is None or not hasattr(mpu, "get_tensor_model_parallel_group"):
         return {}
     group = mpu.get_tensor_model_parallel_group()
     if dist.get_world_size(group=group) == 1:
         return {}
     return {name: InputSplit(group, dist.get_world_size(group=group)) for name, p in module.named_parameters()
-            if p.requires_grad and getattr(p, "tensor_model_parallel", False)
-            and getattr(p, "partition_dim", -1) == 1}
+            if p.requires_grad and spans_slices(p, optimizer.layout_of(optimizer.block_map.name_of(p)))}

@@ -91,9 +91,9 @@ def slice_group(param: torch.Tensor) -> dist.ProcessGroup:
 def _whole_shape(param: torch.Tensor) -> tuple[int, ...]:
     """A parameter's shape without tensor parallelism."""
     shape = list(param.shape)
-    dim = getattr(param, "partition_dim", -1)
-    if getattr(param, "tensor_model_parallel", False) and dim >= 0:
-        shape[dim] *= slice_group(param).size()
+    if getattr(param, "tensor_model_parallel", False):
+        dim = getattr(param, "partition_dim", -1)  # Megatron 0.16 does not state it of what mixers slice: along their rows
+        shape[max(dim, 0)] *= slice_group(param).size()
     return tuple(shape)
 
 

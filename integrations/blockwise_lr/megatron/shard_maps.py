@@ -1,16 +1,16 @@
 """ShardMaps of Megatron's optimizers: which part of which parameter each tensor of the inner optimizer is."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from ..blocks import BlockError, BlockMap
+from ..blocks import BlockError, BlockMap, ParamLayout
 from ..optim import Cut, Fragment, InputSplit, ShardMap
-from ..optim.shards import even_cuts
+from ..optim.shards import even_cuts, spans_slices
 from .mapping import slice_group
 
 
@@ -20,7 +20,7 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
     Args:
         wrapper: a DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer.
         block_map: of this rank's model chunks, their parameters bound.
-        row_parallel_sums: state which rows go on in other tensor-parallel ranks' slices.
+        row_parallel_sums: state which segments go on in other tensor-parallel ranks' slices.
 
     Raises:
         BlockError: another kind of wrapper.
@@ -30,7 +30,7 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
         params.append(param)
         flats.append((flat, [Fragment(_name(block_map, param), start, flat.numel(), 0)]))
     cuts = _cuts(wrapper, block_map) if isinstance(wrapper, DistributedOptimizer) else {}
-    return ShardMap(flats, cuts, _splits(params, block_map) if row_parallel_sums else {})
+    return ShardMap(flats, cuts, _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {})
 
 
 def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -76,13 +76,12 @@ def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, Cut]:
     return cuts
 
 
-def _splits(params: list[torch.Tensor], block_map: BlockMap) -> dict[str, InputSplit]:
-    """Row-parallel weights: their slices along the input axis make whole rows only together."""
+def _splits(params: list[torch.Tensor], block_map: BlockMap,
+            layout_of: Callable[[str], ParamLayout]) -> dict[str, InputSplit]:
+    """Row-parallel weights, whose slices make whole rows only together, and vectors of one segment that are sliced."""
     splits = {}
     for param in params:
-        inputs = 0 if block_map[_name(block_map, param)].transposed else 1
-        if getattr(param, "tensor_model_parallel", False) and getattr(param, "partition_dim", -1) == inputs:
-            group = slice_group(param)
-            if group.size() > 1:
-                splits[_name(block_map, param)] = InputSplit(group, group.size())
+        name, group = _name(block_map, param), slice_group(param)
+        if group.size() > 1 and spans_slices(param, layout_of(name)):
+            splits[name] = InputSplit(group, group.size())
     return splits

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch.distributed import ProcessGroup
 
+from ..blocks import ParamLayout
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -42,11 +44,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class InputSplit:
-    """A parameter whose output rows go on in the slices of other ranks (tensor parallelism along the input axis).
+    """A parameter whose segments go on in the slices of other ranks: output rows, under tensor parallelism along the input
+    axis, or a vector that is one segment.
 
     Attributes:
         group: the ranks that hold the slices; all of them hold the same fragments of their slices.
-        parts: how many slices make a whole row.
+        parts: how many slices make a whole segment.
     """
 
     group: ProcessGroup
@@ -60,12 +63,25 @@ class ShardMap:
     Attributes:
         flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
         cuts: parameters that shard edges cut, in an order that is the same on all ranks. Only Adam-mini needs them.
-        splits: parameters whose rows span tensor-parallel ranks. Only Adam-mini needs them.
+        splits: parameters whose segments span tensor-parallel ranks. Only Adam-mini needs them.
     """
 
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     splits: Mapping[str, InputSplit] = field(default_factory=dict)
+
+
+def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
+    """Whether the segments of a slice of Megatron's tensor parallelism go on in the slices of other ranks.
+
+    Args:
+        param: with the marks that Megatron puts on parameters (``tensor_model_parallel``, ``partition_dim``).
+        layout: of the slice, as the optimizer's step uses it.
+    """
+    if not getattr(param, "tensor_model_parallel", False):
+        return False
+    inputs = 0 if layout.transposed else 1
+    return getattr(param, "partition_dim", -1) == inputs or all(piece.unit == 0 for piece in layout.pieces)
 
 
 def split_where_copies_are_cut(shards: ShardMap) -> ShardMap:
