@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..blocks.layout import ParamLayout
-from .plan import SegmentRun, StepPlan, cut_segments
+from .plan import SegmentRun, StepPlan, cut_segments, segment_numel
 from .shards import Cut, ShardMap
 
 
@@ -40,7 +40,7 @@ class SyncStage:
         """Starts the all-reduce of the flat tensors' sums; returns the buffer and the handle to wait for."""
         buffer = torch.zeros(self.size, dtype=torch.float32, device=sums[0].device)
         for share in self.shares:
-            buffer[share.index] = sums[share.flat][share.slots]
+            buffer.index_put_((share.index,), sums[share.flat][share.slots], accumulate=True)
         return buffer, dist.all_reduce(buffer, group=self.group, async_op=True)
 
     def finish(self, sums: Sequence[torch.Tensor], started: tuple[torch.Tensor, dist.Work]) -> None:
@@ -94,8 +94,8 @@ def _cut_stage(group: dist.ProcessGroup | None, cuts: Mapping[str, Cut], plans: 
     for name, cut in cuts.items():
         layout = layouts[name]
         for piece in range(len(layout.pieces)):
-            if cut.has_copies and _is_rows(layout):
-                found = _Stretches.of(size, layout.pieces[piece].unit * layout.inputs, cut.positions)
+            if cut.has_copies and len(layout.pieces) == 1 and not layout.transposed:  # segments follow each other in memory
+                found = _Stretches.of(size, segment_numel(layout, piece), cut.positions)
             else:
                 found = _Places(size, cut_segments(layout, piece, cut.positions))
             if found.size:
@@ -129,24 +129,24 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Stretches:
-    """One place of the buffer, from ``base`` on, for every stretch between two edges in a cut row.
+    """One place of the buffer, from ``base`` on, for every stretch between two edges in a cut segment.
 
-    Only one rank writes to a place, and the places are added in order, so a row's sum depends on nothing but the edges.
+    Only one rank writes to a place, and the places are added in order, so a sum depends on nothing but the edges.
 
     Attributes:
-        row: elements of a row; a segment.
+        numel: elements of a segment; an embedding's are its rows.
         begins: where in the parameter each stretch begins, ascending.
     """
 
     base: int
-    row: int
+    numel: int
     begins: np.ndarray
 
     @staticmethod
-    def of(base: int, row: int, positions: np.ndarray) -> _Stretches:
-        """The stretches that edges at ``positions`` make of the rows they cut."""
-        inside = positions[positions % row != 0]
-        return _Stretches(base, row, np.unique(np.concatenate([inside // row * row, inside])))
+    def of(base: int, numel: int, positions: np.ndarray) -> _Stretches:
+        """The stretches that edges at ``positions`` make of the segments they cut."""
+        inside = positions[positions % numel != 0]
+        return _Stretches(base, numel, np.unique(np.concatenate([inside // numel * numel, inside])))
 
     @property
     def size(self) -> int:
@@ -154,22 +154,18 @@ class _Stretches:
 
     def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As of :class:`_Places`."""
-        rows = np.unique(self.begins // self.row)
-        rows = rows[slice(*np.searchsorted(rows, (run.first, run.first + run.count)))]
-        places = np.searchsorted(self.begins, np.maximum(rows * self.row, run.start))
-        return rows - run.first + run.slot, places + self.base, np.searchsorted(self.begins, rows * self.row) + self.base
+        segments = np.unique(self.begins // self.numel)
+        segments = segments[slice(*np.searchsorted(segments, (run.first, run.first + run.count)))]
+        firsts = np.searchsorted(self.begins, segments * self.numel)
+        places = np.searchsorted(self.begins, np.maximum(segments * self.numel, run.start))
+        return segments - run.first + run.slot, places + self.base, firsts + self.base
 
     def additions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(to, from): the second stretches of all rows to the first ones, then the third, and so on."""
-        firsts = np.searchsorted(self.begins, self.begins // self.row * self.row)
+        """(to, from): the second stretches of all segments to the first ones, then the third, and so on."""
+        firsts = np.searchsorted(self.begins, self.begins // self.numel * self.numel)
         numbers = np.arange(self.size) - firsts
         pairs = [(firsts[numbers == n], np.flatnonzero(numbers == n)) for n in range(1, int(numbers.max()) + 1)]
         return [(torch.from_numpy(to + self.base), torch.from_numpy(places + self.base)) for to, places in pairs]
-
-
-def _is_rows(layout: ParamLayout) -> bool:
-    """Whether its segments are rows, or equal numbers of rows, one after another in memory, as an embedding's."""
-    return len(layout.pieces) == 1 and not layout.transposed and layout.pieces[0].unit is not None
 
 
 def _split_stage(group: dist.ProcessGroup, names: set[str], plans: Sequence[StepPlan]) -> SyncStage:
