@@ -155,17 +155,12 @@ inline void mini_burst(float *p, const G *g, float *m, float keep, float rest1, 
   for (int64_t i = 0; i < burst; ++i) p[i] = p[i] * keep - step * firsts[i];
 }
 
-// Updates one segment and fetches `ahead`, the next one's gradient, whose sum of squares comes before its update:
-// otherwise memory would idle for parameters and moments during the sum, and for gradients during the update.
+// Updates one segment. The sum of squares has just read its gradient, which is still in the cache; fetching the next
+// segment's during the update, or summing it there, was slower with huge pages.
 template <typename G>
-inline void mini_segment(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step,
-                         const G *ahead) {
-  constexpr int64_t line = 64 / sizeof(G);
+inline void mini_segment(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step) {
   int64_t start = 0;
-  for (; start + burst <= n; start += burst) {
-    for (int64_t i = 0; i < burst; i += line) __builtin_prefetch(ahead + start + i, 0, 2);
-    mini_burst(p + start, g + start, m + start, keep, rest1, step);
-  }
+  for (; start + burst <= n; start += burst) mini_burst(p + start, g + start, m + start, keep, rest1, step);
   mini_run(p + start, g + start, m + start, n - start, keep, rest1, step);
 }
 
@@ -180,7 +175,7 @@ inline float next_moment(float moment, double sum, int64_t numel, const Values &
 
 template <typename G>
 void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile &t, const Values &values,
-               bool own_sums, const G *next) {
+               bool own_sums) {
   const float lr = values.lrs[t.cls], keep = 1.0f - lr * values.decays[t.cls], rest1 = 1.0f - values.beta1;
   const int64_t units = t.inner / t.unit;
   if (own_sums && t.spread) {
@@ -193,8 +188,7 @@ void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
       const int64_t at = t.offset + run * t.stride + j * t.unit;
       float &moment = v[t.slot + run * t.slot_step + j];
       if (own_sums && !t.spread) moment = next_moment(moment, sum_squares(g + at, t.unit), t.segment_numel, values);
-      const G *ahead = j + 1 < units ? g + at + t.unit : run + 1 < t.outer ? g + t.offset + (run + 1) * t.stride : next;
-      mini_segment(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values), ahead);
+      mini_segment(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values));
       copy_out(out, p, at, t.unit);
     }
   }
@@ -259,9 +253,7 @@ void adamw_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Ti
 template <typename G>
 void mini_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
               const Values &values, int own_sums, int threads) {
-  each_tile(count, threads, [=, &values](int64_t i) {
-    mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0, g + tiles[i + 1 < count ? i + 1 : i].offset);
-  });
+  each_tile(count, threads, [=, &values](int64_t i) { mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0); });
 }
 
 // Tiles may share slots here, so only the sums run in parallel and are added one after another.
