@@ -134,7 +134,7 @@ def test_plain_adam_mini_is_the_official_one(capsys):
                              block_map=map_blocks(model), block_lr_ratios=dict.fromkeys(RATIOS, 1.0))
     official = Adam_mini(theirs.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, dim=32, n_heads=4,
                          n_kv_heads=2, verbose=False)
-    for step in range(3):
+    for step in range(5):
         for (name, p), q in zip(model.named_parameters(), theirs.parameters()):
             p.grad, q.grad = gradients(model, step)[name], gradients(model, step)[name]
         ours.step()
