@@ -128,7 +128,7 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
                                      normalization=config.normalization,
                                      multi_latent_attention=config.multi_latent_attention)
     if variant == "delta":
-        layer.submodules.self_attention = delta_net_spec(config)
+        layer.submodules.self_attention = delta_net_spec()
     replace_refused_parts(layer, config)
     chunks = []
     for stage in range(layout.vpp or 1):

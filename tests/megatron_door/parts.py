@@ -88,7 +88,7 @@ def replace_refused_parts(layer: Any, config: Any) -> None:
                 setattr(attention.submodules, name, marked_norm(config))
 
 
-def delta_net_spec(config: Any) -> Any:
+def delta_net_spec() -> Any:
     """A gated delta net. flash-linear-attention needs a GPU: Megatron has the rule in PyTorch too, but not the norm of q
     and k."""
     from megatron.core.ssm import gated_delta_net as module

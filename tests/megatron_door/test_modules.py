@@ -141,20 +141,9 @@ def test_mambas_mixer():
 
 
 def gated_delta_net():
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.ssm import gated_delta_net as module
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    common = getattr(module, "common", module)
-    config = make_config("llama", Layout(extra=dict(linear_key_head_dim=8, linear_value_head_dim=8,
-                                                    linear_num_key_heads=2, linear_num_value_heads=4,
-                                                    deterministic_mode=True)))
-    with megatron(Layout()), patch.object(common, "HAVE_FLA", True):
-        net = module.GatedDeltaNet(config, module.GatedDeltaNetSubmodules(
-            in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear), layer_number=1,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-        return blocks_of(net, "self_attention")
+    with megatron(Layout()):
+        model, = build_chunks("delta", Layout())
+        return blocks_of(model.decoder.layers[0].self_attention, "self_attention")
 
 
 def test_gated_delta_net():

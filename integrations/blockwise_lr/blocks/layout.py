@@ -89,6 +89,11 @@ class ParamLayout:
         return math.prod(self.shape)
 
     @property
+    def is_consecutive(self) -> bool:
+        """Whether its segments lie one after another in memory, as an embedding's rows do."""
+        return len(self.pieces) == 1 and not self.transposed
+
+    @property
     def blocks(self) -> tuple[BlockType, ...]:
         """The block types in it, in order of appearance."""
         return tuple(dict.fromkeys(piece.block for piece in self.pieces))

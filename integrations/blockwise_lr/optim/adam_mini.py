@@ -83,7 +83,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         return adam_mini_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
 
     def attach_shards(self, shards: ShardMap) -> None:
-        shards = split_where_copies_are_cut(shards)
+        shards = split_where_copies_are_cut(shards, self.layout_of)
         super().attach_shards(shards)
         self._cut_slots.clear()
         layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}

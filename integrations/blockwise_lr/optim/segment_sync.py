@@ -40,7 +40,7 @@ class SyncStage:
         """Starts the all-reduce of the flat tensors' sums; returns the buffer and the handle to wait for."""
         buffer = torch.zeros(self.size, dtype=torch.float32, device=sums[0].device)
         for share in self.shares:
-            buffer.index_put_((share.index,), sums[share.flat][share.slots], accumulate=True)
+            buffer[share.index] = sums[share.flat][share.slots]
         return buffer, dist.all_reduce(buffer, group=self.group, async_op=True)
 
     def finish(self, sums: Sequence[torch.Tensor], started: tuple[torch.Tensor, dist.Work]) -> None:
@@ -94,7 +94,7 @@ def _cut_stage(group: dist.ProcessGroup | None, cuts: Mapping[str, Cut], plans: 
     for name, cut in cuts.items():
         layout = layouts[name]
         for piece in range(len(layout.pieces)):
-            if cut.has_copies and len(layout.pieces) == 1 and not layout.transposed:  # segments follow each other in memory
+            if cut.has_copies and layout.is_consecutive:
                 found = _Stretches.of(size, segment_numel(layout, piece), cut.positions)
             else:
                 found = _Places(size, cut_segments(layout, piece, cut.positions))
@@ -105,7 +105,7 @@ def _cut_stage(group: dist.ProcessGroup | None, cuts: Mapping[str, Cut], plans: 
     for flat, plan in enumerate(plans):
         runs = [(run, places[run.name, run.piece]) for run in plan.runs if (run.name, run.piece) in places]
         shares += _share(flat, *zip(*(found.share(run) for run, found in runs))) if runs else []
-    additions = [pair for found in places.values() if isinstance(found, _Stretches) for pair in found.additions()]
+    additions = [pair for found in places.values() for pair in found.additions()]
     return SyncStage(group, size, tuple(shares), tuple(additions))
 
 
@@ -125,6 +125,10 @@ class _Places:
         low, high = np.searchsorted(self.segments, (run.first, run.first + run.count))
         places = np.arange(low, high) + self.base
         return self.segments[low:high] - run.first + run.slot, places, places
+
+    def additions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """None: the all-reduce itself adds up a segment's parts."""
+        return []
 
 
 @dataclass(frozen=True)

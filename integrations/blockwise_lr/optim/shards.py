@@ -1,7 +1,7 @@
 """ShardMap: which part of which parameter lies where in the flat tensors that this rank's optimizer steps on."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,18 +84,22 @@ def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
     return getattr(param, "partition_dim", -1) == inputs or all(piece.unit == 0 for piece in layout.pieces)
 
 
-def split_where_copies_are_cut(shards: ShardMap) -> ShardMap:
-    """The same shards with every fragment of a parameter that has copies ending where any copy is cut."""
-    flats = [(flat, [part for fragment in fragments for part in _parts(fragment, shards.cuts.get(fragment.name))])
+def split_where_copies_are_cut(shards: ShardMap, layout_of: Callable[[str], ParamLayout]) -> ShardMap:
+    """The same shards with the fragments of parameters that have copies ending where any copy is cut.
+
+    Parameters whose segments do not lie one after another stay as they are; their parts are summed as without copies.
+    """
+    split = {name: cut.positions for name, cut in shards.cuts.items() if cut.has_copies and layout_of(name).is_consecutive}
+    flats = [(flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])
              for flat, fragments in shards.flats]
     return ShardMap(flats, shards.cuts, shards.splits)
 
 
-def _parts(fragment: Fragment, cut: Cut | None) -> list[Fragment]:
-    if cut is None or not cut.has_copies:
+def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:
+    if positions is None:
         return [fragment]
     end = fragment.start + fragment.numel
-    inside = cut.positions[(cut.positions > fragment.start) & (cut.positions < end)]
+    inside = positions[(positions > fragment.start) & (positions < end)]
     edges = [fragment.start, *map(int, inside), end]
     return [Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
             for low, high in zip(edges, edges[1:])]
