@@ -14,7 +14,7 @@ from ..blocks.types import block_values
 from ..checkpoint.record import ACCEPTABLE, checked_accepts
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
-from ..optim.settings import checked_fade
+from ..optim.options import OptimizerOptions
 
 KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
     "blockwise_adamw": BlockwiseAdamW,
@@ -57,7 +57,7 @@ class BlockSettings:
         block_values(self.block_weight_decay, "block_weight_decay", positive=False)
         user_rules(self.block_rules)
         checked_accepts(self.accept_mismatch)
-        checked_fade(self.ratio_fade_steps)
+        OptimizerOptions.checked({"ratio_fade_steps": self.ratio_fade_steps})
 
 
 _registered = BlockSettings()
