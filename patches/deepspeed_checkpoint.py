@@ -64,6 +64,7 @@ PATCH = Patch(
         Symbol(_ENGINE + "_get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
         Symbol(_ENGINE + "_get_zero_ckpt_name", ("self", "checkpoints_path", "tag")),
         Symbol(_ENGINE + "_get_zero_param_shapes", ("self",)),
+        Symbol(_ENGINE + "_copy_recovery_script", ("self", "save_path")),
         Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params", ("self",)),
         Symbol("deepspeed.utils.tensor_fragment:fragment_address", ("numel", "start")),
         Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._load_universal_checkpoint",

@@ -124,7 +124,11 @@ class Manifest(BaseModel):
         if not os.path.lexists(path):
             return None
         try:
+            if not path.is_file():  # a pipe would be read from for ever
+                raise ValueError("it is no file")
             content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("it holds no manifest")
             number = content.pop("format")
             if type(number) is not int:
                 raise ValueError(f"its format is {number!r}")

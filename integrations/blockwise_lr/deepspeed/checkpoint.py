@@ -32,6 +32,7 @@ log = logging.getLogger("blockwise_lr")
 
 # Network file systems show new files to other nodes after a while.
 SECONDS_TO_APPEAR = 10.0
+_SCRIPT = "zero_to_fp32.py"  # DeepSpeed puts it beside the tags; not part of a checkpoint
 
 
 def is_ours(engine: Any) -> bool:
@@ -115,7 +116,7 @@ def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[st
     """
     files: dict[str, Future[Entry]] = {}
     checkpoint_engine, rank = engine.checkpoint_engine, dist.get_rank()
-    write = checkpoint_engine.save
+    write, copy_script = checkpoint_engine.save, engine._copy_recovery_script
 
     def save_and_note(state_dict: Any, path: str) -> Any:
         name, result = name_in(folder, path), None
@@ -128,12 +129,19 @@ def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[st
             files[name] = pool.submit(entry_of, path, rank, checksums)
         return result
 
-    checkpoint_engine.save = save_and_note
+    def copy_script_or_note(save_path: str) -> None:
+        try:
+            copy_script(save_path)
+        except OSError as error:
+            files[_SCRIPT] = Future()
+            files[_SCRIPT].set_exception(write_error(os.path.join(save_path, _SCRIPT), error))
+
+    checkpoint_engine.save, engine._copy_recovery_script = save_and_note, copy_script_or_note
     try:
         with ThreadPoolExecutor(2) as pool, _own_checksums_only(checksums):
             yield files
     finally:
-        del checkpoint_engine.save
+        del checkpoint_engine.save, engine._copy_recovery_script
 
 
 def _described(engine: Any, state_dict: Any) -> Any:
