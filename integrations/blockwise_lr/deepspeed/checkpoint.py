@@ -27,6 +27,7 @@ from ..checkpoint.survey import survey
 from ..optim.base import BlockwiseOptimizer
 from .flats import KEY, contents_of, layout
 from .preconditions import agreed_tag, check_folder, counters_kept, of_all_ranks
+from .reading import states_mapped
 
 log = logging.getLogger("blockwise_lr")
 
@@ -183,7 +184,7 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
     if tag is not None:
         check_folder(engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only,
                      load_lr_scheduler_states)
-    with counters_kept(engine):
+    with counters_kept(engine), states_mapped(engine.checkpoint_engine):
         result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
                                            load_module_only=load_module_only,
                                            load_lr_scheduler_states=load_lr_scheduler_states, **arguments))
