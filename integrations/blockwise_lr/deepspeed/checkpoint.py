@@ -62,17 +62,17 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
+    joined = _joined_layouts(of_all_ranks(together(lambda: layout(engine), saving)))
     _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
     with _noting_files(engine, folder, checksums) as files:
         upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
     own = together(lambda: {name: file.result() for name, file in files.items()}, saving)
-    gathered = of_all_ranks((own, together(lambda: layout(engine), saving)))
+    found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        found = {name: entry for entries, _ in gathered for name, entry in entries.items()}
-        complete(folder, found, engine.global_steps, engine.basic_optimizer.record().as_dict(),
-                 _joined_layouts([part for _, part in gathered]), patience=SECONDS_TO_APPEAR)
+        complete(folder, found, engine.global_steps, engine.basic_optimizer.record().as_dict(), joined,
+                 patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 
@@ -103,9 +103,19 @@ def _find_mark(folder: str, first: str, token: str) -> None:
 
 
 def _joined_layouts(parts: list[Layout]) -> Layout:
-    """The first rank's layout with all ranks' digests."""
-    return parts[0].model_copy(update={"flats": {name: digest for part in parts for name, digest in
-                                                 (part.flats or {}).items()}})
+    """The first rank's layout with all ranks' digests.
+
+    Raises:
+        CheckpointError: two ranks that hold different shards write them to one file.
+    """
+    flats: dict[str, str] = {}
+    for rank, part in enumerate(parts):
+        for name, digest in (part.flats or {}).items():
+            if flats.setdefault(name, digest) != digest:
+                raise CheckpointError(f"rank {rank} writes the state of its own shards to {name}, to which another rank has "
+                                      f"written that of other shards: DeepSpeed does not save this parallel layout whole; "
+                                      f"use one that it does (without sequence parallelism, as a rule)")
+    return parts[0].model_copy(update={"flats": flats})
 
 
 @contextlib.contextmanager

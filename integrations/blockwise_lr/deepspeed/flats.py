@@ -38,7 +38,7 @@ def layout(engine: Any) -> Layout:
     held = contents(engine)
     return Layout(
         sharding=sharding, precision="bf16" if engine.bfloat16_enabled() else "fp32 or fp16",
-        ranks="any number of" if sharding == "ZeRO-0" else engine.dp_world_size,
+        ranks="any number of" if sharding == "ZeRO-0" else engine.seq_dp_world_size,
         flats={} if held is None else {state_file(engine): digest(held)},
         order=[] if held is None else order(engine), settings=ordering_settings(engine.config))
 

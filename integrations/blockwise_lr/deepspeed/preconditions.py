@@ -21,6 +21,7 @@ from ..checkpoint.restore import check
 from ..checkpoint.survey import looks_universal, remedy
 from .flats import contents, difference, layout, order, order_difference, state_file
 from .reading import read
+from .universal import check_universal
 
 log = logging.getLogger("blockwise_lr")
 Value = TypeVar("Value")
@@ -113,7 +114,9 @@ def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module
         log.warning("checkpoint %s has no manifest (it was saved without blockwise_lr), so its files cannot be checked",
                     folder)
     model = together(lambda: _read(_model_file(engine, load_dir, tag)))
-    if with_states and not engine.load_universal_checkpoint():
+    if with_states and engine.load_universal_checkpoint():
+        together(lambda: check_universal(engine.basic_optimizer, folder))
+    elif with_states:
         if manifest is None:
             together(lambda: _check_states(engine, folder, model))
         own = together(lambda: _order_difference(engine, manifest and manifest.layout, model))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.errors import CheckpointError, raise_together
-from ..checkpoint.restore import MOMENTS
+from ..checkpoint.record import KEY, Record
+from ..checkpoint.restore import MOMENTS, check
 from ..optim.base import BlockwiseOptimizer
 from .conversion import convert
 from .reading import read
@@ -35,9 +36,15 @@ class UniversalFolder:
             raise CheckpointError(f"{folder} is not a universal checkpoint ({path} is missing); convert one with "
                                   f"python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT")
         self.common = _load(path)
+        if not isinstance(self.common, dict) or not isinstance(self.common.get("param_groups"), list):
+            raise CheckpointError(f"{path} holds no param groups; convert the checkpoint again")
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [dict(group) for group in self.common["param_groups"]]
+
+    def record(self) -> Record | None:
+        """The origin of the state; None where another optimizer saved it."""
+        return next((Record.from_dict(group[KEY]) for group in self.common["param_groups"] if KEY in group), None)
 
     def step(self, name: str) -> float | None:
         """Optimizer steps of a parameter: in a file of its own (ZeRO-1 and 2), or common to all (ZeRO-3)."""
@@ -75,9 +82,23 @@ class UniversalFolder:
 
 def _load(path: Path) -> Any:
     try:
-        return read(path)
+        return read(path, mapped=True)
     except (CheckpointError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); convert the checkpoint again") from error
+
+
+def check_universal(optimizer: BlockwiseOptimizer, folder: str) -> None:
+    """Looks into all files that a rank's shards need; reads no values.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of another model.
+        MismatchError: the origin of the state contradicts the run in what ``accept_mismatch`` does not name.
+    """
+    source = UniversalFolder(folder)
+    check(optimizer, source.record(), f"checkpoint {folder}")
+    for name in {fragment.name for _, fragments in optimizer.shards.flats for fragment in fragments}:
+        for key in ("fp32", *MOMENTS) if source.has_moments(name) else ("fp32",):
+            source.values(name, key, optimizer.block_map[name].numel)
 
 
 def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> None:
