@@ -286,6 +286,28 @@ def test_manifests_of_format_1_are_read(folder):
 # ---- loads that fail
 
 
+def load_module(engine, folder):
+    return load(engine, folder, load_module_only=True)
+
+
+def load_into_another(engine, folder):
+    """The module has one buffer more, and of one parameter other values than the optimizer knows of."""
+    engine.module.model.norm.register_buffer("more", torch.zeros(1))
+    before = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    try:
+        return load(engine, folder)
+    except CheckpointError:
+        assert all(torch.equal(value, before[name]) for name, value in engine.module.state_dict().items())
+        raise
+
+
+def test_a_module_that_does_not_fit_is_refused_before_anything_is_loaded(folder):
+    message = refused(load_into_another, folder)
+    assert "model.norm.more" in message and "load_module_strict=False" in message
+    for result, steps, kept, _ in pool(2).run(attempt, load_module, [str(folder)]):
+        assert "two" in result and kept
+
+
 def load_other_scheduler(engine, folder):
     schedulers = torch.optim.lr_scheduler
     engine.lr_scheduler = schedulers.SequentialLR(

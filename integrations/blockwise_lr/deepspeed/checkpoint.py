@@ -178,7 +178,7 @@ def _own_checksums_only(checksums: bool) -> Iterator[None]:
 
 
 def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | None, load_optimizer_states: bool,
-         load_module_only: bool, load_lr_scheduler_states: bool, **arguments: Any) -> tuple[Any, Any]:
+         load_module_only: bool, **arguments: Any) -> tuple[Any, Any]:
     """DeepSpeedEngine.load_checkpoint after a check of the folder, with errors raised on all ranks alike.
 
     What can be refused is refused before anything is loaded; where DeepSpeed fails all the same, the engine's counters and
@@ -193,11 +193,10 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
     tag = agreed_tag(load_dir, tag, engine.load_universal_checkpoint())
     if tag is not None:
         check_folder(engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only,
-                     load_lr_scheduler_states)
+                     **arguments)
     with counters_kept(engine), states_mapped(engine.checkpoint_engine):
         result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
-                                           load_module_only=load_module_only,
-                                           load_lr_scheduler_states=load_lr_scheduler_states, **arguments))
+                                           load_module_only=load_module_only, **arguments))
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False  # to the states before the load; the next step links anew
     return result

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..blocks.block_map import plain_name
 from ..checkpoint.errors import CheckpointError, MismatchError, is_first_rank, together
@@ -91,14 +93,14 @@ def _told(view: tuple[str | None, Any]) -> str:
 # ---- its files, its origin
 
 
-def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module_only: bool,
-                 load_lr_scheduler_states: bool) -> None:
+def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module_only: bool, *,
+                 load_module_strict: bool, load_lr_scheduler_states: bool, custom_load_fn: Any) -> None:
     """Refuses what cannot or must not be loaded; changes nothing. All ranks call it with what :func:`agreed_tag` returned.
 
     Args:
         with_states: optimizer states are to be loaded.
         module_only: the module alone is, without counters and schedulers.
-        load_lr_scheduler_states: of ``load_checkpoint``.
+        load_module_strict, load_lr_scheduler_states, custom_load_fn: of ``load_checkpoint``.
 
     Raises:
         CheckpointError, DamageError, MismatchError: as ``load``.
@@ -121,6 +123,8 @@ def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module
             together(lambda: _check_states(engine, folder, model))
         own = together(lambda: _order_difference(engine, manifest and manifest.layout, model))
         _refuse_together(folder, layout(engine).sharding, of_all_ranks(own))
+    if custom_load_fn is None and model is not None:
+        together(lambda: _try_module(engine, folder, model.get("module"), load_module_strict))
     if load_lr_scheduler_states and not module_only and engine.lr_scheduler is not None and model is not None:
         together(lambda: _try_scheduler(engine, folder, model.get("lr_scheduler")))
 
@@ -227,6 +231,29 @@ def _refuse_together(folder: str, sharding: str, answers: list[str | None]) -> N
     if found is not None:
         raise MismatchError(f"checkpoint {folder} does not fit this run: {found}; go on with the former order of definition "
                             f"and zero_optimization settings" + _or_convert(folder, sharding))
+
+
+class _NoCopies(TorchDispatchMode):
+    """Tensors keep their values: what is copied into them is not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return args[0] if func is torch.ops.aten.copy_.default else func(*args, **(kwargs or {}))
+
+
+def _try_module(engine: Any, folder: str, saved: Any, strict: bool) -> None:
+    """Has the module load its weights without copying them, with all that it or its hooks do to names and shapes.
+
+    Left out where DeepSpeed loads other tensors than these: universal checkpoints, ZeRO-3, experts, pipelines.
+    """
+    if engine.load_universal_checkpoint() or engine.zero_optimization_partition_weights() or engine.has_moe_layers \
+            or not isinstance(saved, Mapping) or any(name.endswith("_extra_state") for name in saved):
+        return
+    try:
+        with _NoCopies():
+            engine.module.load_state_dict(dict(saved), strict=strict)
+    except Exception as error:
+        raise CheckpointError(f"the module's weights in checkpoint {folder} do not fit this model ({error}); go on with the "
+                              f"former model, or pass load_module_strict=False or a custom_load_fn") from error
 
 
 def _try_scheduler(engine: Any, folder: str, state: Any) -> None:
