@@ -17,7 +17,7 @@ help:
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make test           run the tests"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
-	@echo "make bench          measure optimizer steps side by side"
+	@echo "make bench          measure optimizer steps, and saving and loading, side by side"
 	@echo "make clean          remove the environments, what was built and what the demo wrote"
 
 setup: $(VENV)/.stamp
@@ -56,6 +56,7 @@ test312: setup312
 
 bench: setup
 	@$(RUN) tests/bench/step.py
+	@$(RUN) tests/bench/save.py
 
 clean:
 	rm -rf $(VENV) $(VENV312) build runs

@@ -32,12 +32,12 @@ def _install(undo: Undo) -> None:
     def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
                         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
                         load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
-        arguments = dict(load_module_strict=load_module_strict, load_lr_scheduler_states=load_lr_scheduler_states,
+        arguments = dict(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
+                         load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only,
                          custom_load_fn=custom_load_fn)
         if not is_ours(self):
-            return upstream_load(self, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
-                                 load_module_only=load_module_only, **arguments)
-        return load(self, upstream_load, load_dir, tag, load_optimizer_states, load_module_only, **arguments)
+            return upstream_load(self, load_dir, tag=tag, **arguments)
+        return load(self, upstream_load, load_dir, tag, **arguments)
 
     def _get_all_ckpt_names(self: Any, checkpoints_path: str, tag: str) -> list[str]:
         found = upstream_names(self, checkpoints_path, tag)
@@ -61,6 +61,12 @@ PATCH = Patch(
         Symbol(_ENGINE + "load_checkpoint", ("self", "load_dir", "tag", "load_module_strict", "load_optimizer_states",
                                              "load_lr_scheduler_states", "load_module_only", "custom_load_fn")),
         Symbol(_ENGINE + "_get_all_ckpt_names", ("self", "checkpoints_path", "tag")),
+        Symbol(_ENGINE + "_get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
+        Symbol(_ENGINE + "_get_zero_ckpt_name", ("self", "checkpoints_path", "tag")),
+        Symbol(_ENGINE + "_get_zero_param_shapes", ("self",)),
+        Symbol(_ENGINE + "_copy_recovery_script", ("self", "save_path")),
+        Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params", ("self",)),
+        Symbol("deepspeed.utils.tensor_fragment:fragment_address", ("numel", "start")),
         Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._load_universal_checkpoint",
                ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")),
         Symbol("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from blockwise_lr.checkpoint import Manifest, newest_complete, verify
-from blockwise_lr.checkpoint.manifest import survey
+from blockwise_lr.checkpoint.survey import survey
 from deepspeed_door.engines import config
 from extensions import build_once
 from ranks import ENVIRONMENT

@@ -99,7 +99,7 @@ def edit_the_manifest(tag):
 
 def make_newer(tag):
     content = json.loads((tag / "blockwise_lr.json").read_text())
-    (tag / "blockwise_lr.json").write_text(json.dumps({**content, "format": 2}))
+    (tag / "blockwise_lr.json").write_text(json.dumps({**content, "format": 99}))
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -110,7 +110,7 @@ def make_newer(tag):
     (remove, [f"{SHARD_0} is missing"]),
     (leave_incomplete, ["is incomplete", "did not finish"]),
     (edit_the_manifest, ["blockwise_lr.json is damaged", "load another checkpoint"]),
-    (make_newer, ["format 2", "install the version that wrote it"]),
+    (make_newer, ["format 99", "install the version that wrote it"]),
 ])
 def test_damage_is_refused_on_every_rank(damage, words, folder):
     damage(folder / "global_step2")
@@ -177,7 +177,7 @@ def test_load_newest_passes_over_damage(folder):
 def test_load_newest_stops_at_a_newer_format_and_starts_anew_after_unfinished_saves(folder):
     make_newer(folder / "global_step1")
     for error in pool(2).run(newest, str(folder), errors=True):
-        assert type(error).__name__ == "VersionError" and "format 2" in str(error)
+        assert type(error).__name__ == "VersionError" and "format 99" in str(error)
     for tag in ("global_step1", "global_step2"):
         leave_incomplete(folder / tag)
     assert pool(2).run(newest, str(folder)) == [(None, 0), (None, 0)]
@@ -243,3 +243,66 @@ def test_a_damaged_checkpoint_is_not_converted(folder, tmp_path):
     with pytest.raises(CheckpointError, match="tag='global_step1'"):
         convert(str(folder / "global_step2"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+class Code:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("file", [Path("zero", "optimizer_state.pt"), MOMENT])
+def test_code_in_a_universal_file_is_not_run(file, universal, tmp_path):
+    shutil.copytree(universal, tmp_path / "copy")
+    tag = tmp_path / "copy" / "two"
+    torch.save({"param_groups": [{"mine": Code(tmp_path / "ran")}]}, tag / file)
+    (tag / "blockwise_lr.json").unlink()
+    answers = pool(2).run(refusal, str(tmp_path / "copy"), True)
+    assert answers[0] == answers[1] and answers[0][1] and f"{file} cannot be read" in answers[0][0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_an_optimizer_file_is_not_run_by_the_conversion(folder, tmp_path):
+    from blockwise_lr.deepspeed.universal import convert
+
+    tag = folder / "global_step2"
+    states = torch.load(tag / SHARD_1, weights_only=False)
+    torch.save({**states, "ds_config": Code(tmp_path / "ran")}, tag / SHARD_1)
+    (tag / "blockwise_lr.json").unlink()
+    with pytest.raises(CheckpointError, match=f"{SHARD_1} holds more than tensors"):
+        convert(str(tag), str(tmp_path / "out"))
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def without_checksums(folder):
+    """A save and a load with file sizes as the only check."""
+    engine = start(make("llama"), config(KIND, 2, steps=TOTAL, checkpoint={"checksums": False}))
+    train(engine, 1)
+    engine.save_checkpoint(folder, tag="one")
+    engine.load_checkpoint(folder, tag="one")
+    engine.destroy()
+
+
+def test_checksums_can_be_left_out(tmp_path):
+    import zipfile
+
+    pool(2).run(without_checksums, str(tmp_path))
+    files = json.loads((tmp_path / "one" / "blockwise_lr.json").read_text())["files"]
+    assert len(files) == 3 and all(entry["xxh3"] is None and entry["size"] for entry in files.values())
+    assert zipfile.ZipFile(tmp_path / "one" / MODEL).testzip() is None  # torch.save's own sums are there then
+
+
+def test_shards_that_overwrite_each_other_are_not_saved():
+    """As under DeepSpeed's sequence parallelism through ``mesh_param``, where two ranks have one file."""
+    from blockwise_lr.checkpoint.manifest import Layout
+    from blockwise_lr.deepspeed.checkpoint import _joined_layouts
+
+    one, other = (Layout(sharding="ZeRO-1 or 2", precision="bf16", ranks=2, flats={SHARD_0: digest})
+                  for digest in ("a", "b"))
+    with pytest.raises(CheckpointError, match=f"rank 1 writes the state of its own shards to {SHARD_0}"):
+        _joined_layouts([one, other])
+    assert _joined_layouts([one, one]).flats == {SHARD_0: "a"}

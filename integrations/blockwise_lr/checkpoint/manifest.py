@@ -3,6 +3,10 @@
 ``blockwise_lr.json`` is written twice: before a save, marked incomplete, and once all ranks' files are on disk, complete.
 So a folder that a killed save has left behind is known for what it is, and so are files that were truncated, altered or
 exchanged later.
+
+It guards against accidents: files cut off, altered or mixed up by disks, copies and killed runs. It does not guard against
+people: who can write the files can write a manifest that fits them, and DeepSpeed unpickles its files, which runs any code
+that they hold. Load checkpoints of people you trust only.
 """
 from __future__ import annotations
 
@@ -11,28 +15,61 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from .errors import CheckpointError, DamageError, VersionError
-from .record import FORMAT, Record
+from .files import flush, make_folder, sha256, write_atomically, xxh3
+from .record import Record
 
 NAME = "blockwise_lr.json"
-_CHUNK = 1 << 22
+# 1: SHA-256; 2: XXH3, the token of a save, what flat tensors hold. Raised when an older package could misread a newer one's.
+FORMAT = 2
+_TYPED = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One file: bytes, SHA-256 (None where checksums are switched off) and the rank that wrote it."""
+class Entry(BaseModel):
+    """One file: bytes, the rank that wrote it and its checksum (none where checksums are switched off)."""
 
-    size: int
-    sha256: str | None
-    rank: int
+    model_config = _TYPED
+
+    size: int = Field(ge=0)
+    rank: int = Field(ge=0)
+    xxh3: str | None = None
+    sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Layout(BaseModel):
+    """How optimizer state was cut over ranks.
+
+    Attributes:
+        sharding, precision, ranks: in the framework's words; what two runs must share to load each other's.
+        flats: the file that holds a rank's optimizer state -> a digest of what lies where in its flat tensors. None in
+            checkpoints of older versions; empty where state is kept per parameter.
+        order: the parameters' names in the order in which the first rank's flat tensors hold them, over all ranks.
+        settings: what of the framework's settings decides on that order and on where tensors are cut.
+    """
+
+    model_config = _TYPED
+
+    sharding: str
+    precision: str
+    ranks: int | str
+    flats: dict[str, str] | None = None
+    order: list[str] = []
+    settings: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        return f"{self.sharding} in {self.precision} on {self.ranks} data-parallel ranks"
+
+    def same_cut(self, other: Layout) -> bool:
+        """Whether both cut state into the same number of equal shards."""
+        return str(self) == str(other)
+
+
+class Manifest(BaseModel):
     """What a folder holds.
 
     Attributes:
@@ -41,15 +78,28 @@ class Manifest:
         saved_at: nanoseconds since 1970, when the save was completed.
         files: path below the folder -> its entry.
         record: the origin of the optimizer state; None where it is not known.
-        layout: how the state was cut over ranks, in its framework's words; None where any layout can load it.
+        layout: how the state was cut over ranks; None where any layout can load it.
+        token: of one save, by which ranks know that they see the same folder.
     """
 
+    model_config = _TYPED
+
     complete: bool
-    steps: int = 0
-    saved_at: int = 0
-    files: Mapping[str, Entry] = field(default_factory=dict)
-    record: Mapping[str, Any] | None = None
-    layout: Mapping[str, Any] | None = None
+    steps: int = Field(0, ge=0)
+    saved_at: int = Field(0, ge=0)
+    files: dict[str, Entry] = {}
+    record: dict[str, Any] | None = None
+    layout: Layout | None = None
+    token: str | None = None
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, Entry]) -> dict[str, Entry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise ValueError(f"the file {name!r} does not lie in the folder")
+        return files
 
     @property
     def universal(self) -> bool:
@@ -58,9 +108,7 @@ class Manifest:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Replaces the folder's manifest in one step, on disk before it returns."""
-        content = {"format": FORMAT, "complete": self.complete, "steps": self.steps, "saved_at": self.saved_at,
-                   "files": {name: vars(entry) for name, entry in self.files.items()}, "record": self.record,
-                   "layout": self.layout}
+        content = {"format": FORMAT, **self.model_dump(mode="json")}
         content["sha256"] = _content_hash(content)
         write_atomically(Path(folder) / NAME, json.dumps(content))
 
@@ -70,194 +118,138 @@ class Manifest:
 
         Raises:
             VersionError: it is of a newer format.
-            CheckpointError: it is damaged.
+            DamageError: it is damaged, or cannot be read.
         """
         path = Path(folder) / NAME
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] > FORMAT:
-                raise VersionError(f"{path} is of format {content['format']}, and this blockwise-lr reads up to "
-                                   f"{FORMAT}; install the version that wrote it to load the checkpoint")
-            if content.pop("sha256") != _content_hash(content):
-                raise ValueError("its checksum does not fit")
-            files = {name: Entry(**entry) for name, entry in content["files"].items()}
-            return cls(content["complete"], content["steps"], content["saved_at"], files, content["record"],
-                       content.get("layout"))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is damaged ({error}); load another checkpoint") from error
+        try:
+            if not path.is_file():  # a pipe would be read from for ever
+                raise ValueError("it is no file")
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("it holds no manifest")
+            number = content.pop("format")
+            if type(number) is not int:
+                raise ValueError(f"its format is {number!r}")
+            if number > FORMAT:
+                raise VersionError(f"{path} is of format {number}, and this blockwise-lr reads up to {FORMAT}; install "
+                                   f"the version that wrote it to load the checkpoint")
+            if content.pop("sha256") != _content_hash({"format": number, **content}):
+                raise ValueError("its checksum does not fit")
+            return cls.model_validate(content)
+        except VersionError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = _in_words(error)
+            raise DamageError(f"{path} is damaged ({what}); load another checkpoint", [f"{NAME}: {what}"]) from error
 
     def saved_record(self) -> Record | None:
         """The origin of the optimizer state, or None."""
         return None if self.record is None else Record.from_dict(self.record)
 
 
-def begin(folder: str | os.PathLike) -> None:
-    """Marks a folder incomplete before anything is written into it, also where a complete checkpoint lies there."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    Manifest(complete=False).write(folder)
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"no {error} in it" if isinstance(error, KeyError) else f"{error or type(error).__name__}"
+
+
+def begin(folder: str | os.PathLike, token: str | None = None) -> None:
+    """Marks a folder incomplete before anything is written into it, also where a complete checkpoint lies there.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written to.
+    """
+    make_folder(folder)
+    Manifest(complete=False, token=token).write(folder)
+
+
+def entry_of(path: str | os.PathLike, rank: int, checksums: bool = True) -> Entry:
+    """The entry of a file that this rank has written; on disk (fsync) before it returns. Reads the file once."""
+    digest = xxh3(path) if checksums else None  # first, while the pages are in the cache
+    flush(path)
+    return Entry(size=os.path.getsize(path), rank=rank, xxh3=digest)
 
 
 def entries(folder: str | os.PathLike, paths: Iterable[str | os.PathLike], rank: int,
             checksums: bool = True) -> dict[str, Entry]:
-    """The entries of files that this rank has written; on disk (fsync) before it returns.
+    """The entries of files in a folder, by path below it; see :func:`entry_of`."""
+    return {name_in(folder, path): entry_of(path, rank, checksums) for path in sorted(map(os.path.abspath, paths))}
 
-    Reads every file once, from the page cache as a rule: about one second per GB.
+
+def name_in(folder: str | os.PathLike, path: str | os.PathLike) -> str:
+    """A file's path below a folder."""
+    return os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
+
+
+def complete(folder: str | os.PathLike, files: Mapping[str, Entry], steps: int, record: Mapping[str, Any] | None,
+             layout: Layout | None = None, patience: float = 0.0) -> None:
+    """Marks a folder complete. All ranks' files must be on disk, and show here within ``patience`` seconds.
+
+    Raises:
+        CheckpointError: a file is not in the folder as it is seen from here, or the manifest cannot be written.
     """
-    found = {}
-    for path in sorted({os.path.abspath(p) for p in paths}):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        name = os.path.relpath(path, os.path.abspath(folder))
-        found[name] = Entry(os.path.getsize(path), _hash(path) if checksums else None, rank)
-    return found
+    made = Manifest(complete=True, steps=steps, saved_at=time.time_ns(), files=dict(sorted(files.items())),
+                    record=dict(record) if record is not None else None, layout=layout)
+    deadline = time.monotonic() + patience
+    while lacking := size_problems(folder, made):
+        if time.monotonic() >= deadline:
+            raise CheckpointError(f"in {folder} {'; '.join(lacking[:4])}: the ranks do not share that folder, or something "
+                                  f"else writes to it; save to a file system that all nodes share")
+        time.sleep(0.1)
+    made.write(folder)
 
 
-def complete(folder: str | os.PathLike, files: Mapping[str, Entry], steps: int,
-             record: Mapping[str, Any] | None, layout: Mapping[str, Any] | None = None) -> None:
-    """Marks a folder complete. All ranks' files must be on disk."""
-    Manifest(True, steps, time.time_ns(), dict(sorted(files.items())), record, layout).write(folder)
+def size_problems(folder: str | os.PathLike, manifest: Manifest) -> list[str]:
+    """Which files of a folder are missing, or of another size than they were saved with."""
+    return [found for name, entry in manifest.files.items() if (found := _size_problem(folder, name, entry))]
 
 
-def problems(folder: str | os.PathLike, manifest: Manifest, rank: int = 0, ranks: int = 1,
-             checksums: bool = True) -> list[str]:
-    """What is wrong with a rank's share of a folder's files; an empty list where nothing is.
+def _size_problem(folder: str | os.PathLike, name: str, entry: Entry) -> str | None:
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return f"{name} is missing"
+    size = os.path.getsize(path)
+    return f"{name} has {size} bytes and was saved with {entry.size}" if size != entry.size else None
+
+
+def problems(folder: str | os.PathLike, manifest: Manifest, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with a rank's share of a folder's files, contents included; an empty list where nothing is.
 
     Args:
         rank, ranks: this one of so many shares; they are by writer, modulo the number of ranks.
-        checksums: compare contents, and not sizes alone.
     """
     found = []
     for name, entry in manifest.files.items():
         if entry.rank % ranks != rank:
             continue
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            found.append(f"{name} is missing")
-        elif os.path.getsize(path) != entry.size:
-            found.append(f"{name} has {os.path.getsize(path)} bytes and was saved with {entry.size}")
-        elif checksums and entry.sha256 is not None and _hash(path) != entry.sha256:
-            found.append(f"{name} has other contents than were saved")
+        if problem := _size_problem(folder, name, entry) or _content_problem(folder, name, entry):
+            found.append(problem)
     return found
 
 
-def verify(folder: str | os.PathLike) -> None:
-    """Checks every file of a checkpoint folder in this process.
-
-    Raises:
-        CheckpointError: it is incomplete or damaged; the message names the files and the newest complete neighbour.
-    """
-    manifest = Manifest.read(folder)
-    if manifest is None:
-        raise CheckpointError(f"{folder} has no {NAME}: it was not saved by blockwise_lr, or is no checkpoint folder")
-    refuse(folder, manifest, problems(folder, manifest))
+def _content_problem(folder: str | os.PathLike, name: str, entry: Entry) -> str | None:
+    path = os.path.join(folder, name)
+    try:
+        same = (entry.xxh3 is None or xxh3(path) == entry.xxh3) and (
+            entry.sha256 is None or entry.xxh3 is not None or sha256(path) == entry.sha256)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+    return None if same else f"{name} has other contents than were saved"
 
 
-def refuse(folder: str | os.PathLike, manifest: Manifest, found: list[str]) -> None:
-    """Raises CheckpointError where a folder is incomplete, DamageError where it has problems."""
-    if manifest.complete and not found:
-        return
-    universal = manifest.universal or Path(folder, "zero").is_dir()
-    other = newest_complete(Path(folder).parent, but=(Path(folder).name,), universal=universal)
-    remedy = (f"the newest complete one beside it is {other!r}; load it with tag={other!r}" if other
-              else "there is no complete one beside it")
+def refuse(folder: str | os.PathLike, manifest: Manifest, found: list[str], remedy: str) -> None:
+    """Raises CheckpointError where a folder is incomplete, DamageError where it has problems; ``remedy`` ends both."""
     if not manifest.complete:
         raise CheckpointError(f"checkpoint {folder} is incomplete: the save that wrote it did not finish; {remedy}")
-    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-    raise DamageError(f"checkpoint {folder} is damaged: {'; '.join(found[:4])}{more}; {remedy}", found)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a directory of checkpoints holds, by manifests and file sizes. Folders of unfinished saves are left out.
-
-    Attributes:
-        tags: the complete ones, newest first.
-        damaged: tag -> what is wrong, of those that were complete once.
-        newer: what VersionError says of those of a newer format.
-        others: complete ones that are universal where such were not asked for, and the other way round.
-    """
-
-    tags: list[str]
-    damaged: dict[str, str]
-    newer: list[str]
-    others: list[str]
-
-
-def survey(directory: str | os.PathLike, *, universal: bool = False) -> Survey:
-    """Looks at the folders in a directory and changes nothing.
-
-    Args:
-        directory: what ``save_checkpoint`` was given.
-        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
-    """
-    found, damaged, newer, others = [], {}, [], []
-    for folder in sorted(Path(directory).iterdir()) if Path(directory).is_dir() else ():
-        try:
-            manifest = Manifest.read(folder) if folder.is_dir() else None
-        except VersionError as error:
-            newer.append(str(error))
-            continue
-        except CheckpointError as error:
-            damaged[folder.name] = str(error)
-            continue
-        if manifest is None or not manifest.complete:
-            continue
-        if manifest.universal != universal:
-            others.append(folder.name)
-        elif wrong := problems(folder, manifest, checksums=False):
-            damaged[folder.name] = "; ".join(wrong)
-        else:
-            found.append((manifest.saved_at, folder.name))
-    return Survey([name for _, name in sorted(found, reverse=True)], damaged, newer, others)
-
-
-def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, but: Iterable[str] = (),
-                    universal: bool = False) -> str | None:
-    """The tag of the newest complete checkpoint in a directory, or None.
-
-    Args:
-        directory: what ``save_checkpoint`` was given.
-        checksums: read every file and compare its contents too.
-        but: tags to leave out.
-        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
-    """
-    left_out = set(but)
-    for tag in survey(directory, universal=universal).tags:
-        folder = Path(directory) / tag
-        if tag not in left_out and not (checksums and problems(folder, Manifest.read(folder))):
-            return tag
-    return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all, whenever the process or the machine is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if found:
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise DamageError(f"checkpoint {folder} is damaged: {'; '.join(found[:4])}{more}; {remedy}", found)
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,26 +1,39 @@
 """Saving and loading through DeepSpeed engines: complete or not at all, and never something that does not belong together.
 
-A save marks its folder incomplete, lets DeepSpeed write, and when every rank's files are on disk writes a manifest with
-their checksums; only then does ``latest`` point to it. (DeepSpeed itself writes ``latest`` while other ranks may still be
-writing.) A load checks the manifest, the files and the origin of the optimizer state before it touches the engine.
+A save marks its folder incomplete, makes sure that all ranks see that mark, lets DeepSpeed write, and when every rank's
+files are on disk writes a manifest with their checksums; only then does ``latest`` point to it. (DeepSpeed itself writes
+``latest`` while other ranks may still be writing.) A load has all ranks agree on one checkpoint and checks the manifest, the
+files, the origin of the optimizer state and the order of the parameters in it before it touches the engine.
 """
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from ..checkpoint.errors import CheckpointError, DamageError, VersionError, is_first_rank, raise_together, together
-from ..checkpoint.manifest import Manifest, begin, complete, entries, problems, refuse, survey, write_atomically
-from ..checkpoint.restore import check
+from ..checkpoint.errors import CheckpointError, DamageError, VersionError, is_first_rank, together
+from ..checkpoint.files import write_atomically, write_error
+from ..checkpoint.manifest import Entry, Layout, Manifest, begin, complete, entry_of, name_in
+from ..checkpoint.survey import survey
 from ..optim.base import BlockwiseOptimizer
+from .flats import KEY, contents_of, layout
+from .preconditions import agreed_tag, check_folder, counters_kept, of_all_ranks
+from .reading import states_mapped
 
 log = logging.getLogger("blockwise_lr")
+
+# Network file systems show new files to other nodes after a while.
+SECONDS_TO_APPEAR = 10.0
+_SCRIPT = "zero_to_fp32.py"  # DeepSpeed puts it beside the tags; not part of a checkpoint
 
 
 def is_ours(engine: Any) -> bool:
@@ -38,7 +51,8 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     The ds_config's ``"checkpoint": {"checksums": false}`` leaves file sizes as the only check.
 
     Raises:
-        CheckpointError: a rank cannot write; all ranks raise, the folder stays incomplete and ``latest`` as it was.
+        CheckpointError: a rank cannot write, or ranks do not see the same folder; all ranks raise, the folder stays
+            incomplete and ``latest`` as it was.
     """
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
     if not save_dir or engine.checkpoint_engine.is_decoupled() or engine.use_node_local_storage():
@@ -48,57 +62,116 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
-    together(lambda: begin(folder) if dist.get_rank() == 0 else None, saving)
-    with _noting_files(engine.checkpoint_engine) as (written, failures):
-        upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
-    raise_together(next(iter(failures), None), saving)
+    joined = _joined_layouts(of_all_ranks(together(lambda: layout(engine), saving)))
+    _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
-    own = together(lambda: entries(folder, written, dist.get_rank(), checksums), saving)
-    gathered: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    with _noting_files(engine, folder, checksums) as files:
+        upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
+    own = together(lambda: {name: file.result() for name, file in files.items()}, saving)
+    found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        complete(folder, {name: entry for found in gathered for name, entry in found.items()}, engine.global_steps,
-                 engine.basic_optimizer.record().as_dict(), layout(engine))
+        complete(folder, found, engine.global_steps, engine.basic_optimizer.record().as_dict(), joined,
+                 patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 
-    together(finish if dist.get_rank() == 0 else lambda: None, saving)
+    together(finish if is_first_rank() else lambda: None, saving)
     return True
 
 
-def layout(engine: Any) -> dict[str, Any]:
-    """What two runs must share for one to load what the other saved, without conversion."""
-    sharding = {"DeepSpeedZeroOptimizer": "ZeRO-1 or 2", "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3",
-                "BF16_Optimizer": "BF16_Optimizer"}.get(type(engine.optimizer).__name__, "ZeRO-0")
-    return {"sharding": sharding, "precision": "bf16" if engine.bfloat16_enabled() else "fp32 or fp16",
-            "ranks": "any number of" if sharding == "ZeRO-0" else engine.dp_world_size}
+def _begin_together(folder: str, saving: str) -> None:
+    """The first rank marks the folder; every rank then has to find that very mark."""
+    tokens = [uuid.uuid4().hex if is_first_rank() else None, folder]
+    dist.broadcast_object_list(tokens, src=0)
+    token, first = tokens
+    together(lambda: begin(folder, token) if is_first_rank() else None, saving)
+    together(lambda: _find_mark(folder, first, token), saving)
+
+
+def _find_mark(folder: str, first: str, token: str) -> None:
+    deadline = time.monotonic() + SECONDS_TO_APPEAR
+    while True:
+        with contextlib.suppress(CheckpointError):  # a network file system may show it half-way
+            manifest = Manifest.read(folder)
+            if manifest is not None and manifest.token == token:
+                return
+        if time.monotonic() > deadline:
+            raise CheckpointError(f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to {first}; "
+                                  f"give all ranks the same folder and tag, on a file system that all nodes share")
+        time.sleep(0.05)
+
+
+def _joined_layouts(parts: list[Layout]) -> Layout:
+    """The first rank's layout with all ranks' digests.
+
+    Raises:
+        CheckpointError: two ranks that hold different shards write them to one file.
+    """
+    flats: dict[str, str] = {}
+    for rank, part in enumerate(parts):
+        for name, digest in (part.flats or {}).items():
+            if flats.setdefault(name, digest) != digest:
+                raise CheckpointError(f"rank {rank} writes the state of its own shards to {name}, to which another rank has "
+                                      f"written that of other shards: DeepSpeed does not save this parallel layout whole; "
+                                      f"use one that it does (without sequence parallelism, as a rule)")
+    return parts[0].model_copy(update={"flats": flats})
 
 
 @contextlib.contextmanager
-def _noting_files(checkpoint_engine: Any) -> Iterator[tuple[list[str], list[Exception]]]:
-    """The paths that DeepSpeed's checkpoint engine writes meanwhile, and the errors of writes that failed.
+def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[str, Future[Entry]]]:
+    """The entries of the files that DeepSpeed's checkpoint engine writes meanwhile, by path below the folder.
 
-    These are not raised in place: the other ranks would wait for this one in DeepSpeed's next barrier.
+    A file is brought to disk and read for its checksum while DeepSpeed goes on with the next. Errors of writes that failed
+    come with their entries: raised in place, the other ranks would wait for this one in DeepSpeed's next barrier.
     """
-    written: list[str] = []
-    failures: list[Exception] = []
-    write = checkpoint_engine.save
+    files: dict[str, Future[Entry]] = {}
+    checkpoint_engine, rank = engine.checkpoint_engine, dist.get_rank()
+    write, copy_script = checkpoint_engine.save, engine._copy_recovery_script
 
     def save_and_note(state_dict: Any, path: str) -> Any:
+        name, result = name_in(folder, path), None
         try:
-            result = write(state_dict, path)
+            result = write(_described(engine, state_dict), path)
         except Exception as error:
-            failures.append(error)
-            return None
-        written.append(path)
+            files[name] = Future()
+            files[name].set_exception(write_error(path, error))
+        else:
+            files[name] = pool.submit(entry_of, path, rank, checksums)
         return result
 
-    checkpoint_engine.save = save_and_note
+    def copy_script_or_note(save_path: str) -> None:
+        try:
+            copy_script(save_path)
+        except OSError as error:
+            files[_SCRIPT] = Future()
+            files[_SCRIPT].set_exception(write_error(os.path.join(save_path, _SCRIPT), error))
+
+    checkpoint_engine.save, engine._copy_recovery_script = save_and_note, copy_script_or_note
     try:
-        yield written, failures
+        with ThreadPoolExecutor(2) as pool, _own_checksums_only(checksums):
+            yield files
     finally:
-        del checkpoint_engine.save
+        del checkpoint_engine.save, engine._copy_recovery_script
+
+
+def _described(engine: Any, state_dict: Any) -> Any:
+    """What DeepSpeed is about to write, with what this rank's flat tensors hold where it is ZeRO's optimizer state."""
+    if not (isinstance(state_dict, dict) and "optimizer_state_dict" in state_dict and engine.basic_optimizer.shards):
+        return state_dict
+    return {**state_dict, KEY: {"flats": contents_of(engine.basic_optimizer)}}
+
+
+@contextlib.contextmanager
+def _own_checksums_only(checksums: bool) -> Iterator[None]:
+    """Spares torch.save the CRC-32 of its archives, which takes longer than writing them and which torch.load never
+    looks at, where the manifest has a checksum of the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(before and not checksums)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 # ---- loading
@@ -108,16 +181,22 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
          load_module_only: bool, **arguments: Any) -> tuple[Any, Any]:
     """DeepSpeedEngine.load_checkpoint after a check of the folder, with errors raised on all ranks alike.
 
+    What can be refused is refused before anything is loaded; where DeepSpeed fails all the same, the engine's counters and
+    its scheduler are put back.
+
     Raises:
-        CheckpointError: the folder is incomplete or damaged, or the state in it does not fit.
-        MismatchError: it contradicts the run in what the optimizer's ``accept_mismatch`` does not name.
+        CheckpointError: the folder is not there, incomplete or damaged, ranks see different ones, or the state in it does
+            not fit.
+        MismatchError: it contradicts the run in what the optimizer's ``accept_mismatch`` does not name, or in the order of
+            the parameters.
     """
-    tag = tag if tag is not None else _latest(load_dir, engine.load_universal_checkpoint())
+    tag = agreed_tag(load_dir, tag, engine.load_universal_checkpoint())
     if tag is not None:
-        with_states = load_optimizer_states and not load_module_only
-        _check_folder(engine, os.path.join(load_dir, str(tag)), with_states)
-    result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
-                                       load_module_only=load_module_only, **arguments))
+        check_folder(engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only,
+                     **arguments)
+    with counters_kept(engine), states_mapped(engine.checkpoint_engine):
+        result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
+                                           load_module_only=load_module_only, **arguments))
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False  # to the states before the load; the next step links anew
     return result
@@ -126,21 +205,21 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
 def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]:
     """``engine.load_checkpoint`` of the newest complete and intact checkpoint in a directory; all ranks call it.
 
-    Damaged ones are passed over and logged, those of unfinished saves are passed over, nothing is deleted.
+    Folders below the directory are searched too. Damaged checkpoints are passed over and logged, those of unfinished saves
+    are passed over, nothing is deleted.
 
     Returns:
         As ``load_checkpoint``; (None, None) where no save was ever completed.
 
     Raises:
         VersionError: there is one of a newer format, which this run's saves might replace.
-        CheckpointError: all complete ones are damaged, or only universal ones are there and the ds_config asks for the
-            others, or the other way round.
+        CheckpointError: all complete ones are damaged, or of the kind (universal or not) that the ds_config does not ask
+            for, or none has a manifest that tells whether it is complete.
         MismatchError: the newest contradicts this run.
     """
-    gathered: list[Any] = [survey(load_dir, universal=engine.load_universal_checkpoint())
-                           if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(gathered, src=0)
-    found = gathered[0]
+    found = together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()) if is_first_rank() else None,
+                     f"searching {load_dir} for checkpoints")
+    found = of_all_ranks(found)[0]
     if found.newer:
         raise VersionError("; ".join(found.newer))
     for tag, what in found.damaged.items():
@@ -160,66 +239,19 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
                               + ('which the ds_config\'s "checkpoint": {"load_universal": true} does not load; take it '
                                  'out or convert one' if engine.load_universal_checkpoint() else
                                  'universal; set "checkpoint": {"load_universal": true} in the ds_config'))
+    if found.unknown:
+        raise CheckpointError(f"{load_dir} holds {', '.join(found.unknown)} without a manifest that can be read (saved "
+                              f"without blockwise_lr), so whether it is complete is not known; load it with "
+                              f"engine.load_checkpoint(load_dir, tag={found.unknown[0]!r}), or name another folder to "
+                              f"start anew")
+    elsewhere = of_all_ranks(together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()).tags))
+    for rank, tags in enumerate(elsewhere):
+        if tags:
+            raise CheckpointError(f"rank {rank} finds {tags[0]!r} in {load_dir}, where rank 0 finds no checkpoint; give all "
+                                  f"ranks the same folder, on a file system that all nodes share")
     return None, None
 
 
 def _tell_damage(load_dir: str, tag: str, what: str) -> None:
     if is_first_rank():
         log.warning("passing over checkpoint %s, which is damaged: %s", os.path.join(load_dir, tag), what)
-
-
-def _latest(load_dir: str, universal: bool) -> str | None:
-    path = Path(load_dir) / ("latest_universal" if universal else "latest")
-    return path.read_text().strip() if path.is_file() else None
-
-
-def _check_folder(engine: Any, folder: str, with_states: bool) -> None:
-    manifest, error, found = None, None, []
-    try:
-        manifest = Manifest.read(folder)
-    except CheckpointError as problem:
-        error = problem
-    raise_together(error)
-    if manifest is None:
-        if is_first_rank():
-            log.warning("checkpoint %s has no manifest (it was saved without blockwise_lr), so its files cannot be "
-                        "checked", folder)
-        return
-    if manifest.complete:
-        found = _all_problems(folder, manifest)
-    try:
-        refuse(folder, manifest, found)
-        if with_states:
-            _check_layout(engine, folder, manifest)
-        if with_states and manifest.record is not None:
-            check(engine.basic_optimizer, manifest.saved_record(), f"checkpoint {folder}")
-    except CheckpointError as problem:
-        error = problem
-    raise_together(error)
-
-
-def _check_layout(engine: Any, folder: str, manifest: Manifest) -> None:
-    universal, now = engine.load_universal_checkpoint(), layout(engine)
-    if manifest.universal and not universal:
-        raise CheckpointError(f'checkpoint {folder} is universal; set "checkpoint": {{"load_universal": true}} in the '
-                              f"ds_config to load it")
-    if universal and now["sharding"] == "ZeRO-0":
-        raise CheckpointError(f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from 1 to "
-                              f"3 and this run has 0; set another stage")
-    if universal or manifest.layout is None or manifest.layout == now:
-        return
-    saved, here = ("{sharding} in {precision} on {ranks} data-parallel ranks".format(**found)
-                   for found in (manifest.layout, now))
-    remedy = "go on with the former"
-    if manifest.layout["sharding"] != "ZeRO-0":
-        remedy += (f", or run python -m blockwise_lr.deepspeed.universal {folder} {folder}_universal and set "
-                   f'"checkpoint": {{"load_universal": true}} in the ds_config')
-    raise CheckpointError(f"checkpoint {folder} was saved with {saved}, and this run has {here}; {remedy}")
-
-
-def _all_problems(folder: str, manifest: Manifest) -> list[str]:
-    """What is wrong with a folder's files; every rank reads its share of them and gets all answers."""
-    ranks = dist.get_world_size()
-    gathered: list[list[str]] = [[]] * ranks
-    dist.all_gather_object(gathered, problems(folder, manifest, dist.get_rank(), ranks))
-    return sorted(problem for found in gathered for problem in found)

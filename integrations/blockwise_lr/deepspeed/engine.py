@@ -9,6 +9,7 @@ from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
 from .cut_sums import reduce_cut_segments_once
+from .flats import correct_mappings
 from .shard_maps import shard_map
 from .universal import load_universal
 
@@ -56,14 +57,14 @@ def attach(engine: Any) -> None:
 
 
 def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
-    """What ZeRO saves and loads goes through files that know only states of the parameters' shape."""
+    """Universal checkpoints load through this package, and what ZeRO notes of its flat tensors is right."""
     wrapper = engine.optimizer
     if not hasattr(wrapper, "_load_universal_checkpoint"):
         if engine.load_universal_checkpoint():
             raise BlockError("load_universal needs a ZeRO stage of 1 to 3, for DeepSpeed makes universal checkpoints of "
                              "these only; set zero_optimization, or unset checkpoint.load_universal")
         return
-    optimizer.element_state = True
+    correct_mappings(wrapper, optimizer)
     upstream = wrapper._load_universal_checkpoint
 
     def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:

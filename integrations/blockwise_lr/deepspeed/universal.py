@@ -10,19 +10,18 @@ from it what its shards hold.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.errors import CheckpointError, raise_together
-from ..checkpoint.manifest import Manifest, begin, complete, entries, verify
-from ..checkpoint.restore import MOMENTS
+from ..checkpoint.record import KEY, Record
+from ..checkpoint.restore import MOMENTS, check
 from ..optim.base import BlockwiseOptimizer
+from .conversion import convert
+from .reading import read
 
 _SCALER = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
@@ -37,9 +36,15 @@ class UniversalFolder:
             raise CheckpointError(f"{folder} is not a universal checkpoint ({path} is missing); convert one with "
                                   f"python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT")
         self.common = _load(path)
+        if not isinstance(self.common, dict) or not isinstance(self.common.get("param_groups"), list):
+            raise CheckpointError(f"{path} holds no param groups; convert the checkpoint again")
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [dict(group) for group in self.common["param_groups"]]
+
+    def record(self) -> Record | None:
+        """The origin of the state; None where another optimizer saved it."""
+        return next((Record.from_dict(group[KEY]) for group in self.common["param_groups"] if KEY in group), None)
 
     def step(self, name: str) -> float | None:
         """Optimizer steps of a parameter: in a file of its own (ZeRO-1 and 2), or common to all (ZeRO-3)."""
@@ -77,10 +82,23 @@ class UniversalFolder:
 
 def _load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # a damaged pickle or archive raises almost anything
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}); convert the checkpoint "
-                              f"again") from error
+        return read(path, mapped=True)
+    except (CheckpointError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); convert the checkpoint again") from error
+
+
+def check_universal(optimizer: BlockwiseOptimizer, folder: str) -> None:
+    """Looks into all files that a rank's shards need; reads no values.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of another model.
+        MismatchError: the origin of the state contradicts the run in what ``accept_mismatch`` does not name.
+    """
+    source = UniversalFolder(folder)
+    check(optimizer, source.record(), f"checkpoint {folder}")
+    for name in {fragment.name for _, fragments in optimizer.shards.flats for fragment in fragments}:
+        for key in ("fp32", *MOMENTS) if source.has_moments(name) else ("fp32",):
+            source.values(name, key, optimizer.block_map[name].numel)
 
 
 def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> None:
@@ -177,57 +195,6 @@ def model_state_files(found: list[str], pattern: str) -> list[str]:
     folder = Path(pattern).parent
     return sorted(map(str, folder.glob("mp_rank_*_model_states.pt"))) or sorted(
         map(str, folder.glob("zero_pp_rank_0_mp_rank_*_model_states.pt")))
-
-
-# ---- conversion
-
-
-def convert(checkpoint: str, output: str, *, workers: int = 1,
-            run: Callable[[argparse.Namespace], None] | None = None) -> None:
-    """Converts a checkpoint folder of a ZeRO engine into a universal one, and points ``latest_universal`` to it.
-
-    Needs twice the size of the weights and optimizer state (12 bytes a parameter) on disk while it runs.
-
-    Args:
-        checkpoint: a tag's folder, as ``save_checkpoint`` has made it; checked where it has a manifest.
-        output: the new folder, usually beside it; must be empty or absent.
-        workers: parallel processes.
-        run: the converter; DeepSpeed's by default.
-
-    Raises:
-        CheckpointError: the checkpoint is damaged or incomplete, or the output exists.
-    """
-    from deepspeed.checkpoint.ds_to_universal import main
-
-    origin = Manifest.read(checkpoint)
-    if origin is not None:
-        verify(checkpoint)
-    if Path(output).is_dir() and any(Path(output).iterdir()):
-        raise CheckpointError(f"{output} exists; name another folder, or remove it if it is left from a conversion that "
-                              f"did not finish: nothing is overwritten")
-    output = os.path.abspath(output)
-    begin(output)
-    with _only_its_files(checkpoint, origin) as source:
-        (run or main)(argparse.Namespace(
-            input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
-            keep_temp_folder=False, strict=True, inject_missing_state=True))
-    files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
-    complete(output, entries(output, files, 0), origin.steps if origin else 0, origin.record if origin else None)
-
-
-@contextlib.contextmanager
-def _only_its_files(checkpoint: str, origin: Manifest | None) -> Iterator[str]:
-    """A folder of links to a checkpoint's files: the converter takes whatever it finds in a folder, also what a killed
-    save on more ranks has left there."""
-    if origin is None:
-        yield os.path.abspath(checkpoint)
-        return
-    with tempfile.TemporaryDirectory() as links:
-        for name in origin.files:
-            link = Path(links, name)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(checkpoint, name).absolute())
-        yield links
 
 
 def _main() -> None:

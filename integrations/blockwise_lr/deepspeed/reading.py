@@ -1,0 +1,83 @@
+"""Reading DeepSpeed's checkpoint files without running code that lies in them."""
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from ..checkpoint.errors import CheckpointError
+
+# what DeepSpeed's ZeRO puts into its files beside tensors, numbers and text
+_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+_STATES = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+_COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+
+
+def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
+    """What torch.save wrote to a file, on the CPU: tensors, plain values and DeepSpeed's own classes.
+
+    Args:
+        mapped: tensors are read from the file when they are used, which must stay as it is until then.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        pickle.UnpicklingError: it holds objects of other classes (from ``client_state``, as a rule), or a damaged pickle.
+    """
+    try:
+        with torch.serialization.safe_globals(_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and _is_archive(path))
+    except pickle.UnpicklingError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except Exception as error:  # a damaged archive raises almost anything
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def states_mapped(checkpoint_engine: Any) -> Iterator[None]:
+    """Meanwhile DeepSpeed gets its optimizer files with the fp32 weights mapped, which it copies where they belong at once.
+
+    It would read them to memory first, which takes as long as all of our checks.
+    """
+    load = checkpoint_engine.load
+
+    def load_states_mapped(path: str, map_location: Any = None) -> Any:
+        if not _STATES.fullmatch(os.path.basename(path)):
+            return load(path, map_location=map_location)
+        try:
+            states = read(path, mapped=True)
+        except pickle.UnpicklingError:
+            return load(path, map_location=map_location)
+        zero = states["optimizer_state_dict"]
+        states["optimizer_state_dict"] = {key: value if key in _COPIED else _own(value) for key, value in zero.items()}
+        return states
+
+    checkpoint_engine.load = load_states_mapped
+    try:
+        yield
+    finally:
+        del checkpoint_engine.load
+
+
+def _own(value: Any) -> Any:
+    """The same with tensors in memory of their own: the file may change later."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    return [_own(item) for item in value] if type(value) is list else value
+
+
+def _is_archive(path: str | os.PathLike) -> bool:
+    """Whether it is one of torch's archives, which can be mapped, and not of the form before torch 1.6."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
