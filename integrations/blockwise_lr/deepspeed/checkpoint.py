@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        complete(folder, found, engine.global_steps, engine.basic_optimizer.record().as_dict(), joined,
+        complete(folder, found, engine.global_steps, replace(engine.basic_optimizer.record(), tensors=None).as_dict(), joined,
                  patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
