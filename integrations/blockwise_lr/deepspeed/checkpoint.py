@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
-    joined = _joined_layouts(of_all_ranks(together(lambda: _layout_to_join(engine), saving)))
+    layouts, records = zip(*of_all_ranks(together(lambda: _to_join(engine), saving)))
+    joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
     with _noting_files(engine, folder, checksums) as files:
@@ -71,8 +72,8 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        complete(folder, found, engine.global_steps, engine.basic_optimizer.record().as_dict(), joined,
-                 patience=SECONDS_TO_APPEAR)
+        record = engine.basic_optimizer.record().as_dict() if one_record else None  # each file has its rank's own
+        complete(folder, found, engine.global_steps, record, joined, patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 
@@ -103,13 +104,17 @@ def _find_mark(folder: str, first: str, token: str) -> None:
         time.sleep(0.05)
 
 
-def _layout_to_join(engine: Any) -> Layout:
-    """A rank's layout; names, which would be as many as ranks times parameters, from the first rank alone."""
+def _to_join(engine: Any) -> tuple[Layout, str]:
+    """A rank's layout, and what tells its record from those of other pipeline stages.
+
+    Names, which would be as many as ranks times parameters, come from the first rank alone.
+    """
     mine = layout(engine)
-    return mine if is_first_rank() else mine.model_copy(update={"order": []})
+    return (mine if is_first_rank() else mine.model_copy(update={"order": []}),
+            engine.basic_optimizer.record().fingerprint)
 
 
-def _joined_layouts(parts: list[Layout]) -> Layout:
+def _joined_layouts(parts: Sequence[Layout]) -> Layout:
     """The first rank's layout with all ranks' digests.
 
     Raises:

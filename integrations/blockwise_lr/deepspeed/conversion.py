@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -63,9 +64,14 @@ def convert(checkpoint: str, output: str, *, workers: int = 1,
     output = os.path.abspath(output)
     with _source(checkpoint, origin, Path(output).parent) as source:
         begin(output)
-        (run or main)(argparse.Namespace(
-            input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
-            keep_temp_folder=False, strict=True, inject_missing_state=True))
+        try:
+            (run or main)(argparse.Namespace(
+                input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
+                keep_temp_folder=False, strict=True, inject_missing_state=True))
+        except Exception as error:  # it checks little, and fails on what it does not know with almost anything
+            shutil.rmtree(output)
+            raise CheckpointError(f"DeepSpeed's converter fails on {checkpoint} ({type(error).__name__}: {error}); go on in "
+                                  f"the layout it was saved in") from error
     files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
     complete(output, entries(output, files, 0), origin.steps if origin else 0,
              _of_elements(origin.record) if origin and origin.record else None)
@@ -81,6 +87,9 @@ def _source(checkpoint: str, origin: Manifest | None, beside: Path) -> Iterator[
     """A folder for the converter: links to the checkpoint's own files (it takes whatever it finds in a folder, also what
     a killed save on more ranks has left there), and rewritten ones in place of those that it would misread."""
     names = list(origin.files) if origin is not None else [path.name for path in Path(checkpoint).iterdir()]
+    if not any(_STATES.fullmatch(name) for name in names):
+        raise CheckpointError(f"{checkpoint} holds no optimizer state of ZeRO (zero_pp_rank_*_optim_states.pt); universal "
+                              f"checkpoints are made of those that were saved with ZeRO stage 1 to 3 only")
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=beside) as folder:
         held: dict[str, Contents] = {}

@@ -119,7 +119,7 @@ def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module
     if with_states and engine.load_universal_checkpoint():
         together(lambda: check_universal(engine.basic_optimizer, folder))
     elif with_states:
-        if manifest is None:
+        if manifest is None or manifest.record is None:
             together(lambda: _check_states(engine, folder, model))
         own = together(lambda: _order_difference(engine, manifest and manifest.layout, model))
         _refuse_together(folder, layout(engine).sharding, of_all_ranks(own))
@@ -198,7 +198,7 @@ def _read(path: str) -> Mapping[str, Any] | None:
 
 
 def _check_states(engine: Any, folder: str, model: Mapping[str, Any] | None) -> None:
-    """Refuses optimizer states in a folder without a manifest that contradict this run."""
+    """Refuses optimizer states that contradict this run, where no manifest tells of all ranks' alike."""
     states = model and model.get("optimizer")
     if engine.zero_optimization():
         ranks = model and model.get("dp_world_size")
