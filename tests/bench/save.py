@@ -1,9 +1,9 @@
 """``make bench``: saving and loading a checkpoint through DeepSpeed, its own AdamW and ours side by side in one process.
 
-One rank, a LLaMA of 34M parameters, ZeRO-1 in fp32, one engine per optimizer. Rounds are interleaved and begin with another
-arm each; the disk is idle at the start of each measurement (sync) and files are read from the page cache. Ours bring files to
-disk (fsync) and write or compare checksums within the time; DeepSpeed's own do neither. Ratios are the medians over rounds of
-an arm's seconds over the base arm's in the same round, with quartiles, and of the least seconds.
+One rank, a LLaMA of 34M parameters, ZeRO-1 in fp32, one engine per optimizer. Rounds are interleaved and begin with
+another arm each; the disk is idle at the start of each measurement (sync) and files are read from the page cache. Ours
+bring files to disk (fsync) and write or compare checksums within the time; DeepSpeed's own do neither. Ratios are the
+medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, and of the least seconds.
 """
 from __future__ import annotations
 
@@ -79,8 +79,7 @@ def measure(found: dict[str, Any], rounds: int, folder: Path) -> tuple[dict[str,
 
 
 def summary(saves: dict[str, list[float]], loads: dict[str, list[float]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """One entry per arm and direction: median seconds, ratio to the base arm with quartiles and that of the least seconds,
-    bytes."""
+    """One entry per arm and direction: median and least seconds, their ratios to the base arm, quartiles, bytes."""
     found = []
     for what, times in (("save", saves), ("load", loads)):
         for name, seconds in times.items():

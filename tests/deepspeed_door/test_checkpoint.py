@@ -164,3 +164,70 @@ def test_zero_to_fp32_reads_our_checkpoints(stage, tmp_path):
     wanted = pool(2).run(saved_weights, stage, str(tmp_path))[0]
     found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+# ---- what is not converted, and pipelines
+
+
+def test_a_checkpoint_without_zero_is_not_converted(tmp_path):
+    from blockwise_lr.checkpoint import CheckpointError
+    from blockwise_lr.deepspeed.universal import convert
+
+    pool(2).run(saved_weights, 0, str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds no optimizer state of ZeRO"):
+        convert(str(tmp_path / "global_step2"), str(tmp_path / "universal"))
+    assert not (tmp_path / "universal").exists()
+
+
+class Layer(torch.nn.Module):
+    """A block between the two ends, which share the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = torch.nn.Linear(16, 24, bias=False), torch.nn.Linear(24, 16, bias=False)
+        self.norm = torch.nn.LayerNorm(16)
+
+    def forward(self, x):
+        return x + self.down_proj(torch.relu(self.up_proj(self.norm(x))))
+
+
+def pipeline(kind, stage, seed):
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    torch.manual_seed(seed)
+    module = PipelineModule(
+        [TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16), LayerSpec(Layer), LayerSpec(Layer),
+         TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16, forward_fn=lambda layer, x: x @ layer.weight.T)],
+        num_stages=2, partition_method="uniform",
+        loss_fn=lambda out, ids: torch.nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten()))
+    rules = [{"match": "*_proj*", "block": "ffn"}]
+    return start(module, config(kind, stage, steps=TOTAL, optimizer={"block_rules": rules}),
+                 model_parameters=list(module.parameters()))
+
+
+def pipeline_resumed(kind, stage, folder):
+    """Losses of two updates, and the weights after them, of a run that went on and of one that was loaded."""
+    ids = torch.randint(0, 61, (TOTAL, 2, 2, 6), generator=torch.Generator().manual_seed(1))
+
+    def go_on(engine, first, steps):
+        batches = iter([(part, part) for step in ids[first:first + steps] for part in step])
+        return [float(engine.train_batch(batches)) for _ in range(steps)]
+
+    found = []
+    for seed, load in ((0, False), (5, True)):
+        engine = pipeline(kind, stage, seed)
+        if load:
+            engine.load_checkpoint(folder)
+        else:
+            go_on(engine, 0, 3)
+            engine.save_checkpoint(folder, tag="three")
+        losses = go_on(engine, 3, 2)
+        found.append((losses, {name: p.detach().clone() for name, p in engine.module.named_parameters()}))
+        engine.destroy()
+    return found[0][0] == found[1][0] and all(torch.equal(p, found[1][1][name]) for name, p in found[0][1].items())
+
+
+@pytest.mark.parametrize("kind, stage", [(MINI, 1), (ADAMW, 0)])
+def test_a_pipeline_resumes_to_the_bit(kind, stage, tmp_path):
+    """Every stage holds other parameters, so every rank's record of them is another."""
+    assert pool(2).run(pipeline_resumed, kind, stage, str(tmp_path)) == [True, True]

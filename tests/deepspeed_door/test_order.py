@@ -1,5 +1,5 @@
-"""A checkpoint belongs to the order in which flat tensors hold the parameters: another one is refused on every rank before
-anything is loaded, and what reorders them is converted rightly."""
+"""A checkpoint belongs to the order in which flat tensors hold the parameters: another one is refused on every rank
+before anything is loaded, and what reorders them is converted rightly."""
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_another_order_is_refused_and_changes_nothing(kind, stage, dtype, before
     assert "MismatchError" in message and "does not fit this run" in message
     orders = before.get("order", "") + after.get("order", "")
     if orders == "swapped":
-        assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"} <= set(message.replace(";", "").split())
+        assert all(f"model.layers.0.mlp.{name}_proj.weight" in message for name in ("gate", "up"))
     elif "zero" in after and "zero" in before:
         assert "zero_optimization: " in message
     assert ("blockwise_lr.deepspeed.universal" in message) == (stage > 0)
@@ -113,7 +113,8 @@ def strip(folder, how):
     if how == "lost":
         (folder / "blockwise_lr.json").unlink()
     else:
-        manifest.model_copy(update={"layout": manifest.layout.model_copy(update={"flats": None, "order": []})}).write(folder)
+        layout = manifest.layout.model_copy(update={"flats": None, "order": []})
+        manifest.model_copy(update={"layout": layout}).write(folder)
 
 
 @pytest.mark.parametrize("how, stage", [("older", 2), ("lost", 1), ("lost", 3)])
@@ -141,8 +142,8 @@ def test_any_order_is_converted_rightly(kind, stage, zero, target, order, tmp_pa
     merged = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
     assert worst_difference({name: merged[name] for name in wanted}, wanted) == 0
     convert(str(tmp_path / "two"), str(tmp_path / "any"))
-    answers = pool(3).run(loaded, str(tmp_path), kind, target, ROUND_ROBIN if target < 3 else None, order, "fp32", "any", True)
-    for message, _, after in answers:
+    zero = ROUND_ROBIN if target < 3 else None
+    for message, _, after in pool(3).run(loaded, str(tmp_path), kind, target, zero, order, "fp32", "any", True):
         assert message is None and worst_difference(after, wanted) == 0
 
 
@@ -187,7 +188,7 @@ def test_parts_that_are_no_whole_are_not_converted(tmp_path):
     states = torch.load(path, weights_only=False)
     states["blockwise_lr"]["flats"][0][1][0][1] = 0
     torch.save(states, path)
-    with pytest.raises(CheckpointError, match="cannot be converted: what its ranks hold of .* does not follow one another"):
+    with pytest.raises(CheckpointError, match="what its ranks hold of .* does not follow one another"):
         convert(str(tmp_path / "two"), str(tmp_path / "any"))
 
 

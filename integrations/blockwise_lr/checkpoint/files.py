@@ -81,8 +81,8 @@ def write_error(path: str | os.PathLike, error: Exception) -> CheckpointError:
     by writing a little more to the file, which is lost anyway.
     """
     if not isinstance(error, (OSError, RuntimeError)):  # something that does not pickle
-        return CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}; look for what client_state or the "
-                               f"module's state_dict adds to the checkpoint")
+        return CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}; look for what client_state or "
+                               f"the module's state_dict adds to the checkpoint")
     found = error if isinstance(error, OSError) and error.errno else _tried_again(path) or error
     return CheckpointError(f"cannot write {path}: {_reason(found, Path(path).parent)}; {_MEND}")
 

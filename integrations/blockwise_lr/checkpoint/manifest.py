@@ -1,12 +1,12 @@
 """The manifest of a checkpoint folder: which files belong to it, with their sizes and checksums.
 
-``blockwise_lr.json`` is written twice: before a save, marked incomplete, and once all ranks' files are on disk, complete.
-So a folder that a killed save has left behind is known for what it is, and so are files that were truncated, altered or
-exchanged later.
+``blockwise_lr.json`` is written twice: before a save, marked incomplete, and once all ranks' files are on disk,
+complete. So a folder that a killed save has left behind is known for what it is, and so are files that were truncated,
+altered or exchanged later.
 
-It guards against accidents: files cut off, altered or mixed up by disks, copies and killed runs. It does not guard against
-people: who can write the files can write a manifest that fits them, and DeepSpeed unpickles its files, which runs any code
-that they hold. Load checkpoints of people you trust only.
+It guards against accidents: files cut off, altered or mixed up by disks, copies and killed runs. It does not guard
+against people: who can write the files can write a manifest that fits them, and DeepSpeed unpickles its files, which
+runs any code that they hold. Load checkpoints of people you trust only.
 """
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from .files import flush, make_folder, sha256, write_atomically, xxh3
 from .record import Record
 
 NAME = "blockwise_lr.json"
-# 1: SHA-256; 2: XXH3, the token of a save, what flat tensors hold. Raised when an older package could misread a newer one's.
+# 1: SHA-256; 2: XXH3, the token of a save, what flat tensors hold. Raised when an older package could misread what a
+# newer one wrote.
 FORMAT = 2
 _TYPED = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -198,8 +199,8 @@ def complete(folder: str | os.PathLike, files: Mapping[str, Entry], steps: int, 
     deadline = time.monotonic() + patience
     while lacking := size_problems(folder, made):
         if time.monotonic() >= deadline:
-            raise CheckpointError(f"in {folder} {'; '.join(lacking[:4])}: the ranks do not share that folder, or something "
-                                  f"else writes to it; save to a file system that all nodes share")
+            raise CheckpointError(f"in {folder} {'; '.join(lacking[:4])}: the ranks do not share that folder, or "
+                                  f"something else writes to it; save to a file system that all nodes share")
         time.sleep(0.1)
     made.write(folder)
 

@@ -20,8 +20,8 @@ class Survey:
         damaged: tag -> what is wrong, of those that were complete once.
         newer: what VersionError says of those of a newer format.
         others: complete ones that are universal where such were not asked for, and the other way round.
-        unknown: folders with DeepSpeed's files and no manifest, or that cannot be read: whether they are complete is not
-            known.
+        unknown: folders with DeepSpeed's files and no manifest, or that cannot be read: whether they are complete is
+            not known.
     """
 
     tags: list[str] = field(default_factory=list)

@@ -1,9 +1,9 @@
-"""Saving and loading through DeepSpeed engines: complete or not at all, and never something that does not belong together.
+"""Saving and loading through DeepSpeed engines: complete or not at all, and never what does not belong together.
 
 A save marks its folder incomplete, makes sure that all ranks see that mark, lets DeepSpeed write, and when every rank's
-files are on disk writes a manifest with their checksums; only then does ``latest`` point to it. (DeepSpeed itself writes
-``latest`` while other ranks may still be writing.) A load has all ranks agree on one checkpoint and checks the manifest, the
-files, the origin of the optimizer state and the order of the parameters in it before it touches the engine.
+files are on disk writes a manifest with their checksums; only then does ``latest`` point to it. (DeepSpeed itself
+writes ``latest`` while other ranks may still be writing.) A load has all ranks agree on one checkpoint and checks the
+manifest, the files, the origin of the optimizer state and the order of the parameters in it before it touches the engine.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -58,12 +58,13 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
     if not save_dir or engine.checkpoint_engine.is_decoupled() or engine.use_node_local_storage():
         if is_first_rank():
-            log.warning("checkpoint %s gets no manifest: blockwise_lr does not support checkpoint engines that write in "
-                        "the background, nor node-local storage", tag)
+            log.warning("checkpoint %s gets no manifest: blockwise_lr does not support checkpoint engines that write "
+                        "in the background, nor node-local storage", tag)
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
-    joined = _joined_layouts(of_all_ranks(together(lambda: layout(engine), saving)))
+    layouts, records = zip(*of_all_ranks(together(lambda: _to_join(engine), saving)))
+    joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
     with _noting_files(engine, folder, checksums) as files:
@@ -72,7 +73,8 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        complete(folder, found, engine.global_steps, replace(engine.basic_optimizer.record(), tensors=None).as_dict(), joined,
+        record = replace(engine.basic_optimizer.record(), tensors=None)  # what lies where is in the layout
+        complete(folder, found, engine.global_steps, record.as_dict() if one_record else None, joined,
                  patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
@@ -98,12 +100,23 @@ def _find_mark(folder: str, first: str, token: str) -> None:
             if manifest is not None and manifest.token == token:
                 return
         if time.monotonic() > deadline:
-            raise CheckpointError(f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to {first}; "
-                                  f"give all ranks the same folder and tag, on a file system that all nodes share")
+            raise CheckpointError(f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to "
+                                  f"{first}; give all ranks the same folder and tag, on a file system that all "
+                                  f"nodes share")
         time.sleep(0.05)
 
 
-def _joined_layouts(parts: list[Layout]) -> Layout:
+def _to_join(engine: Any) -> tuple[Layout, str]:
+    """A rank's layout, and what tells its record from those of other pipeline stages.
+
+    Names, which would be as many as ranks times parameters, come from the first rank alone.
+    """
+    mine = layout(engine)
+    return (mine if is_first_rank() else mine.model_copy(update={"order": []}),
+            engine.basic_optimizer.record().fingerprint)
+
+
+def _joined_layouts(parts: Sequence[Layout]) -> Layout:
     """The first rank's layout with all ranks' digests.
 
     Raises:
@@ -113,9 +126,9 @@ def _joined_layouts(parts: list[Layout]) -> Layout:
     for rank, part in enumerate(parts):
         for name, digest in (part.flats or {}).items():
             if flats.setdefault(name, digest) != digest:
-                raise CheckpointError(f"rank {rank} writes the state of its own shards to {name}, to which another rank has "
-                                      f"written that of other shards: DeepSpeed does not save this parallel layout whole; "
-                                      f"use one that it does (without sequence parallelism, as a rule)")
+                raise CheckpointError(f"rank {rank} writes the state of its own shards to {name}, to which another "
+                                      f"rank has written that of other shards: DeepSpeed does not save this parallel "
+                                      f"layout whole; use one that it does (without sequence parallelism, as a rule)")
     return parts[0].model_copy(update={"flats": flats})
 
 
@@ -123,8 +136,8 @@ def _joined_layouts(parts: list[Layout]) -> Layout:
 def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[str, Future[Entry]]]:
     """The entries of the files that DeepSpeed's checkpoint engine writes meanwhile, by path below the folder.
 
-    A file is brought to disk and read for its checksum while DeepSpeed goes on with the next. Errors of writes that failed
-    come with their entries: raised in place, the other ranks would wait for this one in DeepSpeed's next barrier.
+    A file is brought to disk and read for its checksum while DeepSpeed goes on with the next. Errors of writes that
+    failed come with their entries: raised in place, the other ranks would wait for this one in DeepSpeed's next barrier.
     """
     files: dict[str, Future[Entry]] = {}
     checkpoint_engine, rank = engine.checkpoint_engine, dist.get_rank()
@@ -182,14 +195,14 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
          load_module_only: bool, **arguments: Any) -> tuple[Any, Any]:
     """DeepSpeedEngine.load_checkpoint after a check of the folder, with errors raised on all ranks alike.
 
-    What can be refused is refused before anything is loaded; where DeepSpeed fails all the same, the engine's counters and
-    its scheduler are put back.
+    What can be refused is refused before anything is loaded; where DeepSpeed fails all the same, the engine's counters
+    and its scheduler are put back.
 
     Raises:
-        CheckpointError: the folder is not there, incomplete or damaged, ranks see different ones, or the state in it does
-            not fit.
-        MismatchError: it contradicts the run in what the optimizer's ``accept_mismatch`` does not name, or in the order of
-            the parameters.
+        CheckpointError: the folder is not there, incomplete or damaged, ranks see different ones, or the state in it
+            does not fit.
+        MismatchError: it contradicts the run in what the optimizer's ``accept_mismatch`` does not name, or in the
+            order of the parameters.
     """
     tag = agreed_tag(load_dir, tag, engine.load_universal_checkpoint())
     if tag is not None:
@@ -206,16 +219,16 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
 def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]:
     """``engine.load_checkpoint`` of the newest complete and intact checkpoint in a directory; all ranks call it.
 
-    Folders below the directory are searched too. Damaged checkpoints are passed over and logged, those of unfinished saves
-    are passed over, nothing is deleted.
+    Folders below the directory are searched too. Damaged checkpoints are passed over and logged, those of unfinished
+    saves are passed over, nothing is deleted.
 
     Returns:
         As ``load_checkpoint``; (None, None) where no save was ever completed.
 
     Raises:
         VersionError: there is one of a newer format, which this run's saves might replace.
-        CheckpointError: all complete ones are damaged, or of the kind (universal or not) that the ds_config does not ask
-            for, or none has a manifest that tells whether it is complete.
+        CheckpointError: all complete ones are damaged, or of the kind (universal or not) that the ds_config does not
+            ask for, or none has a manifest that tells whether it is complete.
         MismatchError: the newest contradicts this run.
     """
     found = together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()) if is_first_rank() else None,
@@ -248,8 +261,8 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
     elsewhere = of_all_ranks(together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()).tags))
     for rank, tags in enumerate(elsewhere):
         if tags:
-            raise CheckpointError(f"rank {rank} finds {tags[0]!r} in {load_dir}, where rank 0 finds no checkpoint; give all "
-                                  f"ranks the same folder, on a file system that all nodes share")
+            raise CheckpointError(f"rank {rank} finds {tags[0]!r} in {load_dir}, where rank 0 finds no checkpoint; "
+                                  f"give all ranks the same folder, on a file system that all nodes share")
     return None, None
 
 

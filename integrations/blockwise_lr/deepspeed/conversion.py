@@ -1,8 +1,8 @@
 """From what ZeRO saved to a universal checkpoint, by DeepSpeed's own converter (``ds_to_universal``).
 
 The converter takes second moments of the parameters' shape, and believes the files (ZeRO-1 and 2) or a rule of its own
-(ZeRO-3) about where a parameter lies in a flat tensor. So it is given files with Adam-mini's second moments spread over the
-elements of their segments and the true places, and what it would put together wrongly is refused.
+(ZeRO-3) about where a parameter lies in a flat tensor. So it is given files with Adam-mini's second moments spread over
+the elements of their segments and the true places, and what it would put together wrongly is refused.
 """
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import contextlib
 import os
 import pickle
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -57,14 +58,19 @@ def convert(checkpoint: str, output: str, *, workers: int = 1,
     elif not Path(checkpoint).is_dir():
         raise CheckpointError(f"there is no checkpoint {checkpoint}")
     if Path(output).is_dir() and any(Path(output).iterdir()):
-        raise CheckpointError(f"{output} exists; name another folder, or remove it if it is left from a conversion that "
-                              f"did not finish: nothing is overwritten")
+        raise CheckpointError(f"{output} exists; name another folder, or remove it if it is left from a conversion "
+                              f"that did not finish: nothing is overwritten")
     output = os.path.abspath(output)
     with _source(checkpoint, origin, Path(output).parent) as source:
         begin(output)
-        (run or main)(argparse.Namespace(
-            input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
-            keep_temp_folder=False, strict=True, inject_missing_state=True))
+        try:
+            (run or main)(argparse.Namespace(
+                input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
+                keep_temp_folder=False, strict=True, inject_missing_state=True))
+        except Exception as error:  # it checks little, and fails on what it does not know with almost anything
+            shutil.rmtree(output)
+            raise CheckpointError(f"DeepSpeed's converter fails on {checkpoint} ({type(error).__name__}: {error}); go on in "
+                                  f"the layout it was saved in") from error
     files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
     complete(output, entries(output, files, 0), origin.steps if origin else 0,
              _of_elements(origin.record) if origin and origin.record else None)
@@ -77,9 +83,12 @@ def _of_elements(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _source(checkpoint: str, origin: Manifest | None, beside: Path) -> Iterator[str]:
-    """A folder for the converter: links to the checkpoint's own files (it takes whatever it finds in a folder, also what a
-    killed save on more ranks has left there), and rewritten ones in place of those that it would misread."""
+    """A folder for the converter: links to the checkpoint's own files (it takes whatever it finds in a folder, also what
+    a killed save on more ranks has left there), and rewritten ones in place of those that it would misread."""
     names = list(origin.files) if origin is not None else [path.name for path in Path(checkpoint).iterdir()]
+    if not any(_STATES.fullmatch(name) for name in names):
+        raise CheckpointError(f"{checkpoint} holds no optimizer state of ZeRO (zero_pp_rank_*_optim_states.pt); universal "
+                              f"checkpoints are made of those that were saved with ZeRO stage 1 to 3 only")
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=beside) as folder:
         held: dict[str, Contents] = {}
@@ -112,9 +121,9 @@ def _check_known(checkpoint: str, name: str, states: Mapping[str, Any]) -> None:
     if KEY not in states and "param_slice_mappings" in zero and \
             ordering_settings(states.get("ds_config")).get("round_robin_gradients"):
         raise CheckpointError(
-            f"{checkpoint}/{name} was saved with round_robin_gradients by DeepSpeed alone or an older blockwise-lr, which "
-            f"noted wrong places of its parameters; load it in the layout it was saved in, save it again with this "
-            f"version, and convert that")
+            f"{checkpoint}/{name} was saved with round_robin_gradients by DeepSpeed alone or an older blockwise-lr, "
+            f"which noted wrong places of its parameters; load it in the layout it was saved in, save it again with "
+            f"this version, and convert that")
 
 
 # ---- files as the converter understands them
@@ -175,9 +184,9 @@ def _check_tiling(checkpoint: str, held: Mapping[str, Contents]) -> None:
         for rank, start, numel in sorted(found):
             if start != end:
                 raise CheckpointError(
-                    f"{checkpoint} cannot be converted: what its ranks hold of {parameter} does not follow one another (rank "
-                    f"{rank} holds elements {start} to {start + numel}, after {end}), as with experts that differ from "
-                    f"rank to rank; go on in the layout it was saved in")
+                    f"{checkpoint} cannot be converted: what its ranks hold of {parameter} does not follow one "
+                    f"another (rank {rank} holds elements {start} to {start + numel}, after {end}), as with experts "
+                    f"that differ from rank to rank; go on in the layout it was saved in")
             end = start + numel
 
 
@@ -194,5 +203,6 @@ def _check_zero3(checkpoint: str, held: Mapping[str, Contents]) -> None:
         for group, (_, fragments) in zip(shapes, flats):
             inside = {parameter for parameter, *_ in fragments}
             if [parameter for parameter, *_ in fragments] != [plain_name(n) for n in group if plain_name(n) in inside]:
-                raise CheckpointError(f"{checkpoint} cannot be converted: {name} holds its parameters in another order than "
-                                      f"DeepSpeed's converter takes them for; go on in the layout it was saved in")
+                raise CheckpointError(f"{checkpoint} cannot be converted: {name} holds its parameters in another "
+                                      f"order than DeepSpeed's converter takes them for; go on in the layout it was "
+                                      f"saved in")

@@ -1,4 +1,4 @@
-"""What lies where in a rank's flat tensors: recorded in a checkpoint, compared before a load, right for DeepSpeed's tools.
+"""What lies where in a rank's flat tensors: recorded in a checkpoint, compared before a load, told to DeepSpeed's tools.
 
 DeepSpeed's ZeRO saves flat tensors without names, and loads them by position. So a checkpoint belongs to the order in
 which a run laid its parameters into flat tensors (their order of definition, ``round_robin_gradients``, ZeRO-3's
@@ -124,9 +124,9 @@ def _settings_difference(saved: Layout, now: Layout) -> str:
 def correct_mappings(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
     """Puts right what DeepSpeed records of where a parameter's fp32 values lie, in the wrappers that do.
 
-    With ``round_robin_gradients`` it links parameters to their fp32 values (``safe_get_full_fp32_param`` and its like) and
-    tells its converter of them as though they lay in the order of definition; it counts with their true places only where
-    ``parameter_alignment`` puts padding between them.
+    With ``round_robin_gradients`` it links parameters to their fp32 values (``safe_get_full_fp32_param`` and its like)
+    and tells its converter of them as though they lay in the order of definition; it counts with their true places
+    only where ``parameter_alignment`` puts padding between them.
     """
     if getattr(wrapper, "round_robin_gradients", False):
         link = wrapper._link_all_hp_params

@@ -53,8 +53,8 @@ def agreed_tag(load_dir: str, tag: str | None, universal: bool) -> str | None:
     for rank, view in enumerate(views):
         if view != views[0]:
             raise CheckpointError(f"rank {rank} sees another checkpoint in {load_dir} than rank 0 ({_told(view)} and "
-                                  f"{_told(views[0])}); give all ranks the same folder and tag, on a file system that all "
-                                  f"nodes share")
+                                  f"{_told(views[0])}); give all ranks the same folder and tag, on a file system that "
+                                  f"all nodes share")
     return tag
 
 
@@ -64,8 +64,8 @@ def _view(load_dir: str, tag: str | None, universal: bool) -> tuple[str | None, 
         pointer = Path(load_dir) / ("latest_universal" if universal else "latest")
         if not os.path.lexists(pointer):
             if universal:
-                raise CheckpointError(f"{pointer} is not there; convert a checkpoint with python -m blockwise_lr.deepspeed"
-                                      f".universal CHECKPOINT OUTPUT, or pass the tag of a universal one")
+                raise CheckpointError(f"{pointer} is not there; convert a checkpoint with python -m "
+                                      f"blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT, or pass a universal one's tag")
             return None, None
         try:
             tag = pointer.read_text().strip()
@@ -94,7 +94,7 @@ def _told(view: tuple[str | None, Any]) -> str:
 
 def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module_only: bool, *,
                  load_module_strict: bool, load_lr_scheduler_states: bool, custom_load_fn: Any) -> None:
-    """Refuses what cannot or must not be loaded; changes nothing. All ranks call it with what :func:`agreed_tag` returned.
+    """Refuses what cannot or must not be loaded; changes nothing. All ranks call it with what :func:`agreed_tag` gave.
 
     Args:
         with_states: optimizer states are to be loaded.
@@ -118,7 +118,7 @@ def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module
     if with_states and engine.load_universal_checkpoint():
         together(lambda: check_universal(engine.basic_optimizer, folder))
     elif with_states:
-        if manifest is None:
+        if manifest is None or manifest.record is None:
             together(lambda: _check_states(engine, folder, model))
         own = together(lambda: _order_difference(engine, manifest and manifest.layout, model))
         _refuse_together(folder, layout(engine).sharding, of_all_ranks(own))
@@ -163,8 +163,8 @@ def _check_layout(engine: Any, folder: str, saved: Layout | None, is_universal: 
         raise CheckpointError(f'checkpoint {folder} is universal; set "checkpoint": {{"load_universal": true}} in the '
                               f"ds_config to load it")
     if universal and now.sharding == "ZeRO-0":
-        raise CheckpointError(f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from 1 to "
-                              f"3 and this run has 0; set another stage")
+        raise CheckpointError(f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from "
+                              f"1 to 3 and this run has 0; set another stage")
     if universal or saved is None or saved.same_cut(now):
         return
     raise CheckpointError(f"checkpoint {folder} was saved with {saved}, and this run has {now}; go on with the former"
@@ -183,8 +183,8 @@ def _or_convert(folder: str, sharding: str) -> str:
 def _model_file(engine: Any, load_dir: str, tag: str) -> str:
     found, mine = engine._get_all_ckpt_names(load_dir, tag), engine._get_ckpt_name(load_dir, tag)
     if not found:
-        raise CheckpointError(f"{os.path.join(load_dir, tag)} holds no {os.path.basename(mine)}; it is no checkpoint of an "
-                              f"engine of this kind, or files of it are missing")
+        raise CheckpointError(f"{os.path.join(load_dir, tag)} holds no {os.path.basename(mine)}; it is no checkpoint "
+                              f"of an engine of this kind, or files of it are missing")
     return mine if mine in found else found[0]
 
 
@@ -197,7 +197,7 @@ def _read(path: str) -> Mapping[str, Any] | None:
 
 
 def _check_states(engine: Any, folder: str, model: Mapping[str, Any] | None) -> None:
-    """Refuses optimizer states in a folder without a manifest that contradict this run."""
+    """Refuses optimizer states that contradict this run, where no manifest tells of all ranks' alike."""
     states = model and model.get("optimizer")
     if engine.zero_optimization():
         ranks = model and model.get("dp_world_size")
@@ -227,8 +227,8 @@ def _refuse_together(folder: str, sharding: str, answers: list[str | None]) -> N
     """One error on all ranks where any has another order of parameters."""
     found = next((answer for answer in answers if answer is not None), None)
     if found is not None:
-        raise MismatchError(f"checkpoint {folder} does not fit this run: {found}; go on with the former order of definition "
-                            f"and zero_optimization settings" + _or_convert(folder, sharding))
+        raise MismatchError(f"checkpoint {folder} does not fit this run: {found}; go on with the former order of "
+                            f"definition and zero_optimization settings" + _or_convert(folder, sharding))
 
 
 class _NoCopies(TorchDispatchMode):
@@ -250,8 +250,8 @@ def _try_module(engine: Any, folder: str, saved: Any, strict: bool) -> None:
         with _NoCopies():
             engine.module.load_state_dict(dict(saved), strict=strict)
     except Exception as error:
-        raise CheckpointError(f"the module's weights in checkpoint {folder} do not fit this model ({error}); go on with the "
-                              f"former model, or pass load_module_strict=False or a custom_load_fn") from error
+        raise CheckpointError(f"the module's weights in checkpoint {folder} do not fit this model ({error}); go on "
+                              f"with the former model, or pass load_module_strict=False or a custom_load_fn") from error
 
 
 def _try_scheduler(engine: Any, folder: str, state: Any) -> None:
@@ -277,8 +277,8 @@ def counters_kept(engine: Any) -> Iterator[None]:
         yield
     except BaseException:
         put_back()
-        log.warning("the load failed under way: the engine's counters and its scheduler are as before, its weights may be "
-                    "the checkpoint's in part; build the engine anew before training with it")
+        log.warning("the load failed under way: the engine's counters and its scheduler are as before, its weights "
+                    "may be the checkpoint's in part; build the engine anew before training with it")
         raise
 
 

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
 
 @contextlib.contextmanager
 def states_mapped(checkpoint_engine: Any) -> Iterator[None]:
-    """Meanwhile DeepSpeed gets its optimizer files with the fp32 weights mapped, which it copies where they belong at once.
+    """Meanwhile DeepSpeed gets its optimizer files with the fp32 weights mapped, which it copies where they belong.
 
     It would read them to memory first, which takes as long as all of our checks.
     """

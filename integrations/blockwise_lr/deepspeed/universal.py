@@ -1,11 +1,11 @@
 """Universal checkpoints: saved at one number of ranks and ZeRO stage, loaded at any other.
 
-``python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT`` runs DeepSpeed's own converter (``ds_to_universal``) on a
-checked checkpoint and adds a manifest. Folders that DeepSpeed's converter made alone load as well.
+``python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT`` runs DeepSpeed's own converter (``ds_to_universal``)
+on a checked checkpoint and adds a manifest. Folders that DeepSpeed's converter made alone load as well.
 
 DeepSpeed's loaders take a stage's own universal folders only and give every param group the first one's settings, so
-engines with a blockwise optimizer load through this module: every file holds a whole parameter's state, and a rank takes
-from it what its shards hold.
+engines with a blockwise optimizer load through this module: every file holds a whole parameter's state, and a rank
+takes from it what its shards hold.
 """
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class UniversalFolder:
         """
         missing = [key for key in ("fp32", *MOMENTS) if not (self.folder / name / f"{key}.pt").is_file()]
         if missing and missing != list(MOMENTS):
-            raise CheckpointError(f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of {name}; "
-                                  f"it is incomplete or of another model")
+            raise CheckpointError(f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of "
+                                  f"{name}; it is incomplete or of another model")
         return not missing
 
     def values(self, name: str, key: str, numel: int) -> torch.Tensor:
