@@ -11,6 +11,9 @@ from typing import Any
 from .base import Patch, Symbol, Undo
 
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine."
+_ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+_ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 
 
 def _install(undo: Undo) -> None:
@@ -59,6 +62,14 @@ PATCH = Patch(
         Symbol(_ENGINE + "_configure_optimizer", ("self", "client_optimizer", "model_parameters")),
         Symbol("deepspeed.runtime.zero.utils:ZERO_SUPPORTED_OPTIMIZERS"),
         Symbol("deepspeed.runtime.lr_schedules:WarmupLR"),
+        # wrapped on the instances, by blockwise_lr.deepspeed.state_access
+        *(Symbol(f"{path}._link_all_hp_params", ("self",)) for path in (_ZERO12, _BF16)),
+        Symbol("deepspeed.utils:get_full_hp_param", ("self", "optim_state_key")),
+        Symbol("deepspeed.utils:set_full_hp_param", ("self", "value", "optim_state_key")),
+        Symbol(_ZERO3 + ".get_full_hp_param", ("self", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".set_full_hp_param", ("self", "value", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".get_local_fp32_param", ("self", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".set_local_hp_param", ("self", "value", "param", "optim_state_key")),
     ),
     why="DeepSpeed's list of optimizer types is closed, and it builds optimizers from tensors without names",
     until="DeepSpeed offers a registry of optimizer types that are given the module",

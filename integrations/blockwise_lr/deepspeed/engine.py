@@ -10,6 +10,7 @@ from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
 from .cut_sums import reduce_cut_segments_once
 from .shard_maps import shard_map
+from .state_access import serve_optimizer_states
 from .universal import load_universal
 
 
@@ -48,6 +49,8 @@ def attach(engine: Any) -> None:
     shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
     if shards is not None:
         optimizer.attach_shards(shards)
+    if hasattr(engine.optimizer, "_link_all_hp_params"):  # ZeRO and BF16_Optimizer
+        serve_optimizer_states(engine.optimizer, optimizer)
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         if shards is not None and shards.cuts and len(shards.flats) > 1:
             reduce_cut_segments_once(engine.optimizer, optimizer)
