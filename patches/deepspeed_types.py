@@ -21,6 +21,8 @@ def _install(undo: Undo) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
 
+    from blockwise_lr.checkpoint.errors import together
+    from blockwise_lr.deepspeed.agreement import compare_made, is_callable
     from blockwise_lr.deepspeed.build import OPTIMIZER_TYPES, build_optimizer
     from blockwise_lr.deepspeed.engine import attach
     from blockwise_lr.optim.base import BlockwiseOptimizer
@@ -36,9 +38,15 @@ def _install(undo: Undo) -> None:
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         if self.optimizer_name() not in OPTIMIZER_TYPES:
             return build(self, model_parameters)
-        return build_optimizer(self.optimizer_name(), self.module, model_parameters, self.optimizer_params() or {})
+        made = build_optimizer(self.optimizer_name(), self.module, model_parameters, self.optimizer_params() or {})
+        compare_made(made, self.module, self.mpu)
+        return made
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if is_callable(client_optimizer):  # made here, so that all ranks hear of an error, or of another class
+            make = client_optimizer
+            client_optimizer = together(lambda: make(model_parameters), "building the optimizer")
+            compare_made(client_optimizer, self.module, self.mpu)
         with BlockwiseOptimizer.holding_steps():  # the fp16 wrapper takes a step on zero gradients while it is built
             configure(self, client_optimizer, model_parameters)
         attach(self)
