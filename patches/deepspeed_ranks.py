@@ -31,7 +31,8 @@ def _install(undo: Undo) -> None:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         of = given.arguments
-        compare_ranks(of["args"], of["model"], of["optimizer"], of["lr_scheduler"], of["mpu"], of["config_class"])
+        compare_ranks(of["args"], of["model"], of["optimizer"], of["lr_scheduler"], of["mpu"], of["config_class"],
+                      of["mesh_device"])
         init(self, *args, **kwargs)
 
     def _configure_lr_scheduler(self: Any) -> None:

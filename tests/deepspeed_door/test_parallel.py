@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepspeed_door.engines import CLIP, DECAY, EPS, LR, BETAS, config, reference
+from deepspeed_door.engines import BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, config
 from ranks import pool
-from twins import RATIOS, make, token_ids, worst_difference
+from twins import RATIOS, TorchAdamW, Twin, make, paper_lr, token_ids, worst_difference
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 WIDTH, VOCABULARY = 16, 24
@@ -109,17 +109,12 @@ def settings_of(kind, stage, model, parallel):
 
 
 def sequence_mpu():
-    """An mpu whose ranks share one sequence, as Megatron-DeepSpeed's."""
-    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    everyone = dist.new_group(list(range(dist.get_world_size())))
-    groups = {"model_parallel": alone, "data_parallel": alone, "sequence_parallel": everyone,
-              "sequence_data_parallel": everyone}
-    asked = {}
-    for name, group in groups.items():
-        asked[f"get_{name}_group"] = lambda group=group: group
-        asked[f"get_{name}_world_size"] = lambda group=group: dist.get_world_size(group)
-        asked[f"get_{name}_rank"] = lambda group=group: dist.get_rank(group)
-    return types.SimpleNamespace(**asked)
+    """DeepSpeed's own mpu for Ulysses, all ranks sharing one sequence."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+        parallel_state_sp.initialize_sequence_parallel(dist.get_world_size())
+    return parallel_state_sp
 
 
 def engine_of(kind, stage, parallel):
@@ -170,11 +165,130 @@ def beside_plain(kind, stage, parallel):
 
 
 MOE = [{"ep_size": 1}, {"ep_size": 2}]
-ULYSSES = [{"ulysses": "mesh"}, {"ulysses": "mpu"}]
+ULYSSES = {"ulysses": "mpu"}
 
 
 @pytest.mark.parametrize("kind", [ADAMW, MINI])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("parallel", MOE + ULYSSES, ids=str)
+@pytest.mark.parametrize("stage, parallel", [(0, MOE[1]), (1, MOE[0]), (2, MOE[1]), (0, ULYSSES), (2, ULYSSES),
+                                             (3, ULYSSES)], ids=str)
 def test_moe_and_ulysses_train_as_a_plain_optimizer(kind, stage, parallel):
     assert max(pool(2).run(beside_plain, kind, stage, parallel)) < 1e-5
+
+
+def resumed(kind, stage, parallel, folder):
+    """How far a run that was saved after three steps, and loaded into a new engine, is from one that was not."""
+    from blockwise_lr.deepspeed import load_newest
+
+    engine = engine_of(kind, stage, parallel)
+    steps_of(engine, 0, 3)
+    engine.save_checkpoint(folder)
+    steps_of(engine, 3, 5)
+    wanted = plain(engine)
+    engine = engine_of(kind, stage, parallel)
+    for p in engine.module.parameters():
+        p.data.add_(0.1)
+    path, _ = load_newest(engine, folder)
+    assert path is not None
+    steps_of(engine, 3, 5)
+    return worst_difference(plain(engine), wanted)
+
+
+@pytest.mark.parametrize("kind, stage, parallel", [(ADAMW, 1, MOE[1]), (MINI, 2, MOE[1]), (MINI, 1, MOE[0]), (MINI, 0, MOE[1]),
+                                                   (MINI, 2, ULYSSES), (ADAMW, 3, ULYSSES), (MINI, 0, ULYSSES)], ids=str)
+def test_moe_and_ulysses_resume_to_the_bit(kind, stage, parallel, tmp_path):
+    assert pool(2).run(resumed, kind, stage, parallel, str(tmp_path)) == [0.0, 0.0]
+
+
+def through_the_mesh(kind):
+    engine_of(kind, 1, {"ulysses": "mesh"})
+
+
+def test_ulysses_through_mesh_param_is_refused():
+    """DeepSpeed averages gradients over the mesh's data-parallel ranks alone, also with torch's AdamW."""
+    for error in pool(2).run(through_the_mesh, MINI, errors=True):
+        assert "sequence-parallel ranks of mesh_param" in str(error) and "mpu" in str(error)
+
+
+# ---- AutoTP
+
+AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
+
+
+def even_llama(seed=0):
+    """With a vocabulary that two ranks divide."""
+    import transformers
+
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None))
+
+
+def by_one_process():
+    """The weights of even_llama after ten updates with torch's AdamW, a group per block type."""
+    twin = Twin("llama", even_llama())
+    optimizer = TorchAdamW(twin, BETAS, EPS, DECAY, RATIOS)
+    for number, batch in enumerate(token_ids(10, 2, 1), 1):
+        for part in batch:
+            twin.backward(part[0], 0.5)
+        twin.clip(CLIP)
+        optimizer.step(lambda ratio: paper_lr(number, ratio, LR, MIN_LR, WARMUP, 10))
+    return {name: value.detach() for name, value in twin.values().items()}
+
+
+def tensor_parallel(stage, folder=None):
+    """Trains with AutoTP, all ranks on the same tokens, and puts the slices together again."""
+    from deepspeed_door.engines import start, weights
+
+    engine = start(even_llama(), config(ADAMW, stage, **AUTOTP))
+    data = token_ids(10, 2, 1)
+
+    def train(first, last):
+        for batch in data[first:last]:
+            for part in batch:
+                engine.backward(engine(part[0], labels=part[0]).loss)
+                engine.step()
+
+    train(0, 5)
+    if folder is not None:
+        engine.save_checkpoint(folder)
+        engine.destroy()
+        engine = start(even_llama(seed=5), config(ADAMW, stage, **AUTOTP))
+        assert engine.load_checkpoint(folder)[0] is not None
+    train(5, 10)
+    found, whole = {}, even_llama()
+    for name, value in weights(engine).items():
+        slices = [None, None]
+        dist.all_gather_object(slices, value)
+        shape = whole.get_parameter(name).shape
+        axis = next((axis for axis in range(len(shape)) if value.shape[axis] != shape[axis]), None)
+        found[name] = value if axis is None else torch.cat(slices, axis)
+    engine.destroy()
+    return worst_difference(found, by_one_process())
+
+
+def autotp_start(kind, model_kind):
+    from deepspeed_door.engines import start
+
+    start(make(model_kind), config(kind, 1, **AUTOTP))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_autotp_with_adamw_equals_torch_with_a_group_per_block(stage):
+    assert max(pool(2).run(tensor_parallel, stage)) < 1e-5
+
+
+def test_autotp_resumes(tmp_path):
+    assert max(pool(2).run(tensor_parallel, 1, str(tmp_path))) < 1e-5
+
+
+@pytest.mark.parametrize("kind, model, words", [
+    (MINI, "llama", ["BlockwiseAdamMini does not support tensor_parallel.autotp_size", "use BlockwiseAdamW"]),
+    (ADAMW, "llama", ["a tensor-parallel slice is lm_head.weight (31, 32) on rank 0 and lm_head.weight (30, 32)"]),
+    (ADAMW, "gpt_neox", ["query_key_value.weight holds several block types (qk, vo)", "separate weights"]),
+])
+def test_autotp_is_refused_where_slices_are_not_what_the_map_says(kind, model, words):
+    errors = pool(2).run(autotp_start, kind, model, errors=True)
+    assert len({str(error) for error in errors}) == 1
+    for word in words:
+        assert word in str(errors[0])

@@ -28,7 +28,8 @@ _MEND_MODEL = "build the same model on every rank, with the same parameters froz
 _LOCAL = ("kernel", "nvme_path")  # may differ between ranks without changing what is computed
 
 
-def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, mpu: Any, config: Any) -> None:
+def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, mpu: Any, config: Any,
+                  mesh_device: Any) -> None:
     """Compares what the ranks are about to train with; does nothing where no rank has an optimizer of ours.
 
     Collective over all ranks of the default group. The arguments are those of DeepSpeedEngine.
@@ -45,7 +46,7 @@ def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_schedule
         mine["settings"] = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
         mine["peers"] = _peers(model, mpu)
         if ours:
-            refuse_unsupported(config, model, optimizer)
+            refuse_unsupported(config, model, optimizer, mesh_device)
     except Exception as error:  # the other ranks wait for this one's answer
         mine["error"] = str(error) if isinstance(error, BlockError) else f"{type(error).__name__}: {error}"
     answers = _exchange(args, mine)
@@ -78,6 +79,18 @@ def compare_made(optimizer: Any, model: torch.nn.Module, mpu: Any) -> None:
         for ranks, values in _by_peers(answers, "settings"):
             for key in dict.fromkeys(key for value in values for key in value):
                 _refuse_difference([value.get(key, "unset") for value in values], key, _MEND_GROUPS, ranks)
+
+
+def compare_slices(optimizer: BlockwiseOptimizer) -> None:
+    """Compares the slices that AutoTP has cut; a checkpoint's record describes those of all ranks by one rank's.
+
+    Raises:
+        BlockError: ranks hold slices of other sizes; the same on every rank.
+    """
+    answers = _exchange(None, {"shapes": [f"{name} {layout.shape}" for name, layout in optimizer.block_map.items()]})
+    for slices in zip(*(answer["shapes"] for answer in answers)):
+        _refuse_difference(slices, "a tensor-parallel slice", "choose sizes (as of the vocabulary) that "
+                           "tensor_parallel.autotp_size divides")
 
 
 # ---- what a rank tells

@@ -8,7 +8,7 @@ from typing import Any
 from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
-from .agreement import is_callable
+from .agreement import compare_slices, is_callable
 from .cut_sums import reduce_cut_segments_once
 from .shard_maps import shard_map
 from .state_access import serve_optimizer_states
@@ -48,7 +48,9 @@ def attach(engine: Any) -> None:
     if not isinstance(optimizer, BlockwiseOptimizer):
         return
     if is_callable(engine.client_optimizer):  # whose class was not known when the ranks were compared
-        refuse_unsupported(engine._config, engine.module, optimizer)
+        refuse_unsupported(engine._config, engine.module, optimizer, engine.mesh_device)
+    if engine.autotp_size() > 1:
+        compare_slices(optimizer)
     shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
     if shards is not None:
         optimizer.attach_shards(shards)

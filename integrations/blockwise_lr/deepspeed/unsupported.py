@@ -10,13 +10,14 @@ from ..optim import BlockwiseAdamMini
 from .stages import map_engine_module
 
 
-def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any) -> None:
+def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mesh_device: Any) -> None:
     """Refuses what would be wrong or fail later on.
 
     Args:
         config: a DeepSpeedConfig.
         module: the model as the user made it.
         optimizer: the client's optimizer; None where the ds_config names one of ours.
+        mesh_device: the mesh that DeepSpeed made of ``mesh_param``, or None.
 
     Raises:
         BlockError: the first feature that is not supported.
@@ -35,6 +36,10 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any) -> 
         if getattr(settings, key, False):
             raise BlockError(f"blockwise optimizers step float32 master weights and do not support {section}.{key}; "
                              f"remove it")
+    if mesh_device is not None and mesh_device["sequence_parallel"].size() > 1:
+        raise BlockError("DeepSpeed leaves the sequence-parallel ranks of mesh_param (and of sequence_parallel_size) out of "
+                         "its gradient averages and its checkpoints; give deepspeed.initialize an mpu such as "
+                         "deepspeed.runtime.sequence_parallel.parallel_state_sp instead")
     _refuse_autotp(config, module, optimizer)
 
 
