@@ -23,6 +23,9 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
                    activation_func=torch.nn.functional.silu),
               dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    # one query group, which tensor-parallel ranks share
+    "shared_group": (dict(num_query_groups=1, normalization="RMSNorm", add_bias_linear=False),
+                     dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     # gated delta nets in place of attention
     "delta": (dict(linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
                    deterministic_mode=True, activation_func=torch.nn.functional.silu, gated_linear_unit=True,

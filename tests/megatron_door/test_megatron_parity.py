@@ -12,6 +12,7 @@ CASES = [
     ("gpt", 2, Layout()),
     ("gqa", 2, Layout(distributed=True)),
     ("gqa", 2, Layout(tp=2)),
+    ("shared_group", 2, Layout(tp=2)),
     ("gqa", 2, Layout(pp=2)),
     ("gqa", 2, Layout(pp=2, vpp=2)),
     ("gqa", 4, Layout(tp=2, pp=2)),

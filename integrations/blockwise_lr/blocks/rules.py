@@ -122,6 +122,7 @@ def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
     Raises:
         BlockError: the counts contradict each other or the number of output units.
     """
+    _refuse_part_of_a_group(kv)
     per = {"q": q, "gate": q, "k": kv, "v": kv}
     parts = sum(per[role] for role in split)
     if outputs % parts:
@@ -139,7 +140,14 @@ def _outputs(shape: tuple[int, ...], transposed: bool, batch_dims: int) -> int:
     return (matrix[-1] if transposed else matrix[0]) if matrix else 1
 
 
+def _refuse_part_of_a_group(heads: int) -> None:
+    if not heads:
+        raise BlockError("more tensor-parallel ranks than query groups share a group, which is known only of "
+                         "megatron-core's linear_qkv; use a tensor-parallel size up to the number of query groups")
+
+
 def _divide(base: ParamLayout, parts: int) -> int:
+    _refuse_part_of_a_group(parts)
     if base.outputs % parts:
         raise BlockError(f"{base.outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
                          f"config or the rule")
