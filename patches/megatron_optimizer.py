@@ -80,6 +80,10 @@ PATCH = Patch(
         Symbol(_MODULE + "USING_PYTORCH_OPTIMIZER"),
         Symbol("megatron.core.optimizer.distrib_optimizer:Adam"),
         Symbol(_DISTRIBUTED + "_get_model_param_range_map", ("self", "param")),
+        Symbol("megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"),
+        Symbol("megatron.core.optimizer.optimizer:FP32Optimizer"),
+        Symbol("megatron.core.parallel_state:get_pipeline_model_parallel_group"),
+        Symbol("megatron.core.parallel_state:get_tensor_model_parallel_group"),
         # checkpoints go through these: see blockwise_lr.megatron.checkpoint
         Symbol(_DISTRIBUTED + "_get_main_param_and_optimizer_states", ("self", "model_param")),
         Symbol(_DISTRIBUTED + "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors")),
