@@ -62,6 +62,7 @@ class Layout:
     ep: int = 1
     etp: int = 1  # of experts, where ep is not 1
     cp: int = 1
+    instances: int = 1  # of the distributed optimizer
     sp: bool = False
     distributed: bool = False
     bf16: bool = False
@@ -84,6 +85,7 @@ def megatron(layout: Layout) -> Iterator[None]:
     others = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
+        num_distributed_optimizer_instances=layout.instances,
         expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None, create_gloo_process_groups=False)
     groups = set(dist.distributed_c10d._world.pg_map) - others  # without those that DeepSpeed keeps for later cases
     random.model_parallel_cuda_manual_seed(1)

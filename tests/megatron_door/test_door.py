@@ -101,32 +101,6 @@ def test_megatrons_scheduler_gives_each_block_its_peak_and_one_shared_minimum():
         assert groups == adam_groups and buffers == 1  # block types add neither groups nor gradient buffers
 
 
-def refused(options):
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-
-    import blockwise_lr.megatron
-    from megatron_door.training import wrap
-
-    with megatron(Layout()):
-        undo = blockwise_lr.megatron.register()
-        try:
-            get_megatron_optimizer(OptimizerConfig(optimizer="blockwise_adamw", lr=1e-3, min_lr=0.0, **options),
-                                   wrap(build_chunks("llama", Layout()), Layout()), use_gloo_process_groups=False)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        finally:
-            undo()
-
-
-@pytest.mark.parametrize("options, message", [
-    ({"optimizer_cpu_offload": True}, "BlockError: blockwise optimizers do not support --optimizer-cpu-offload"),
-    ({"decoupled_lr": 1e-3}, "BlockError: blockwise optimizers do not support --decoupled-lr"),
-    ({"decoupled_weight_decay": False}, "BlockError: blockwise optimizers decouple weight decay"),
-])
-def test_options_that_cannot_go_together(options, message):
-    assert pool(1).run(refused, options)[0].startswith(message)
-
-
 def patches_undone():
     import torch
     from megatron.core import optimizer

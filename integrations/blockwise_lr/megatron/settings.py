@@ -179,6 +179,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _mend_help(parser: argparse.ArgumentParser) -> None:
     """Escapes lone percent signs in Megatron's help texts (0.19.2 has one), with which --help fails."""
     for action in parser._actions:
+        if action.help is None:
+            continue
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
