@@ -105,7 +105,8 @@ def test_heads_that_do_not_divide_are_refused():
     # [q q k v] twice: two heads a rank
     (4, 2, 4, 8, [[(0, 8, "q", 4)], [(0, 4, "k", 4), (4, 8, "v", 1)]] * 2),
     # [q q q q k v] over four: one and a half heads a rank, so that what Adam-mini calls a head stays open
-    (4, 1, 4, 6, [[(0, 6, "q", None)]] * 2 + [[(0, 4, "q", None), (4, 6, "k", None)], [(0, 2, "k", None), (2, 6, "v", None)]]),
+    (4, 1, 4, 6, [[(0, 6, "q", None)]] * 2 + [[(0, 4, "q", None), (4, 6, "k", None)],
+                                              [(0, 2, "k", None), (2, 6, "v", None)]]),
 ])
 def test_fused_qkv_of_ranks_that_share_a_query_group(heads, groups, parts, rows, wanted):
     found = []
@@ -120,7 +121,7 @@ def test_fused_qkv_of_ranks_that_share_a_query_group(heads, groups, parts, rows,
 
 
 @pytest.mark.parametrize("name, rank, words", [
-    ("self_attention.linear_qkv.weight", None, "which part is not known"),
+    ("self_attention.linear_qkv.weight", None, "which part of a group this rank holds is not known"),
     ("attention.query_key_value.weight", 0, "known only of megatron-core's linear_qkv"),
 ])
 def test_other_fused_weights_of_ranks_that_share_a_query_group_are_refused(name, rank, words):

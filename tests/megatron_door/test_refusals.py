@@ -8,17 +8,11 @@ from ranks import pool  # noqa: E402
 
 
 def fully_sharded(bf16):
-    """Megatron's --use-torch-fsdp2 model, on the CPU's mesh."""
+    """Megatron's --use-torch-fsdp2 model."""
     from megatron.core.distributed import DistributedDataParallelConfig, TorchFullyShardedDataParallel
-    from megatron.core.distributed import torch_fully_sharded_data_parallel as module
 
-    from_group = module.DeviceMesh.from_group
-    module.DeviceMesh.from_group = lambda group, _: from_group(group, "cpu")
-    try:
-        chunk, = build_chunks("llama", Layout(bf16=bf16, extra=dict(transformer_impl="local")))
-        return [TorchFullyShardedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)]
-    finally:
-        module.DeviceMesh.from_group = from_group
+    chunk, = build_chunks("llama", Layout(bf16=bf16, extra=dict(transformer_impl="local")))
+    return [TorchFullyShardedDataParallel(chunk.config, DistributedDataParallelConfig(), chunk)]
 
 
 def with_fsdp2(bf16):

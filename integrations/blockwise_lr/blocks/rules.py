@@ -75,8 +75,8 @@ class Rule:
         if self.view is not None:
             shape = self.view(shape, _need(heads))
         if self.batch_dims and self.batch_dims >= len(shape):
-            raise BlockError(f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a matrix "
-                             f"or vector; give a smaller batch_dims")
+            raise BlockError(f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
+                             f"matrix or vector; give a smaller batch_dims")
         # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
         vector = self.undecayed or len(shape) <= 1 + self.batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX

@@ -101,8 +101,8 @@ def _refuse_other_groups(collection: Any) -> None:
                       ("pp", parallel_state.get_pipeline_model_parallel_group)):
         group = getattr(collection, name, None)
         if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(get()):
-            raise BlockError(f"blockwise optimizers know the process groups of megatron.core.parallel_state only, and the "
-                             f"pg_collection has another {name} group; build the model on parallel_state's")
+            raise BlockError(f"blockwise optimizers know the process groups of megatron.core.parallel_state only, and "
+                             f"the pg_collection has another {name} group; build the model on parallel_state's")
 
 
 def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
@@ -119,8 +119,8 @@ def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
     for rank, theirs in enumerate(everywhere):
         for name, value in everywhere[0].items():
             if theirs.get(name) != value:
-                raise BlockError(f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; start "
-                                 f"all ranks with the same flags, settings and rules")
+                raise BlockError(f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; "
+                                 f"start all ranks with the same flags, settings and rules")
 
 
 def refuse_cut_heads(settings: BlockSettings, block_map: BlockMap) -> None:

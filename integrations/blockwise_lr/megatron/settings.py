@@ -30,7 +30,8 @@ class BlockSettings:
     Attributes:
         kind: a key of KINDS.
         block_lr_ratios: peak learning rate of block types over --lr.
-        block_weight_decay: weight decay of block types; Megatron's own rule and --weight-decay hold for the others.
+        block_weight_decay: weight decay of block types, in place of --weight-decay. What decays stays Megatron's own
+            rule, but that norms decay where they are named.
         block_rules: naming rules of the user's own.
         block_strict: refuse parameters that no rule maps.
         row_parallel_sums: Adam-mini sums a row's squares over tensor-parallel ranks where these hold parts of it, so that
@@ -58,7 +59,8 @@ class BlockSettings:
             if not isinstance(getattr(self, name), bool):
                 raise BlockError(f"{name} is {getattr(self, name)!r}; give True or False, without quotes")
         if not isinstance(self.accept_mismatch, (str, list, tuple, set, frozenset)):
-            raise BlockError(f'accept_mismatch is {self.accept_mismatch!r}; give a list of names, as in ["block_lr_ratios"]')
+            raise BlockError(f"accept_mismatch is {self.accept_mismatch!r}; give a list of names, as in "
+                             f'["block_lr_ratios"]')
         object.__setattr__(self, "accept_mismatch", checked_accepts(self.accept_mismatch))
         object.__setattr__(self, "block_rules", user_rules(self.block_rules))  # an iterator is read once
         lr_ratios(self.block_lr_ratios)
@@ -101,8 +103,8 @@ def settings_of(config: Any) -> BlockSettings | None:
         return None
     kind = getattr(arguments, "blockwise_optimizer", None)
     if kind is None and _asked:
-        raise BlockError(f"--optimizer {_asked} was parsed, and Megatron's global arguments do not hold it; call Megatron's "
-                         f"set_global_variables with the parsed arguments, or set OptimizerConfig.optimizer to {_asked!r}")
+        raise BlockError(f"--optimizer {_asked} was parsed, and Megatron's global arguments do not hold it; call "
+                         f"Megatron's set_global_variables with what was parsed, or name {_asked!r} in OptimizerConfig")
     return None if kind is None else _from_flags(kind, arguments)
 
 
@@ -160,8 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                        help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
                             "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.")
     group.add_argument("--block-weight-decay", nargs="+", type=_decay, action=BlockValues, metavar="BLOCK=DECAY",
-                       help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are named; "
-                            "--weight-decay for the others.")
+                       help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are "
+                            "named; --weight-decay for the others.")
     group.add_argument("--block-rules", type=_rules_file, metavar="FILE",
                        help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].')
     group.add_argument("--block-strict", action=argparse.BooleanOptionalAction, default=True,

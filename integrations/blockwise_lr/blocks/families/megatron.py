@@ -28,14 +28,14 @@ def _qkv(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
 
 
 def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tuple[Piece, ...]:
-    """With more tensor-parallel ranks than query groups, ranks hold equal runs of all groups' rows, and gather their outputs.
+    """With more tensor-parallel ranks than query groups, a rank holds a run of the rows of all, and outputs are gathered.
 
     Where the edges cut heads, what Adam-mini calls a head is left open, on all ranks, so that it refuses the model.
     """
     parts, rank = heads.config["tensor_model_parallel_size"], heads.config.get("tensor_model_parallel_rank")
     if rank is None:
-        raise BlockError(f"this rank's rows are a part of a query group, for {parts} tensor-parallel ranks share fewer groups, "
-                         f"and which part is not known; state tensor_model_parallel_rank in the config")
+        raise BlockError(f"{parts} tensor-parallel ranks share fewer query groups, and which part of a group this rank "
+                         f"holds is not known; state tensor_model_parallel_rank in the config")
     whole = head_counts({**heads.config, "tensor_model_parallel_size": 1})
     pieces, groups = qkv_pieces(rows * parts, whole.q, whole.kv, "group", roles)
     cut = rows % pieces[-1].size  # a head is as long as a group's v
