@@ -126,3 +126,40 @@ def test_the_rates_of_an_optimizer_are_those_it_uses_on_all_stages(ranks, layout
             ["embedding", "qk", "vo", "ffn", "norm"], 1)
         assert {block: lr for block, (lr,) in other.items()} == pytest.approx({block: peaks[block] for block in other})
         assert plain == {}
+
+
+def rates_of_a_small_ratio(style):
+    """The rates over Megatron's whole schedule of a block whose peak lies below the shared minimum, and of all others."""
+    import blockwise_lr.megatron
+    from blockwise_lr.megatron.build import current_block_lrs
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron_door.training import make_optimizer, wrap
+
+    layout = Layout(distributed=True)
+    with megatron(layout):
+        undo = blockwise_lr.megatron.register(block_lr_ratios={**RATIOS, "vo": 0.01, "ffn": 0.05})
+        try:
+            optimizer = make_optimizer(wrap(build_chunks("llama", layout), layout), "blockwise_adamw", layout)
+            scheduler = OptimizerParamScheduler(
+                optimizer, init_lr=0.0, max_lr=LR, min_lr=MIN_LR, lr_warmup_steps=3, lr_decay_steps=12, lr_decay_style=style,
+                start_wd=0.1, end_wd=0.1, wd_incr_steps=12, wd_incr_style="constant", wsd_decay_steps=4,
+                lr_wsd_decay_style="exponential")
+            found = []
+            for _ in range(15):
+                found.append({block: lr for block, (lr,) in current_block_lrs(optimizer).items()})
+                scheduler.step(1)
+            return found
+        finally:
+            undo()
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "WSD", "inverse-square-root"])
+def test_a_block_whose_peak_is_below_min_lr_never_rises_after_the_warmup(style):
+    """It stays at its own peak: one rate must not grow while the others decay."""
+    found, = pool(1).run(rates_of_a_small_ratio, style)
+    for block, ratio in {**RATIOS, "vo": 0.01, "ffn": 0.05}.items():
+        rates = [step[block] for step in found if block in step]
+        assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(rates[3:], rates[4:])), (block, rates)
+        assert all(lr <= ratio * LR * (1 + 1e-12) for lr in rates), (block, rates)
+    assert found[3]["vo"] == pytest.approx(0.01 * LR) == found[14]["vo"]  # and is not cut to 0 either
+    assert found[14]["qk"] == pytest.approx(MIN_LR) or style == "inverse-square-root"
