@@ -11,7 +11,7 @@ from typing import Any
 from ..blocks import BlockError, lr_ratios
 from ..blocks.rules import user_rules
 from ..blocks.types import block_values, shown
-from ..checkpoint.record import ACCEPTABLE, checked_accepts
+from ..checkpoint.record import ACCEPTABLE
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
 from ..optim.options import OptimizerOptions
