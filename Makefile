@@ -10,13 +10,15 @@ RUN = $(VENV)/bin/python
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test
 
-.PHONY: demo demo-megatron test test312 bench setup setup312 clean help
+.PHONY: demo demo-megatron test test312 fuzz support bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make test           run the tests"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
+	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
+	@echo "make support        run the tests and write the table of what is supported"
 	@echo "make bench          measure optimizer steps, and saving and loading, side by side"
 	@echo "make clean          remove the environments, what was built and what the demo wrote"
 
@@ -53,6 +55,15 @@ test: setup
 # what Python 3.12 changes: megatron-core 0.19 and the parts that must work on every supported Python
 test312: setup312
 	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/blocks tests/configs tests/optim tests/kernels tests/patching
+
+# random configurations over two ranks against an unfused twin; FUZZ=... for another number
+FUZZ ?= 1000
+fuzz: setup
+	@BLOCKWISE_LR_FUZZ=$(FUZZ) $(RUN) -m pytest tests/fuzz
+
+# writes integrations/blockwise_lr/SUPPORT.md from what the suite passes
+support: setup
+	@$(RUN) -m pytest tests --support integrations/blockwise_lr/SUPPORT.md
 
 bench: setup
 	@$(RUN) tests/bench/step.py

@@ -14,6 +14,23 @@ if not os.path.exists("/dev/nvidiactl"):  # read when the Triton kernels are imp
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--support", metavar="FILE", help="write the table of what is supported from what passes")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--support")
+    if path:
+        from support import table
+        from support_rows import SECTIONS
+
+        reports = session.config.pluginmanager.get_plugin("terminalreporter").stats
+        outcomes = {report.nodeid: True for report in reports.get("passed", ()) if report.when == "call"}
+        outcomes.update({report.nodeid: False for kind in ("failed", "error") for report in reports.get(kind, ())})
+        with open(path, "w") as file:
+            file.write(table(SECTIONS, outcomes))
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line per test function whose cases recorded how far they were from their reference."""
     figures = {}
