@@ -58,7 +58,7 @@ class BlockSettings:
             raise BlockError(f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes")
         options = [field.name for field in fields(self) if field.name in OptimizerOptions.model_fields]
         checked = OptimizerOptions.checked({name: getattr(self, name) for name in options})
-        object.__setattr__(self, "accept_mismatch", checked.accept_mismatch)
+        object.__setattr__(self, "accept_mismatch", tuple(sorted(checked.accept_mismatch)))
         object.__setattr__(self, "block_rules", user_rules(checked.block_rules))  # an iterator has been read
 
 
