@@ -5,7 +5,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..blocks import BlockError, lr_ratios
@@ -51,15 +51,15 @@ class BlockSettings:
     ratio_fade_steps: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses bad values before any model is built; all but two are options of the optimizers, checked as those are."""
-        if self.kind not in KINDS:
-            raise BlockError(f"unknown optimizer {self.kind!r}; use one of {', '.join(KINDS)}")
+        """Refuses bad values before any model is built, and values of other types, which usually mean something else."""
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise BlockError(f"kind is {shown(self.kind)}; use one of {', '.join(KINDS)}")
         if not isinstance(self.row_parallel_sums, bool):
             raise BlockError(f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes")
-        options = [field.name for field in fields(self) if field.name in OptimizerOptions.model_fields]
-        checked = OptimizerOptions.checked({name: getattr(self, name) for name in options})
-        object.__setattr__(self, "accept_mismatch", tuple(sorted(checked.accept_mismatch)))
-        object.__setattr__(self, "block_rules", user_rules(checked.block_rules))  # an iterator has been read
+        options = OptimizerOptions.checked({name: getattr(self, name) for name in vars(self)
+                                            if name in OptimizerOptions.model_fields})
+        object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
+        object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
 
 _registered = BlockSettings()
