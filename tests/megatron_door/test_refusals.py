@@ -102,11 +102,16 @@ def built(kind, change):
     from megatron.core import parallel_state
 
     import blockwise_lr.megatron
+    from blockwise_lr import BlockType
+    from blockwise_lr.blocks.rules import Rule
     from blockwise_lr.megatron import build, refusals
     from megatron_door.training import make_optimizer, wrap
 
     layout = Layout(tp=2) if dist.get_world_size() == 2 else Layout()
     settings = {"block_lr_ratios": {"qk": 2.0 + dist.get_rank()}} if change == "ratios" else {}
+    if change == "order":  # of a set, and the address of a function, which are no differences
+        settings = {"accept_mismatch": {"lr", "betas", "eps", "min_lr"}, "block_rules": [
+            Rule("*.linear_proj.weight", BlockType.VO, view=lambda shape, heads: shape)]}
     own = build._in_place_of_adam
     with megatron(layout):
         undo = blockwise_lr.megatron.register(**settings)
@@ -118,7 +123,7 @@ def built(kind, change):
             if change == "megatron":  # as if Megatron took its Adam from elsewhere one day
                 build._in_place_of_adam = contextlib.nullcontext
             chunks = build_chunks("llama", Layout(tp=layout.tp, bf16=change == "bf16"))
-            return make_optimizer(wrap(chunks, layout), kind, layout)
+            return make_optimizer(wrap(chunks, layout), kind, layout) is not None
         finally:
             build._in_place_of_adam = own
             undo()
@@ -133,6 +138,10 @@ def built(kind, change):
 def test_what_is_built_is_what_was_asked_for_on_all_ranks(ranks, change, words):
     for error in pool(ranks).run(built, "blockwise_adam_mini", change, errors=True):
         assert all(text in str(error) for text in words), error
+
+
+def test_settings_that_are_only_written_otherwise_are_equal():
+    assert pool(2).run(built, "blockwise_adamw", "order") == [True, True]
 
 
 def test_adam_mini_with_cut_heads_is_refused():

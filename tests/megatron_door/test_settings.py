@@ -21,7 +21,7 @@ from blockwise_lr.megatron import BlockSettings, register, settings  # noqa: E40
     ({"block_lr_ratios": {"qk": -1}}, ["block_lr_ratios['qk'] is -1", "a finite number above 0"]),
     ({"block_lr_ratios": [("qk", 8)]}, ["block_lr_ratios must map block types to numbers"]),
     ({"block_weight_decay": {"norm": float("nan")}}, ["block_weight_decay['norm'] is nan", "0 or above"]),
-    ({"block_rules": '[{"match": "*"}]'}, ["block_rules must be a list of rules"]),
+    ({"block_rules": '[{"match": "*"}]'}, ["block_rules is '[{", "give a list of rules"]),
     ({"block_rules": [{"match": "*", "block": "ffn", "transposed": "false"}]}, ["transposed is 'false'", "without quotes"]),
     ({"kernel": "cuda"}, ["kernel is 'cuda'", "use one of auto, "]),
     ({"kernel": None}, ["kernel is None", "use one of auto, "]),

@@ -6,6 +6,7 @@ built is then compared with what was asked for, so that a feature that is not on
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -112,8 +113,8 @@ def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
         BlockError: on every rank, if a setting differs on any.
     """
     names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
-    mine = {**{name: repr(getattr(config, name, None)) for name in names},
-            **{field.name: repr(getattr(settings, field.name)) for field in fields(settings)}}
+    mine = {**{name: _plain(getattr(config, name, None)) for name in names},
+            **{field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}}
     everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     for rank, theirs in enumerate(everywhere):
@@ -121,6 +122,13 @@ def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
             if theirs.get(name) != value:
                 raise BlockError(f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; "
                                  f"start all ranks with the same flags, settings and rules")
+
+
+def _plain(value: Any) -> str:
+    """A setting as text that is the same in every process: without orders of sets and addresses of functions."""
+    if isinstance(value, Mapping):
+        value = dict(sorted(value.items()))
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def refuse_cut_heads(settings: BlockSettings, block_map: BlockMap) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +58,7 @@ class BlockSettings:
             raise BlockError(f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes")
         options = OptimizerOptions.checked({name: getattr(self, name) for name in vars(self)
                                             if name in OptimizerOptions.model_fields})
-        object.__setattr__(self, "accept_mismatch", options.accept_mismatch)
+        object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
         object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
 
