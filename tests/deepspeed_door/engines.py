@@ -37,6 +37,8 @@ def start(model: torch.nn.Module, settings: dict, **arguments: Any) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
+    if "mpu" not in arguments:  # DeepSpeed keeps that of the last engine of the process, and takes it for this one's
+        deepspeed.utils.groups.mpu = None
     return deepspeed.initialize(model=model, config=settings, **arguments)[0]
 
 

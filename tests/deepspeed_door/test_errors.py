@@ -27,7 +27,7 @@ def refused(change, model="llama"):
     ({"optimizer": {"block_lr_ratios": {"qk": float("nan")}}}, ["block_lr_ratios['qk'] is nan", "above 0"]),
     ({"optimizer": {"block_weight_decay": {"vo": -1}}}, ["block_weight_decay['vo'] is -1", "0 or above"]),
     ({"optimizer": {"min_lr": 2 * LR}}, ["min_lr", "up to lr"]),
-    ({"optimizer": {"lr": "fast"}}, ["lr is 'fast'", "finite number"]),
+    ({"optimizer": {"lr": "fast"}}, ["lr is 'fast'", "write the number without quotes"]),
     ({"optimizer": {"momentum": 0.9}}, ["unknown parameter 'momentum'", "block_lr_ratios"]),
     ({"optimizer": {"block_rules": [{"match": "*.adapter.*", "block": "ffn"}]}},
      ["'*.adapter.*' matches no trainable parameter"]),

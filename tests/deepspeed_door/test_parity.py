@@ -89,8 +89,10 @@ def beside_torch(stage, dtype, ratio_one):
 
     plain = {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 3, "warmup_type": "linear"}}
     ratios = dict.fromkeys(RATIOS, 1.0) if ratio_one else RATIOS
+    # The norm's sum over several groups is rounded otherwise; in bf16 that turns weights over to their neighbours.
+    whole = {} if dtype == "fp32" else {"gradient_clipping": 0.0}
     ours = trained("llama", config(ADAMW, stage, dtype=dtype, scheduler=plain,
-                                   optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}}), 10)
+                                   optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}}, **whole), 10)
     model = make("llama")
     leaves = Twin("llama", model).leaves
     keys = sorted({(leaf.block, leaf.decayed) for leaf in leaves.values()})
@@ -101,7 +103,7 @@ def beside_torch(stage, dtype, ratio_one):
                "lr": ratios.get(key[0], 1.0) * LR, "weight_decay": DECAY if key[1] else 0.0} for key in keys]
     settings = config("AdamW", stage, dtype=dtype, scheduler={
         "type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": [g["lr"] for g in groups],
-                                       "warmup_num_steps": 3, "warmup_type": "linear"}})
+                                       "warmup_num_steps": 3, "warmup_type": "linear"}}, **whole)
     settings["optimizer"]["params"] = {"lr": LR, "betas": list(BETAS), "eps": EPS, "torch_adam": True,
                                        "adam_w_mode": True}
     engine = start(model, settings, model_parameters=groups)
@@ -116,5 +118,4 @@ def beside_torch(stage, dtype, ratio_one):
     (3, "bf16", 2, False)])
 def test_equals_torch_adamw_inside_deepspeed(stage, dtype, ranks, ratio_one):
     """With all ratios 1 it is torch's AdamW, and DeepSpeed's own scheduler keeps the ratios."""
-    bound = 1e-6 if dtype == "fp32" else 1e-5  # in bf16 the groups' other bucket order rounds gradients otherwise
-    assert max(pool(ranks).run(beside_torch, stage, dtype, ratio_one)) < bound
+    assert max(pool(ranks).run(beside_torch, stage, dtype, ratio_one)) < 1e-6

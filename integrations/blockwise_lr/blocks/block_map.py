@@ -261,11 +261,11 @@ def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: b
          extra: tuple[Rule, ...] = ()) -> BlockMap:
     """``own`` rules must match something, ``extra`` ones need not."""
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
-    last = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
+    by_type = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
     layouts, unmapped = [], []
     for names in aliases:
-        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, last.get(name))
+        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, by_type.get(name))
                       for name in names]
         known = [layout for layout in candidates if layout is not None]
         tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
@@ -281,12 +281,13 @@ def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: b
 
 
 def _layout(name: str, shape: tuple[int, ...], own: tuple[Rule, ...], context: Context, transposed: bool,
-            used: set[Rule], last: Rule | None = None) -> ParamLayout | None:
+            used: set[Rule], norm: Rule | None = None) -> ParamLayout | None:
     plain = plain_name(name)
     factor = _LOW_RANK.search(plain)
     if factor is not None:
         plain = plain[:factor.start()] + ".weight"
-    table = own + family_rules(context.family) + ((last,) if last is not None else ())
+    # before the family's rules: in an expert or an adapter, "norm" may be no part of the name
+    table = own + ((norm,) if norm is not None else ()) + family_rules(context.family)
     rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
     if rule is None:
         return None

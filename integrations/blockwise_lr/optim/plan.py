@@ -222,8 +222,8 @@ def slot_numel(rectangles: Rectangles) -> tuple[np.ndarray, np.ndarray]:
 
 def _known(layout: ParamLayout) -> ParamLayout:
     if any(piece.unit is None for piece in layout.pieces):
-        raise BlockError(f"{layout.name}: Adam-mini needs the number of heads, and nothing says it; "
-                         f"pass block_map=map_blocks(model, config={{'num_attention_heads': …}})")
+        raise BlockError(f"{layout.name}: Adam-mini needs the number of heads, and nothing says it (or a tensor-parallel "
+                         f"slice cuts heads); pass block_map=map_blocks(model, config={{'num_attention_heads': …}})")
     return layout
 
 
