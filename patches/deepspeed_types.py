@@ -11,6 +11,9 @@ from typing import Any
 from .base import Patch, Symbol, Undo
 
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine."
+_ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+_ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 
 
 def _install(undo: Undo) -> None:
@@ -18,6 +21,8 @@ def _install(undo: Undo) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
 
+    from blockwise_lr.checkpoint.errors import together
+    from blockwise_lr.deepspeed.agreement import compare_made, is_callable
     from blockwise_lr.deepspeed.build import OPTIMIZER_TYPES, build_optimizer
     from blockwise_lr.deepspeed.engine import attach
     from blockwise_lr.optim.base import BlockwiseOptimizer
@@ -33,9 +38,15 @@ def _install(undo: Undo) -> None:
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
         if self.optimizer_name() not in OPTIMIZER_TYPES:
             return build(self, model_parameters)
-        return build_optimizer(self.optimizer_name(), self.module, model_parameters, self.optimizer_params() or {})
+        made = build_optimizer(self.optimizer_name(), self.module, model_parameters, self.optimizer_params() or {})
+        compare_made(made, self.module, self.mpu)
+        return made
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if is_callable(client_optimizer):  # made here, so that all ranks hear of an error, or of another class
+            make = client_optimizer
+            client_optimizer = together(lambda: make(model_parameters), "building the optimizer")
+            compare_made(client_optimizer, self.module, self.mpu)
         with BlockwiseOptimizer.holding_steps():  # the fp16 wrapper takes a step on zero gradients while it is built
             configure(self, client_optimizer, model_parameters)
         attach(self)
@@ -59,6 +70,14 @@ PATCH = Patch(
         Symbol(_ENGINE + "_configure_optimizer", ("self", "client_optimizer", "model_parameters")),
         Symbol("deepspeed.runtime.zero.utils:ZERO_SUPPORTED_OPTIMIZERS"),
         Symbol("deepspeed.runtime.lr_schedules:WarmupLR"),
+        # wrapped on the instances, by blockwise_lr.deepspeed.state_access
+        *(Symbol(f"{path}._link_all_hp_params", ("self",)) for path in (_ZERO12, _BF16)),
+        Symbol("deepspeed.utils:get_full_hp_param", ("self", "optim_state_key")),
+        Symbol("deepspeed.utils:set_full_hp_param", ("self", "value", "optim_state_key")),
+        Symbol(_ZERO3 + ".get_full_hp_param", ("self", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".set_full_hp_param", ("self", "value", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".get_local_fp32_param", ("self", "param", "optim_state_key")),
+        Symbol(_ZERO3 + ".set_local_hp_param", ("self", "value", "param", "optim_state_key")),
     ),
     why="DeepSpeed's list of optimizer types is closed, and it builds optimizers from tensors without names",
     until="DeepSpeed offers a registry of optimizer types that are given the module",

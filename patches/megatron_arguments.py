@@ -28,7 +28,10 @@ PATCH = Patch(
     name="megatron-arguments",
     package="megatron-core",
     versions=">=0.16,<0.20",
-    symbols=(Symbol("megatron.training.arguments:add_megatron_arguments", ("parser",)),),
+    symbols=(
+        Symbol("megatron.training.arguments:add_megatron_arguments", ("parser",)),
+        Symbol("megatron.training.global_vars:_GLOBAL_ARGS"),  # where settings_of finds what was parsed
+    ),
     why="--optimizer is a closed choice",
     until="Megatron's optimizer choices come from a registry",
     install=_install,

@@ -10,6 +10,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import cuda_on_cpu
 from .base import Patch, Symbol, Undo
@@ -29,10 +30,19 @@ def _keep_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+class _CpuMesh:
+    """What Megatron's FSDP2 wrapper asks of DeviceMesh, for which it names CUDA."""
+
+    @staticmethod
+    def from_group(group: Any, device_type: str) -> Any:
+        return DeviceMesh.from_group(group, "cpu")
+
+
 def _install(undo: Undo) -> None:
     if not cuda_on_cpu.PATCH.applied:
         undo.call(cuda_on_cpu.PATCH.apply())
     from megatron.core.datasets import utils
+    from megatron.core.distributed import torch_fully_sharded_data_parallel
     from megatron.core.extensions import transformer_engine
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
@@ -40,6 +50,7 @@ def _install(undo: Undo) -> None:
 
     undo.set(random, "_get_cuda_rng_state", _get_state)
     undo.set(random, "_set_cuda_rng_state", _set_state)
+    undo.set(torch_fully_sharded_data_parallel, "DeviceMesh", _CpuMesh)
     undo.set(token_dispatcher, "maybe_move_tensor_to_cpu", _keep_on_cpu)  # it leaves CPU tensors as they are
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16's router asks for the name also without Transformer Engine
         undo.set(moe_utils, "te_general_gemm", None)
@@ -58,6 +69,7 @@ PATCH = Patch(
         Symbol(_RANDOM + "_set_cuda_rng_state", ("new_state", "device", "graph_safe")),
         Symbol("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
                ("tensor", "as_numpy", "record_stream")),
+        Symbol("megatron.core.distributed.torch_fully_sharded_data_parallel:DeviceMesh"),
         Symbol("megatron.core.datasets.utils:compile_helpers", ()),
         Symbol("megatron.core.transformer.multi_latent_attention:HAVE_TE"),
         Symbol("megatron.core.extensions.transformer_engine:HAVE_TE"),

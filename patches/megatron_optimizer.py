@@ -6,6 +6,7 @@ not go with the element-sharded DistributedOptimizer. Optimizers that are not ou
 """
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -41,8 +42,6 @@ def _install(undo: Undo) -> None:
 
 def _keep_from_emerging(undo: Undo, module: Any, kinds: Any) -> None:
     """0.19 takes every name but adam and sgd for an emerging optimizer; ours go on as Adams do."""
-    from dataclasses import replace
-
     from blockwise_lr.megatron.settings import settings_of
 
     emerging = module._get_megatron_emerging_optimizer
@@ -52,8 +51,8 @@ def _keep_from_emerging(undo: Undo, module: Any, kinds: Any) -> None:
         if config.optimizer not in kinds:
             return emerging(config=config, model_chunks=model_chunks, config_overrides=config_overrides,
                             pg_collection=pg_collection)
-        as_adam = replace(config, optimizer="adam")
-        as_adam.blockwise = settings_of(config)
+        as_adam = copy.copy(config)
+        as_adam.optimizer, as_adam.blockwise = "adam", settings_of(config)
         return module.get_megatron_optimizer(as_adam, model_chunks, config_overrides,
                                              pg_collection is None and _has_gloo_groups(), pg_collection)
 
@@ -80,6 +79,10 @@ PATCH = Patch(
         Symbol(_MODULE + "USING_PYTORCH_OPTIMIZER"),
         Symbol("megatron.core.optimizer.distrib_optimizer:Adam"),
         Symbol(_DISTRIBUTED + "_get_model_param_range_map", ("self", "param")),
+        Symbol("megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"),
+        Symbol("megatron.core.optimizer.optimizer:FP32Optimizer"),
+        Symbol("megatron.core.parallel_state:get_pipeline_model_parallel_group"),
+        Symbol("megatron.core.parallel_state:get_tensor_model_parallel_group"),
         # checkpoints go through these: see blockwise_lr.megatron.checkpoint
         Symbol(_DISTRIBUTED + "_get_main_param_and_optimizer_states", ("self", "model_param")),
         Symbol(_DISTRIBUTED + "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors")),

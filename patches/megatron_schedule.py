@@ -3,7 +3,8 @@
 ``OptimizerParamScheduler.get_lr`` knows a maximum and a minimum learning rate per parameter group. A parameter of several
 block types (a fused QKV weight) is in one group only, so after each of the scheduler's steps this asks ``get_lr`` once more
 per block type, with ratio times the group's maximum and the same minimum: all warm up to their own peak and decay to one
-shared minimum, whatever the decay style. Groups of other optimizers are left alone.
+shared minimum, whatever the decay style. A block type whose peak is below the minimum stays at its peak, so that no rate
+rises while the others decay. Groups of other optimizers are left alone.
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ def _install(undo: Undo) -> None:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     from blockwise_lr.blocks import BlockType
-    from blockwise_lr.optim.settings import ratio_now
+    from blockwise_lr.optim.settings import ratio_now, state_block_lrs
 
     original = OptimizerParamScheduler.step
 
@@ -29,10 +30,10 @@ def _install(undo: Undo) -> None:
         for group in self.optimizer.param_groups:
             ratios = group.get("block_lr_ratios")
             if ratios:
-                peak = group.get("max_lr", self.max_lr)
-                group["block_lrs"] = {
-                    block: self.get_lr({**group, "max_lr": ratio_now(group, BlockType(block)) * peak})
-                    for block in ratios}
+                peak, low = group.get("max_lr", self.max_lr), group.get("min_lr", self.min_lr)
+                peaks = {block: ratio_now(group, BlockType(block)) * peak for block in ratios}
+                state_block_lrs(group, {block: self.get_lr({**group, "max_lr": top, "min_lr": min(low, top)})
+                                        for block, top in peaks.items()})
 
     undo.set(OptimizerParamScheduler, "step", step)
 

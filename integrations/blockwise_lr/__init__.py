@@ -1,6 +1,6 @@
 """Blockwise learning rates for Transformer pre-training (arXiv 2502.19002)."""
+from ._version import __version__
 from .blocks import BlockError, BlockMap, BlockType, map_blocks
 from .optim import BlockwiseAdamMini, BlockwiseAdamW
 
-__version__ = "0.1.0"
-__all__ = ["BlockError", "BlockMap", "BlockType", "BlockwiseAdamMini", "BlockwiseAdamW", "map_blocks"]
+__all__ = ["BlockError", "BlockMap", "BlockType", "BlockwiseAdamMini", "BlockwiseAdamW", "__version__", "map_blocks"]

@@ -15,7 +15,8 @@ import torch
 from .argument_file import megatron_model
 from .blocks import BlockError, BlockMap, BlockType, ParamLayout, map_blocks
 from .optim.plan import StepClass
-from .optim.settings import checked_defaults, class_decay, group_lr
+from .optim.options import OptimizerOptions
+from .optim.settings import class_decay, group_lr
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ def inspect_model(model: torch.nn.Module, *, rules: Iterable[dict] | None = None
         rules, lr, weight_decay, ratios: as the optimizers take them.
     """
     block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
-    group = checked_defaults(lr, (0.9, 0.95), 1e-8, weight_decay, block_lr_ratios=ratios, block_weight_decay=None,
-                             decay_norms_and_biases=False, min_lr=None)
+    group = OptimizerOptions.checked(dict(lr=lr, weight_decay=weight_decay, block_lr_ratios=ratios)).group_defaults()
     return [row for name in block_map for row in _rows(name, block_map, group)]
 
 

@@ -102,18 +102,6 @@ def test_a_users_rule_comes_first_and_can_describe_a_fused_weight():
     assert layout["qkv.weight"].repeat == 2
 
 
-@pytest.mark.parametrize("rule, words", [
-    ({"match": "*.none.*", "block": "ffn"}, "matches no trainable parameter"),
-    ({"match": "*", "block": "mlp"}, "unknown block type 'mlp'"),
-    ({"match": "*", "block": "ffn", "split": ["q"]}, 'either "block" or "split"'),
-    ({"match": "*", "blok": "ffn"}, "blok"),
-    ({"match": "*", "split": ["q", "w"]}, "unknown role 'w'"),
-])
-def test_bad_rules(rule, words):
-    with pytest.raises(BlockError, match=words):
-        map_blocks(llama(), rules=[rule])
-
-
 def test_wrappers_do_not_change_the_map():
     model = llama()
     wanted = [layout.pieces for layout in map_blocks(model).values()]

@@ -116,3 +116,38 @@ def accelerate(folder: str, stage: int, resume: bool = False) -> dict[str, Any]:
             accelerator.save_state(f"{folder}/state")
     inner = blockwise_lr.deepspeed.optimizer_of(model)
     return {"losses": losses, "lrs": inner.block_lrs()[0], "optimizer": type(inner).__name__}
+
+
+def accelerate_alone(folder: str) -> dict[str, Any]:
+    """Accelerate without DeepSpeed, gradients accumulated over 4 micro batches: the rates before each optimizer step, of a
+    run and of one that goes on from its state after SAVE_AT."""
+    from accelerate import Accelerator
+
+    from blockwise_lr import BlockwiseAdamW, map_blocks
+    from blockwise_lr.schedules import BlockwiseWarmupCosine
+
+    logging.disable(logging.WARNING)
+    seen = {}
+    for resumed in (False, True):
+        _fresh_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model = make("llama", seed=int(resumed))
+        optimizer = BlockwiseAdamW(model.named_parameters(), lr=OPTIMIZER["lr"], block_map=map_blocks(model))
+        schedule = BlockwiseWarmupCosine(optimizer, STEPS, 2)
+        data = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+        model, wrapped, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
+        rates = []
+        if resumed:
+            accelerator.load_state(f"{folder}/alone")
+        for batch in data:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    rates.append(optimizer.block_lrs()[0])
+                wrapped.step()
+                schedule.step()
+                wrapped.zero_grad()
+            if accelerator.sync_gradients and len(rates) == SAVE_AT and not resumed:
+                accelerator.save_state(f"{folder}/alone")
+        seen["resumed" if resumed else "run"] = rates[:STEPS]
+    return seen

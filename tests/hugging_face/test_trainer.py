@@ -3,6 +3,7 @@ import pytest
 from hugging_face import runs
 
 from ranks import pool
+from twins import RATIOS, paper_lr
 
 
 @pytest.mark.parametrize("deepspeed, kind", [
@@ -28,3 +29,11 @@ def test_accelerate_saves_and_resumes(tmp_path, stage):
     assert whole["optimizer"] == "BlockwiseAdamW" and len(whole["losses"]) == runs.STEPS
     assert resumed["losses"] == {step: loss for step, loss in whole["losses"].items() if step > runs.SAVE_AT}
     assert resumed["lrs"] == whole["lrs"]
+
+
+def test_accelerate_steps_the_schedule_once_an_optimizer_step_and_saves_it(tmp_path):
+    seen = pool(1).run(runs.accelerate_alone, str(tmp_path))[0]
+    wanted = [{block: paper_lr(step, ratio, runs.OPTIMIZER["lr"], runs.OPTIMIZER["lr"] / 20, 2, runs.STEPS)
+               for block, ratio in RATIOS.items()} for step in range(1, runs.STEPS + 1)]
+    assert seen["run"] == [pytest.approx(rates) for rates in wanted]
+    assert seen["resumed"][:runs.STEPS - runs.SAVE_AT] == [pytest.approx(rates) for rates in wanted[runs.SAVE_AT:]]

@@ -23,6 +23,9 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
                    activation_func=torch.nn.functional.silu),
               dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    # one query group, which tensor-parallel ranks share
+    "shared_group": (dict(num_query_groups=1, normalization="RMSNorm", add_bias_linear=False),
+                     dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
     # gated delta nets in place of attention
     "delta": (dict(linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
                    deterministic_mode=True, activation_func=torch.nn.functional.silu, gated_linear_unit=True,
@@ -59,6 +62,7 @@ class Layout:
     ep: int = 1
     etp: int = 1  # of experts, where ep is not 1
     cp: int = 1
+    instances: int = 1  # of the distributed optimizer
     sp: bool = False
     distributed: bool = False
     bf16: bool = False
@@ -81,6 +85,7 @@ def megatron(layout: Layout) -> Iterator[None]:
     others = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
+        num_distributed_optimizer_instances=layout.instances,
         expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None, create_gloo_process_groups=False)
     groups = set(dist.distributed_c10d._world.pg_map) - others  # without those that DeepSpeed keeps for later cases
     random.model_parallel_cuda_manual_seed(1)

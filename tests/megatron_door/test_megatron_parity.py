@@ -12,6 +12,7 @@ CASES = [
     ("gpt", 2, Layout()),
     ("gqa", 2, Layout(distributed=True)),
     ("gqa", 2, Layout(tp=2)),
+    ("shared_group", 2, Layout(tp=2)),
     ("gqa", 2, Layout(pp=2)),
     ("gqa", 2, Layout(pp=2, vpp=2)),
     ("gqa", 4, Layout(tp=2, pp=2)),
@@ -26,6 +27,7 @@ CASES = [
     ("moe", 4, Layout(tp=2, ep=2, sp=True, distributed=True)),
     # gloo gathers equal parts only, which the "alltoall" dispatcher does not always ask for where experts are split
     ("moe", 4, Layout(tp=2, ep=2, etp=2, sp=True, distributed=True, extra=dict(moe_token_dispatcher_type="allgather"))),
+    ("moe", 4, Layout(ep=2, instances=2, distributed=True)),
     ("delta", 4, Layout(tp=2, sp=True, distributed=True)),
     ("deepseek", 2, Layout(pp=2)),
     # without sequence parallelism, finalize_model_grads adds up MLA's q_layernorm over TP, which is whole already

@@ -92,6 +92,40 @@ def test_tied_output_layer_of_another_stage_is_an_embedding():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(BlockError, match="8 query heads and 2 query groups do not divide over 4"):
-        head_counts({"num_attention_heads": 8, "num_query_groups": 2, "tensor_model_parallel_size": 4})
+    with pytest.raises(BlockError, match="8 query heads and 3 query groups do not divide over 4"):
+        head_counts({"num_attention_heads": 8, "num_query_groups": 3, "tensor_model_parallel_size": 4})
+    with pytest.raises(BlockError, match="num_query_groups = -2; give a number of heads, 1 or above"):
+        head_counts({"num_attention_heads": 8, "num_query_groups": -2})
     assert head_counts({"num_attention_heads": 8}) == HeadCounts(8, 8, {"num_attention_heads": 8})
+
+
+@pytest.mark.parametrize("heads, groups, parts, rows, wanted", [
+    # [q q q q k v] of one group: three heads a rank
+    (4, 1, 2, 12, [[(0, 12, "q", 4)], [(0, 4, "q", 4), (4, 8, "k", 4), (8, 12, "v", 1)]]),
+    # [q q k v] twice: two heads a rank
+    (4, 2, 4, 8, [[(0, 8, "q", 4)], [(0, 4, "k", 4), (4, 8, "v", 1)]] * 2),
+    # [q q q q k v] over four: one and a half heads a rank, so that what Adam-mini calls a head stays open
+    (4, 1, 4, 6, [[(0, 6, "q", None)]] * 2 + [[(0, 4, "q", None), (4, 6, "k", None)],
+                                              [(0, 2, "k", None), (2, 6, "v", None)]]),
+])
+def test_fused_qkv_of_ranks_that_share_a_query_group(heads, groups, parts, rows, wanted):
+    found = []
+    for rank in range(parts):
+        config = {"num_attention_heads": heads, "num_query_groups": groups, "tensor_model_parallel_size": parts,
+                  "tensor_model_parallel_rank": rank}
+        layout = map_names({LAYER + "self_attention.linear_qkv.weight": (rows, 32)}, heads=head_counts(config),
+                           family="megatron")
+        found.append([(start, end, piece.role, piece.unit) for spans in layout.values()
+                      for start, end, piece in spans.spans()])
+    assert found == wanted
+
+
+@pytest.mark.parametrize("name, rank, words", [
+    ("self_attention.linear_qkv.weight", None, "which part of a group this rank holds is not known"),
+    ("attention.query_key_value.weight", 0, "known only of megatron-core's linear_qkv"),
+])
+def test_other_fused_weights_of_ranks_that_share_a_query_group_are_refused(name, rank, words):
+    config = {"num_attention_heads": 4, "num_query_groups": 1, "tensor_model_parallel_size": 2,
+              "tensor_model_parallel_rank": rank}
+    with pytest.raises(BlockError, match=words):
+        map_names({LAYER + name: (24, 32)}, heads=head_counts(config), family="megatron")

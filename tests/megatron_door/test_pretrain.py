@@ -37,13 +37,13 @@ def data(tmp_path_factory):
     return prefix
 
 
-def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",)):
+def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), connections="1"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                   "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+                   "CUDA_DEVICE_MAX_CONNECTIONS": connections}
     command = [sys.executable, *(["-m", module] if module else []), *options, str(SCRIPT), *FLAGS, "--data-path",
                str(data), "--data-cache-path", str(data.parent / "cache"), *flags]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
@@ -65,6 +65,22 @@ def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
            "ffn: 3.000000E-03 | norm: 1.000000E-03 |" in log
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in events.Scalars("learning-rate/ffn")][-1] == pytest.approx(5e-5)
+
+
+def test_logged_rates_are_those_used_under_mup(data):
+    """Twice the base width: weights have half the peak and the minimum, embeddings and vectors all of it."""
+    code, log = launch(data, "--optimizer", "blockwise_adamw", "--use-mup", "--mup-base-hidden-size", "16")
+    assert code == 0, log[-3000:]
+    assert "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 4.000000E-03 and 8.000000E-03 | " \
+           "vo: 2.000000E-03 and 4.000000E-03 | ffn: 3.000000E-03 and 6.000000E-03 | norm: 1.000000E-03 |" in log
+    assert "iteration 20 learning rates | embedding: 5.000000E-05 | qk: 2.500000E-05 and 5.000000E-05 |" in log
+
+
+def test_torch_fsdp2_is_refused_before_the_first_step(data):
+    code, log = launch(data, "--optimizer", "blockwise_adamw", "--use-torch-fsdp2", "--ckpt-format", "torch_dist",
+                       "--untie-embeddings-and-output-weights", connections="8")
+    assert code == 1 and "do not support Megatron models whose parameters are of type DTensor" in log, log[-3000:]
+    assert "leave out --use-torch-fsdp2" in log and not losses(log)
 
 
 def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
@@ -97,4 +113,4 @@ def test_flags_are_in_megatrons_help_and_checked(data):
     code, log = launch(data, "--help")
     assert code == 0 and "blockwise learning rates:" in log and "blockwise_adam_mini" in log
     code, log = launch(data, "--optimizer", "blockwise_adamw", "--block-lr-ratios", "embeding=10")
-    assert code == 2 and "unknown block type 'embeding'" in log
+    assert code == 2 and "unknown block type 'embeding'" in log and "number of parameters" not in log

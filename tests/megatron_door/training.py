@@ -70,7 +70,8 @@ def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]
 
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed,
-                                        bucket_size=9000 if layout.distributed else None)
+                                        bucket_size=9000 if layout.distributed else None,
+                                        num_distributed_optimizer_instances=layout.instances)
     wrapped = [DistributedDataParallel(config, ddp, Float16Module(config, chunk) if layout.bf16 else chunk,
                                        disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
     config.finalize_model_grads_func = finalize_model_grads

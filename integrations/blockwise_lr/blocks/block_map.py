@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .dims import HeadCounts, config_values, head_counts
 from .families import family_rules
@@ -18,8 +19,8 @@ from .rules import Rule, user_rules
 from .types import BlockError, BlockType
 
 # What wrappers put into names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|base_model\.model|base_layer|"
-                       r"modules_to_save\.[^.]+|original_module)\.")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+                       r"base_model\.model|base_layer|modules_to_save\.[^.]+|original_module)\.")
 # PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has the rank's
 _LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
 
@@ -32,18 +33,29 @@ class BlockMap(Mapping[str, ParamLayout]):
     """Parameter name -> :class:`ParamLayout`, for every trainable parameter exactly once (tied ones under one name).
 
     Names are those of ``model.named_parameters()``, wrapper prefixes kept, so that they can be looked up as they come.
+    The order is that in which the model defines its parameters. Copies and pickles know names and layouts, and no tensors.
 
     Attributes:
         heads: the head counts the map was made with, or None.
         unmapped: names that no rule knows; they have the base learning rate. Empty unless made with strict=False.
+        frozen: what the map would say of parameters that do not require gradients; None where no rule knows one.
     """
 
     def __init__(self, layouts: Iterable[ParamLayout], heads: HeadCounts | None = None,
-                 unmapped: Iterable[str] = ()) -> None:
+                 unmapped: Iterable[str] = (), frozen: Mapping[str, ParamLayout | None] | None = None) -> None:
         self._layouts = {layout.name: layout for layout in layouts}
         self.heads = heads
         self.unmapped = frozenset(unmapped)
-        self._names: dict[int, str] = {}
+        self.frozen: dict[str, ParamLayout | None] = dict(frozen or {})
+        # by identity, and weakly: the number that id() gives is given to another tensor once the first is gone
+        self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_names": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._names = WeakIdKeyDictionary()
 
     def __getitem__(self, name: str) -> ParamLayout:
         return self._layouts[name]
@@ -56,11 +68,33 @@ class BlockMap(Mapping[str, ParamLayout]):
 
     def bind(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Remembers which tensor bears which name, so that optimizers can be given tensors without names."""
-        self._names.update({id(tensor): name for name, tensor in named if name in self._layouts})
+        for name, tensor in named:
+            if name in self._layouts or name in self.frozen:
+                self._names[tensor] = name
 
     def name_of(self, tensor: torch.Tensor) -> str | None:
         """The name of a bound tensor, or None."""
-        return self._names.get(id(tensor))
+        return self._names.get(tensor)
+
+    def add(self, other: BlockMap) -> None:
+        """Takes over the parameters of another map, which come after this one's own."""
+        self._layouts.update(other)
+        self.frozen = {**self.frozen, **other.frozen}
+        self.unmapped |= other.unmapped
+        self._names.update(other._names)
+
+    def unfreeze(self, name: str) -> None:
+        """A parameter that was frozen when the map was made is trained from now on.
+
+        Raises:
+            UnmappedParameterError: no rule knows it.
+        """
+        layout = self.frozen.get(name)
+        if layout is None:
+            raise UnmappedParameterError(
+                f"no block rule matches {name}, which was frozen when the optimizer was built and has a gradient now; add "
+                f'one to block_rules, for example {{"match": "{name}", "block": "ffn"}}')
+        self._layouts[name] = self.frozen.pop(name)
 
     def block_numel(self) -> dict[BlockType, int]:
         """Elements per block type, over all parameters."""
@@ -83,7 +117,14 @@ def plain_name(name: str) -> str:
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has left an empty tensor in its place (then ``ds_shape``)."""
+    """A parameter's shape, also where ZeRO-3 has left an empty tensor in its place (then ``ds_shape``).
+
+    Raises:
+        BlockError: it is a part of one of FSDP1's flat parameters, a vector that tells nothing of rows.
+    """
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise BlockError("the parameters are wrapped in FullyShardedDataParallel (FSDP1), whose shards are vectors without "
+                         "rows; use torch.distributed.fsdp.fully_shard (FSDP2), and build the optimizer after it")
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -116,15 +157,40 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
     contexts = _contexts(model, config, family)
     conv1d = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules()
               if type(module).__name__ == "Conv1D"}
-    named = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    shapes = {name: full_shape(p) for name, p in named}
+    everything = list(model.named_parameters(remove_duplicate=False))
+    named = [(name, p) for name, p in everything if p.requires_grad]
+    frozen = [(name, p) for name, p in everything if not p.requires_grad]
+    own, norms = user_rules(rules), _norms(model)
+    block_map = _map({name: full_shape(p) for name, p in named}, own, strict, contexts, conv1d, _aliases(named),
+                     embedding_copies(named), norms)
+    block_map.frozen = _frozen_layouts(frozen, own, contexts, conv1d, norms)
+    block_map.bind(everything)
+    return block_map
+
+
+def _aliases(named: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
+    """The names of each parameter, in the model's order."""
     aliases: dict[int, list[str]] = {}
     for name, p in named:
         aliases.setdefault(id(p), []).append(name)
-    block_map = _map(shapes, user_rules(rules), strict, contexts, conv1d, aliases.values(), embedding_copies(named),
-                     _norms(model))
-    block_map.bind(named)
-    return block_map
+    return list(aliases.values())
+
+
+def _frozen_layouts(frozen: list[tuple[str, torch.Tensor]], own: tuple[Rule, ...], contexts: Mapping[str, Context],
+                    conv1d: set[str], norms: Iterable[str]) -> dict[str, ParamLayout | None]:
+    """What the rules say of frozen parameters, in case they are trained later; nothing of it is an error now."""
+    found: dict[str, ParamLayout | None] = {}
+    tensors = dict(frozen)
+    rules = own + tuple(Rule(name, BlockType.EMBEDDING) for name in embedding_copies(frozen))
+    for names in _aliases(frozen):
+        shapes = {name: full_shape(tensors[name]) for name in names}
+        try:
+            mapped = _map(shapes, (), True, contexts, conv1d, [names], (), norms, extra=rules)
+        except BlockError:
+            found[names[0]] = None
+        else:
+            found.update(mapped)
+    return found
 
 
 def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
@@ -142,6 +208,17 @@ def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | d
     """
     return _map(shapes, user_rules(rules), strict, {"": Context(family, heads)}, set(transposed),
                 aliases if aliases is not None else [[name] for name in shapes], copies)
+
+
+def map_named(named: Iterable[tuple[str, torch.Tensor]], *, rules: Iterable[Rule | dict] | None = None,
+              heads: HeadCounts | None = None) -> BlockMap:
+    """:func:`map_names` of parameters, frozen ones included, which are bound to the map."""
+    named = list(named)
+    trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
+    block_map = map_names({name: full_shape(p) for name, p in trained}, rules=rules, heads=heads)
+    block_map.frozen = _frozen_layouts(frozen, user_rules(rules), {"": Context(None, heads)}, set(), ())
+    block_map.bind(named)
+    return block_map
 
 
 @dataclass(frozen=True)
@@ -180,9 +257,10 @@ def _context(name: str, contexts: Mapping[str, Context]) -> Context:
 
 
 def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: bool, contexts: Mapping[str, Context],
-         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str],
-         norms: Iterable[str] = ()) -> BlockMap:
-    given, own = own, own + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
+         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str], norms: Iterable[str] = (),
+         extra: tuple[Rule, ...] = ()) -> BlockMap:
+    """``own`` rules must match something, ``extra`` ones need not."""
+    given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     last = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
     layouts, unmapped = [], []

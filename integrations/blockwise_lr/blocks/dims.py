@@ -22,7 +22,7 @@ class HeadCounts:
 
     Attributes:
         q: query heads.
-        kv: key and value heads (query groups).
+        kv: key and value heads (query groups); 0 where several ranks share one.
         config: everything else the config says, for families with sizes of their own (MLA ranks, ...).
     """
 
@@ -62,16 +62,26 @@ def head_counts(config: Any) -> HeadCounts | None:
     """The head counts a config states, or None where it states none; of a Megatron config, those of one rank's slice.
 
     Raises:
-        BlockError: heads that do not divide over Megatron's tensor-parallel ranks.
+        BlockError: counts below 1, or heads that do not divide over Megatron's tensor-parallel ranks.
     """
     values = config_values(config)
-    q = next((values[name] for name in _Q_HEADS if isinstance(values.get(name), int)), None)
+    q = _count(values, _Q_HEADS)
     if q is None:
         return None
-    kv = next((values[name] for name in _KV_HEADS if isinstance(values.get(name), int)), None)
-    kv = kv or (1 if values.get("multi_query") else q)
+    kv = _count(values, _KV_HEADS) or (1 if values.get("multi_query") else q)
     parts = values.get("tensor_model_parallel_size") or 1
-    if q % parts or kv % parts:
+    if q % parts or (kv % parts and parts % kv):
         raise BlockError(f"{q} query heads and {kv} query groups do not divide over {parts} tensor-parallel ranks; use a "
-                         f"tensor-parallel size that divides {math.gcd(q, kv)}")
+                         f"tensor-parallel size that divides {math.gcd(q, kv)}, or one that divides {q} and is a multiple "
+                         f"of {kv}")
     return HeadCounts(q=q // parts, kv=kv // parts, config=values)
+
+
+def _count(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """The first of these that a config states as a whole number."""
+    name = next((name for name in names if isinstance(values.get(name), int) and not isinstance(values[name], bool)), None)
+    if name is None or (values[name] == 0 and names is _KV_HEADS):  # some configs state 0 for "as many as query heads"
+        return None
+    if values[name] < 1:
+        raise BlockError(f"the model's config states {name} = {values[name]}; give a number of heads, 1 or above")
+    return values[name]

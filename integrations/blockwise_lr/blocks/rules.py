@@ -1,15 +1,15 @@
 """Naming rules: which parameter names are which block, and how fused weights are laid out. Rules are data."""
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .dims import HeadCounts
+from .globs import checked_glob, matches
 from .layout import BIAS, MATRIX, NORM, ParamLayout, Piece
 from .types import BlockError, BlockType, block_type
 
@@ -31,7 +31,7 @@ class Rule:
     """One line of a family's table.
 
     Attributes:
-        match: glob over the whole dotted name (``*`` any text, ``{a,b}`` either); a leading ``*.`` also matches nothing.
+        match: glob over the whole dotted name: see :mod:`~blockwise_lr.blocks.globs`.
         block: the block type of the whole parameter; None for a fused one.
         heads: "q" or "kv" where Adam-mini's segments are heads of that kind; else one segment per output unit.
         split: roles of a fused weight in order, e.g. ("q", "k", "v").
@@ -57,24 +57,26 @@ class Rule:
     undecayed: bool = False
     view: Callable[[tuple[int, ...], HeadCounts], tuple[int, ...]] | None = None
 
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        alternatives = re.escape(self.match).replace(r"\*", ".*").replace(r"\{", "(?:").replace(r"\}", ")")
-        return re.compile(alternatives.replace(",", "|") + r"\Z")
-
     def matches(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self.vector and len(shape) > 1:
-            return False
-        return any(self.pattern.match(text) is not None for text in (name, "." + name))
+        return not (self.vector and len(shape) > 1) and matches(self.match, name)
 
     def layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         """The layout this rule gives a parameter of that name and shape.
 
         Raises:
-            BlockError: the layout needs head counts that are not known, or they contradict the shape.
+            BlockError: the layout needs head counts that are not known, or the rule or they contradict the shape.
         """
+        try:
+            return self._layout(name, shape, heads)
+        except BlockError as error:
+            raise BlockError(f"block rule {self.match!r} does not fit {name} of shape {tuple(shape)}: {error}") from None
+
+    def _layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         if self.view is not None:
-            shape = self.view(shape, _need(heads, name, self))
+            shape = self.view(shape, _need(heads))
+        if self.batch_dims and self.batch_dims >= len(shape):
+            raise BlockError(f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
+                             f"matrix or vector; give a smaller batch_dims")
         # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
         vector = self.undecayed or len(shape) <= 1 + self.batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX
@@ -82,7 +84,7 @@ class Rule:
                                                                         self.batch_dims)),),
                            transposed=self.transposed and kind == MATRIX, batch_dims=self.batch_dims, kind=kind)
         if self.special is not None:
-            pieces, repeat = self.special(shape, _need(heads, name, self))
+            pieces, repeat = self.special(shape, _need(heads))
         elif self.split:
             pieces, repeat = self._fused(base, heads)
         else:
@@ -104,11 +106,8 @@ class Rule:
             # without head counts only equal thirds are possible; what Adam-mini calls a head stays open
             third = _divide(base, len(self.split))
             return tuple(Piece(ROLES[r][0], third, None if ROLES[r][1] else 1, r) for r in self.split), 1
-        counts = _need(heads, base.name, self)
-        try:
-            return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
-        except BlockError as error:
-            raise BlockError(f"{base.name} (shape {base.shape}): {error}") from None
+        counts = _need(heads)
+        return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
 
 
 def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
@@ -123,6 +122,7 @@ def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
     Raises:
         BlockError: the counts contradict each other or the number of output units.
     """
+    _refuse_part_of_a_group(kv)
     per = {"q": q, "gate": q, "k": kv, "v": kv}
     parts = sum(per[role] for role in split)
     if outputs % parts:
@@ -140,37 +140,67 @@ def _outputs(shape: tuple[int, ...], transposed: bool, batch_dims: int) -> int:
     return (matrix[-1] if transposed else matrix[0]) if matrix else 1
 
 
+def _refuse_part_of_a_group(heads: int) -> None:
+    if not heads:
+        raise BlockError("more tensor-parallel ranks than query groups share a group, which is known only of "
+                         "megatron-core's linear_qkv; use a tensor-parallel size up to the number of query groups")
+
+
 def _divide(base: ParamLayout, parts: int) -> int:
+    _refuse_part_of_a_group(parts)
     if base.outputs % parts:
-        raise BlockError(f"{base.name}: {base.outputs} rows (shape {base.shape}) do not divide into {parts} heads; "
-                         f"correct the head counts of the model's config or the rule")
+        raise BlockError(f"{base.outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
+                         f"config or the rule")
     return base.outputs // parts
 
 
-def _need(heads: HeadCounts | None, name: str, rule: Rule) -> HeadCounts:
+def _need(heads: HeadCounts | None) -> HeadCounts:
     if heads is None:
-        raise BlockError(f"{name}: the rule {rule.match!r} needs the numbers of heads, and the model has no `config` "
-                         f"that states them; pass map_blocks(model, config={{'num_attention_heads': …}})")
+        raise BlockError("it needs the numbers of heads, and the model has no `config` that states them; "
+                         "pass map_blocks(model, config={'num_attention_heads': …})")
     return heads
 
 
-class UserRule(BaseModel):
-    """A rule as users write it in JSON: ``{"match": "*.adapter.*", "block": "ffn"}``, or with ``split`` for a fused weight."""
+_BLOCKS = ", ".join(block.value for block in BlockType)
+_MOST_DIMS = 64  # no tensor has more
+# what each key of a user's rule takes, for errors
+_WANTED = {
+    "match": 'give a glob over parameter names, as in "*.adapter.*"',
+    "block": f"use one of {_BLOCKS}",
+    "heads": 'use "q" or "kv"',
+    "split": 'give a list of roles in their order, as in ["q", "k", "v"]',
+    "interleave": 'use "none", "head" or "group"',
+    "transposed": "write true or false, without quotes",
+    "batch_dims": f"give a whole number from 0 to {_MOST_DIMS}, without quotes",
+}
+_EXAMPLE = '{"match": "*.adapter.*", "block": "ffn"}'
 
-    model_config = ConfigDict(extra="forbid")
+
+class UserRule(BaseModel):
+    """A rule as users write it in JSON: ``{"match": "*.adapter.*", "block": "ffn"}``, or with ``split`` for a fused weight.
+
+    Values are not converted from other types, so that ``"false"`` does not mean true.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     match: str
     block: str | None = None
     heads: Literal["q", "kv"] | None = None
-    split: tuple[str, ...] = ()
+    split: tuple[str, ...] = Field((), strict=False)
     interleave: Interleave = "none"
     transposed: bool = False
-    batch_dims: int = 0
+    batch_dims: int = Field(0, ge=0, le=_MOST_DIMS)
 
-    @field_validator("block")
+    @field_validator("match")
     @classmethod
-    def _known_block(cls, value: str | None) -> str | None:
-        return value if value is None else block_type(value).value
+    def _glob(cls, value: str) -> str:
+        return checked_glob(value)
+
+    @field_validator("block", mode="before")
+    @classmethod
+    def _known_block(cls, value: Any) -> Any:
+        return block_type(value).value if isinstance(value, str) else value
 
     @field_validator("split")
     @classmethod
@@ -178,12 +208,18 @@ class UserRule(BaseModel):
         unknown = [role for role in value if role not in ("q", "k", "v", "gate")]
         if unknown:
             raise BlockError(f"unknown role {unknown[0]!r} in split; use q, k, v, gate")
+        if len(set(value)) < len(value):
+            raise BlockError(f"split names a role twice: {', '.join(value)}; name each part of the fused weight once")
         return value
 
     @model_validator(mode="after")
     def _one_of_both(self) -> UserRule:
         if (self.block is None) == (not self.split):
-            raise BlockError(f"rule {self.match!r}: give either \"block\" or \"split\"")
+            raise BlockError('give either "block" or "split"')
+        if self.heads is not None and self.split:
+            raise BlockError('"heads" goes with "block"; leave it out beside "split", whose roles say it')
+        if self.interleave != "none" and not self.split:
+            raise BlockError('"interleave" goes with "split"; leave it out beside "block"')
         return self
 
     def rule(self) -> Rule:
@@ -191,25 +227,49 @@ class UserRule(BaseModel):
         return Rule(self.match, block, self.heads, self.split, self.interleave, self.transposed, self.batch_dims)
 
 
-def user_rules(entries: Iterable[Rule | dict] | None) -> tuple[Rule, ...]:
+def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule, ...]:
     """Rules as given by a user, checked.
 
     Raises:
-        BlockError: an entry with an unknown key, block type or role.
+        BlockError: an entry with an unknown key, or a value that its key does not take; the message names both.
     """
-    rules = []
-    if isinstance(entries, (str, dict)):
-        raise BlockError(f"block_rules must be a list of rules like {{\"match\": \"*.adapter.*\", \"block\": \"ffn\"}}, "
-                         f"got {entries!r}")
-    for entry in entries or ():
-        if isinstance(entry, Rule):
-            rules.append(entry)
-            continue
-        try:
-            rules.append(UserRule.model_validate(entry).rule())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise BlockError(f"block rule {entry!r}: {where + ': ' if where else ''}"
-                             f"{problem['msg'].removeprefix('Value error, ')}") from None
-    return tuple(rules)
+    if entries is None:
+        return ()
+    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
+        raise BlockError(f"block_rules must be a list of rules like {_EXAMPLE}, got {_shown(entries)}")
+    return tuple(_checked(entry) for entry in entries)
+
+
+def _checked(entry: Any) -> Rule:
+    if isinstance(entry, Rule):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise BlockError(f"block rule {_shown(entry)} is no object; write it like {_EXAMPLE}")
+    try:
+        return UserRule.model_validate(dict(entry)).rule()
+    except ValidationError as error:
+        raise BlockError(f"block rule {_shown(dict(entry))}: {_problem(error.errors(include_url=False)[0])}") from None
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a user's rule: its key, the value there, and what the key takes."""
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; use {', '.join(_WANTED)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; {_WANTED[key]}"
+    own = problem.get("ctx", {}).get("error")
+    if own is None:
+        return f"{key} is {_shown(problem['input'])}; {_WANTED[key]}"
+    return f"match {_shown(problem['input'])} {own}" if key == "match" else f"{key}: {own}" if key else str(own)
+
+
+def _shown(value: Any) -> str:
+    """A user's value for an error, of bounded length."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    short.maxdict = len(_WANTED)
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return f"a {type(value).__name__} that cannot be shown"

@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import math
+import numbers
+import reprlib
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 
 class BlockType(str, Enum):
@@ -73,18 +76,37 @@ def block_values(values: Mapping[str, float] | None, what: str, *, positive: boo
     """
     checked = {}
     if values is not None and not isinstance(values, Mapping):
-        raise BlockError(f"{what} must map block types to numbers, got {values!r}")
+        raise BlockError(f"{what} must map block types to numbers, got {shown(values)}")
     for name, value in (values or {}).items():
         try:
             block = block_type(name)
         except BlockError as error:
             raise BlockError(f"{what}: {error}") from None
-        number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-        if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        number = finite(value)
+        if number is None or number < 0 or (positive and number == 0):
             bound = "a finite number above 0" if positive else "a finite number, 0 or above"
-            raise BlockError(f"{what}[{name!r}] is {value!r}; give {bound}")
-        checked[block] = float(number)
+            raise BlockError(f"{what}[{name!r}] is {shown(value)}; give {bound}")
+        checked[block] = number
     return checked
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, of bounded length."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python shows no integer of more than 4,300 digits
+        return f"a {type(value).__name__} too long to be shown"
+
+
+def finite(value: Any) -> float | None:
+    """A finite number as a float; None for anything else, text and truth values among it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def lr_ratios(values: Mapping[str, float] | None = None) -> dict[BlockType, float]:

@@ -1,7 +1,10 @@
 """What a saved optimizer state says about its origin, and what of it contradicts the optimizer that is to load it."""
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,18 +13,23 @@ from ..blocks.block_map import plain_name
 from ..blocks.layout import ParamLayout, Piece
 from ..blocks.types import BlockType
 from .errors import CheckpointError, MismatchError, is_first_rank
+from .matching import Contents
 
 log = logging.getLogger("blockwise_lr")
 
 # Key of the record in the param groups of a state dict: every format, also DeepSpeed's universal one, carries param
 # groups along.
 KEY = "blockwise_lr"
-# Raised when an older package could misread what a newer one wrote.
-FORMAT = 1
+# Raised when an older package could misread what a newer one wrote. 2: the record is a packed string, and says what lies
+# in each tensor; second moments per output unit.
+FORMAT = 2
 GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay", "min_lr", "block_lr_ratios", "block_weight_decay",
                   "decay_norms_and_biases")
 ACCEPTABLE = ("optimizer", "block_map", "bias_segments", *GROUP_SETTINGS)
-ELEMENTS, SEGMENTS = "elements", "segments"
+# the forms in which exp_avg_sq is saved: a value per element, per segment of the tensor's plan, or per output unit of the
+# parameter (a row, or a column of a transposed weight), which needs no plan to be read
+ELEMENTS, SEGMENTS, UNITS = "elements", "segments", "units"
+_PACKED = "blockwise_lr record "
 _SHOWN = 4
 
 
@@ -36,8 +44,9 @@ class Record:
         layouts: plain parameter name -> its layout.
         settings: per param group, the settings the optimizer was built with.
         bias_segments: Adam-mini's setting; None for AdamW.
-        second_moment: "elements" or "segments": the form exp_avg_sq is saved in.
+        second_moment: "elements", "segments" or "units": the form exp_avg_sq is saved in.
         row_parts: in how many segments Adam-mini cuts the rows that tensor-parallel ranks hold parts of.
+        tensors: per param group, what lies in each of its tensors; None where that is not to be compared.
         format: number of the format.
     """
 
@@ -49,6 +58,7 @@ class Record:
     bias_segments: str | None = None
     second_moment: str = ELEMENTS
     row_parts: int = 1
+    tensors: Sequence[Sequence[Contents]] | None = None
     format: int = FORMAT
 
     def layout(self, name: str) -> ParamLayout:
@@ -73,10 +83,32 @@ class Record:
                    for name, p in self.layouts.items()}
         settings = [{key: plain(value) for key, value in group.items()}
                     for group in self.settings]
+        tensors = None if self.tensors is None else [[[list(fragment) for fragment in contents] for contents in group]
+                                                     for group in self.tensors]
         return {"format": self.format, "version": self.version, "optimizer": self.optimizer,
                 "fingerprint": self.fingerprint, "bias_segments": self.bias_segments,
                 "second_moment": self.second_moment, "row_parts": self.row_parts, "settings": settings,
-                "layouts": layouts}
+                "layouts": layouts, "tensors": tensors}
+
+    def packed(self) -> str:
+        """:meth:`as_dict` as one short string, which every checkpoint format carries along in a param group."""
+        return _PACKED + base64.b64encode(zlib.compress(json.dumps(self.as_dict()).encode(), 9)).decode()
+
+    @classmethod
+    def of_groups(cls, groups: Iterable[Mapping[str, Any]]) -> Record | None:
+        """The record in the param groups of a saved state; None where another optimizer saved it.
+
+        Raises:
+            CheckpointError: as :meth:`from_dict`.
+        """
+        saved = next((group[KEY] for group in groups if KEY in group), None)
+        if isinstance(saved, str):
+            try:
+                saved = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix(_PACKED), validate=True)))
+            except (ValueError, zlib.error) as error:
+                raise CheckpointError(f"the checkpoint's record of its origin is damaged ({error}); load another "
+                                      f"checkpoint") from error
+        return None if saved is None else cls.from_dict(saved)
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Record:
@@ -96,10 +128,29 @@ class Record:
                                          repeat, transposed, batch_dims, kind)
                        for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()}
             return cls(saved["optimizer"], saved["version"], saved["fingerprint"], layouts, saved["settings"],
-                       saved["bias_segments"], saved["second_moment"], saved.get("row_parts", 1), number)
+                       saved["bias_segments"], saved["second_moment"], saved.get("row_parts", 1),
+                       _tensors(saved.get("tensors")), number)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"the checkpoint's record of its origin is damaged ({type(error).__name__}: {error}); "
                                   f"load another checkpoint") from error
+
+
+def _tensors(saved: Any) -> Sequence[Sequence[Contents]] | None:
+    return None if saved is None else [[tuple((str(name), int(start), int(numel), int(offset))
+                                              for name, start, numel, offset in contents) for contents in group]
+                                       for group in saved]
+
+
+def by_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Saved param groups whose states have been brought to this run's shards by parameter names, a value per element: the
+    record in them tells of the origin alone, and no longer where in the saving ranks' shards anything lay."""
+    groups = [dict(group) for group in groups]
+    record = Record.of_groups(groups)
+    if record is not None:
+        packed = replace(record, tensors=None, second_moment=ELEMENTS).packed()
+        for group in groups:
+            group[KEY] = packed
+    return groups
 
 
 @dataclass(frozen=True)

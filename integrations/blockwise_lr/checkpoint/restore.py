@@ -8,60 +8,65 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..optim.dtensor import local_part, units_to_elements
 from ..optim.plan import StepPlan, adam_mini_plan, element_biases
+from ..optim.settings import STATED, STATED_AT
 from .errors import CheckpointError, is_first_rank, raise_together
+from .matching import positions
 from .moments import gather, means, segment_sums, spread
-from .record import ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Difference, Record, differences, plain, same_segments, settle
+from .record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, UNITS, Difference, Record, differences, plain, same_segments,
+                     settle)
 
 if TYPE_CHECKING:
     from ..optim.base import BlockwiseOptimizer
 
 log = logging.getLogger("blockwise_lr")
 MOMENTS = ("exp_avg", "exp_avg_sq")
+State = dict[str, Any]
 
 
-def prepared(optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Record | None]:
-    """A state dict that torch's load_state_dict can load as it is: this optimizer's settings, groups and states; and the
-    record of the given one's origin.
+def prepared(optimizer: BlockwiseOptimizer,
+             state_dict: Mapping[str, Any]) -> tuple[dict[int, State], list[dict[str, Any]], Record | None]:
+    """What a state dict holds for an optimizer: its tensors' states, by position; its param groups, without tensors; and
+    the record of the state's origin.
 
     Every rank that holds shards must call it at the same time. Changes neither the optimizer nor the given dict.
 
     Args:
         optimizer: the one that is to load it.
-        state_dict: of a blockwise optimizer, or of any AdamW (torch's, DeepSpeed's).
+        state_dict: of a blockwise optimizer, or of any AdamW (torch's, DeepSpeed's). Its params may be numbers or names.
+
+    Returns:
+        States of this rank's parts: step, exp_avg (elements of the tensor) and exp_avg_sq in the optimizer's own form;
+        of the steps alone where the framework keeps the rest.
 
     Raises:
         MismatchError: it contradicts the optimizer and ``accept_mismatch`` does not name that.
-        CheckpointError: shapes that do not fit, a state without moments, a newer format.
+        CheckpointError: shapes or an order that do not fit, a state without moments, a newer format.
     """
-    groups = [dict(group) for group in state_dict["param_groups"]]
     error, record, states = None, None, {}
+    groups: list[dict[str, Any]] = []
     try:
-        record = _record_of(groups)
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        record = Record.of_groups(groups)
         check(optimizer, record)
         if optimizer.states_apart:
             states = _steps(optimizer, groups)
         else:
-            states = _indexed_states(optimizer, state_dict["state"], groups)
-            _check_shapes(optimizer, states, record)
+            states = _states(optimizer, state_dict["state"], groups, record)
     except CheckpointError as problem:
         error = problem
+    except (KeyError, TypeError, AttributeError) as problem:
+        error = CheckpointError(f"this is no state dict of an optimizer ({type(problem).__name__}: {problem}); give what "
+                                f"optimizer.state_dict() returned")
     if optimizer.loads_together:
         raise_together(error)
     elif error is not None:
         raise error
     step = max((int(state["step"]) for state in states.values()), default=0)
     _tell(optimizer, record)
-    ready = {"state": _counted(states if optimizer.states_apart else _converted(optimizer, states, record)),
-             "param_groups": [_merged_group(optimizer, number, group, record, step)
-                              for number, group in enumerate(groups)]}
-    return ready, record
-
-
-def _record_of(groups: list[dict[str, Any]]) -> Record | None:
-    """The record in a saved state's param groups; None where another optimizer saved it."""
-    saved = [group[KEY] for group in groups if KEY in group]
-    return Record.from_dict(saved[0]) if saved else None
+    merged = [_merged_group(optimizer, number, group, record, step) for number, group in enumerate(groups)]
+    return states if optimizer.states_apart else _converted(optimizer, states, record), merged, record
 
 
 def check(optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "the saved optimizer state") -> None:
@@ -74,7 +79,7 @@ def check(optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "t
     settle(found, optimizer.accept_mismatch, origin, optimizer.to_accept)
 
 
-def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, State]:
     """The step count of every tensor by its position, where that is all of a state that the groups come with."""
     steps = [group["step"] for group in groups for _ in group["params"] if group.get("step") is not None]
     if len(steps) != len(optimizer.all_tensors()):
@@ -83,51 +88,49 @@ def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[
     return {position: {"step": float(step)} for position, step in enumerate(steps)}
 
 
-def _counted(states: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The states, each with a step tensor of its own."""
-    return {position: {**state, "step": torch.tensor(state["step"], dtype=torch.float32)}
-            for position, state in states.items()}
-
-
-def _indexed_states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any],
-                    groups: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The saved states by position among the optimizer's tensors; step is a number, all else is left out."""
-    tensors = optimizer.all_tensors()
-    indices = list(chain.from_iterable(group["params"] for group in groups))
-    sizes, saved_sizes = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in groups]
-    if sizes != saved_sizes:
-        raise CheckpointError(f"the saved optimizer state has param groups of {saved_sizes} tensors and this optimizer "
-                              f"of {sizes}; start with the model, ZeRO stage and param groups it was saved from, or go "
-                              f"through a universal checkpoint")
-    group_steps = list(chain.from_iterable([group.get("step")] * len(group["params"]) for group in groups))
+def _states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any], groups: list[dict[str, Any]],
+            record: Record | None) -> dict[int, State]:
+    """This rank's parts of the saved states by position among the optimizer's tensors; all else is left out."""
+    tensors, own = optimizer.all_tensors(), optimizer.contents()
+    found = positions(groups, own, None if record is None else record.tensors)
+    group_steps = {index: group.get("step") for group in groups for index in group["params"]}
+    contents = list(chain.from_iterable(own))
+    stray = [index for index in saved if index not in found]
+    if stray and is_first_rank():
+        log.warning("the saved optimizer state has entries of no param group (%s), which are left out", stray[0])
     states = {}
-    for position, (index, _) in enumerate(zip(indices, tensors)):
+    for index, position in found.items():
         state = saved.get(index)
         if not state:
             continue
-        step = state.get("step", group_steps[position])
+        name = ", ".join(dict.fromkeys(fragment[0] for fragment in contents[position][:2])) or "an empty shard"
+        step = state.get("step", group_steps[index])
         if step is None or any(not isinstance(state.get(key), torch.Tensor) for key in MOMENTS):
-            raise CheckpointError(f"the saved optimizer state has {sorted(map(str, state))} where step, exp_avg and "
+            raise CheckpointError(f"the saved optimizer state of {name} has {sorted(map(str, state))} where step, exp_avg and "
                                   f"exp_avg_sq are needed; only AdamW and Adam-mini states can be loaded")
-        states[position] = {"step": float(step), **{key: state[key] for key in MOMENTS}}
+        states[position] = {"step": float(step), **_parts(optimizer, tensors[position], state, record, name)}
     return states
 
 
-def _check_shapes(optimizer: BlockwiseOptimizer, states: Mapping[int, Mapping[str, Any]], record: Record | None) -> None:
-    tensors = optimizer.all_tensors()
-    for position, state in states.items():
-        tensor, numel = tensors[position], tensors[position].numel()
-        wanted = _source_plan(optimizer, tensor, record).slots if _form(record) == SEGMENTS else numel
-        for key, expected in zip(MOMENTS, (numel, wanted)):
-            if state[key].numel() != expected:
-                raise CheckpointError(
-                    f"the saved {key} of tensor {position} has {state[key].numel()} values where {expected} are needed: "
-                    f"it was saved on another number of ranks, another ZeRO stage or another model; convert the "
-                    f"checkpoint to a universal one and load that")
-
-
-def _form(record: Record | None) -> str:
-    return ELEMENTS if record is None else record.second_moment
+def _parts(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, state: Mapping[str, Any], record: Record | None,
+           name: str) -> dict[str, torch.Tensor]:
+    """This rank's parts of a tensor's saved moments: exp_avg_sq per element, or per segment of the saved layouts."""
+    form = ELEMENTS if record is None else record.second_moment
+    numel = optimizer.plan_of(tensor).numel
+    first, second = local_part(tensor, state["exp_avg"]), state["exp_avg_sq"]
+    if form == UNITS:
+        second = units_to_elements(tensor, record.layout(optimizer.block_map.name_of(tensor)), second)
+    wanted = _source_plan(optimizer, tensor, record).slots if form == SEGMENTS else numel
+    second = local_part(tensor, second) if form == ELEMENTS else second
+    for key, value, expected in (("exp_avg", first, numel), ("exp_avg_sq", second, wanted)):
+        size = value.numel() * (2 if value.is_complex() else 1)
+        as_parameter = value.dim() < 2 or tuple(value.shape) in (tuple(local_part(tensor, tensor).shape), tuple(tensor.shape))
+        if size != expected or not as_parameter:
+            raise CheckpointError(
+                f"the saved {key} of {name} is of shape {tuple(value.shape)} where {expected} values are needed: it was "
+                f"saved on another number of ranks, another ZeRO stage or another model; convert the checkpoint to a "
+                f"universal one and load that")
+    return {"exp_avg": first, "exp_avg_sq": second}
 
 
 def _source_plan(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, record: Record) -> StepPlan:
@@ -136,24 +139,22 @@ def _source_plan(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, record: Re
     layouts = [record.layout(fragment.name) for fragment in fragments]
     if record.bias_segments == "element":
         layouts = [element_biases(layout) for layout in layouts]
-    return adam_mini_plan(tensor.numel(), fragments, layouts)
+    return adam_mini_plan(optimizer.plan_of(tensor).numel, fragments, layouts)
 
 
 # ---- second moments
 
 
-def _converted(optimizer: BlockwiseOptimizer, states: Mapping[int, dict[str, Any]],
-               record: Record | None) -> dict[int, dict[str, Any]]:
-    """States with exp_avg_sq in the optimizer's own form."""
+def _converted(optimizer: BlockwiseOptimizer, states: dict[int, State], record: Record | None) -> dict[int, State]:
+    """States with exp_avg_sq in the optimizer's own form: per element, or per segment of its plan."""
     tensors = optimizer.all_tensors()
-    form, to_segments = _form(record), optimizer.segment_plans
+    form = SEGMENTS if record is not None and record.second_moment == SEGMENTS else ELEMENTS
     known = same_segments(record, optimizer.record())
-    if form == SEGMENTS and not (to_segments and known):
+    if form == SEGMENTS and not (optimizer.segment_plans and known):
         for position, state in states.items():
-            plan = _source_plan(optimizer, tensors[position], record)
-            state["exp_avg_sq"] = spread(state["exp_avg_sq"], plan).view_as(tensors[position])
+            state["exp_avg_sq"] = spread(state["exp_avg_sq"], _source_plan(optimizer, tensors[position], record))
         form = ELEMENTS
-    if to_segments and form == ELEMENTS:
+    if optimizer.segment_plans and form == ELEMENTS:
         moments = {position: state["exp_avg_sq"].float().reshape(-1) for position, state in states.items()}
         if known:
             found = {position: gather(elements, optimizer.plan_of(tensors[position]))
@@ -162,7 +163,7 @@ def _converted(optimizer: BlockwiseOptimizer, states: Mapping[int, dict[str, Any
             found = averaged(optimizer, tensors, moments)
         for position, value in found.items():
             states[position]["exp_avg_sq"] = value
-    return dict(states)
+    return states
 
 
 def averaged(optimizer: Any, tensors: list[torch.Tensor],
@@ -203,21 +204,29 @@ def _tell(optimizer: BlockwiseOptimizer, record: Record | None) -> None:
 
 # ---- param groups
 
+# keys of a saved group that belong to its tensors and not to its settings
+_NOT_SETTINGS = ("params", "param_names", KEY, "step")
+# block rates that the saving run's schedule stated: this run's schedule says its own, and where it has none that knows
+# blocks, ratios hold (lr_floor: before version 0.2)
+_OF_THE_RUN = (STATED, STATED_AT, "lr_floor")
 
-def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: dict[str, Any], record: Record | None,
+
+def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str, Any], record: Record | None,
                   step: int) -> dict[str, Any]:
-    """The saved group with this optimizer's settings where they were accepted to differ."""
-    current = optimizer.param_groups[number]
+    """The saved group with this optimizer's settings where they were accepted to differ, without tensors."""
+    current = {key: value for key, value in optimizer.param_groups[number].items() if key not in _NOT_SETTINGS}
     if record is None:
-        merged = {**{key: value for key, value in current.items() if key != "params"}, "params": saved["params"]}
+        merged = dict(current)
     else:
-        merged = {key: value for key, value in saved.items() if key not in (KEY, "step")}
         old = record.settings_of(number)
+        # torch's full state dicts leave out empty dicts, and make lists of tuples
+        saved = {"block_weight_decay": old["block_weight_decay"], **saved, "betas": tuple(saved["betas"])}
+        merged = {**current, **{key: value for key, value in saved.items() if key not in (*_NOT_SETTINGS, *_OF_THE_RUN)}}
         new = optimizer.initial_settings[min(number, len(optimizer.initial_settings) - 1)]
         for key in GROUP_SETTINGS:
             if key in optimizer.accept_mismatch and plain(old.get(key)) != plain(new.get(key)):
-                merged[key] = current[key]
-        if merged["block_weight_decay"] != saved["block_weight_decay"]:
+                _take_current(merged, current, key)
+        if plain(merged["block_weight_decay"]) != plain(saved["block_weight_decay"]):
             merged["group_decay"] = current["group_decay"]
     before = record.settings_of(number)["block_lr_ratios"] if record is not None else None
     ratios = dict(current["block_lr_ratios"])
@@ -228,3 +237,13 @@ def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: dict[str, A
             log.warning("learning-rate ratios fade from the checkpoint's to this run's over %d optimizer steps",
                         optimizer.ratio_fade_steps)
     return merged
+
+
+def _take_current(merged: dict[str, Any], current: Mapping[str, Any], key: str) -> None:
+    """This run's value of a setting, and of what follows from it."""
+    follows = {"lr": ("lr", "initial_lr", "max_lr"), "min_lr": ("block_min_lr",)}.get(key, (key,))
+    for name in follows:
+        if name in current:
+            merged[name] = current[name]
+        else:
+            merged.pop(name, None)

@@ -1,13 +1,11 @@
 """From a ds_config's optimizer entry to an optimizer of ours."""
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ..blocks import BlockError
 from ..checkpoint.errors import together
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
@@ -39,13 +37,7 @@ def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterab
 def _build(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],
            settings: Mapping[str, Any]) -> BlockwiseOptimizer:
     cls = OPTIMIZER_TYPES[kind]
-    valid = [name for name in inspect.signature(cls).parameters if name not in ("params", "block_map")]
-    valid += [key for key in _MAPPING_KEYS if key not in valid]
-    unknown = sorted(set(settings) - set(valid))
-    if unknown:
-        raise BlockError(f"optimizer {kind}: unknown parameter {unknown[0]!r}; the valid ones are {', '.join(valid)}")
-    rules, strict = settings.get("block_rules"), settings.get("block_strict", True)
-    block_map = map_engine_module(module, rules, strict)
-    arguments = {key: tuple(value) if key == "betas" else value for key, value in settings.items()
-                 if key not in _MAPPING_KEYS}
+    options = cls.Options.checked(settings, f"optimizer {kind}: ")
+    block_map = map_engine_module(module, options.block_rules, options.block_strict)
+    arguments = {key: value for key, value in settings.items() if key not in _MAPPING_KEYS}
     return cls(list(model_parameters), block_map=block_map, **arguments)

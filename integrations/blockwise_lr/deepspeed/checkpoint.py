@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
-        record = engine.basic_optimizer.record().as_dict() if one_record else None  # each file has its rank's own
-        complete(folder, found, engine.global_steps, record, joined, patience=SECONDS_TO_APPEAR)
+        record = replace(engine.basic_optimizer.record(), tensors=None)  # what lies where is in the layout
+        complete(folder, found, engine.global_steps, record.as_dict() if one_record else None, joined,
+                 patience=SECONDS_TO_APPEAR)
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 

@@ -23,8 +23,7 @@ from ..blocks.block_map import plain_name
 from ..checkpoint.errors import CheckpointError
 from ..checkpoint.manifest import Manifest, begin, complete, entries
 from ..checkpoint.moments import spread
-from ..checkpoint.record import ELEMENTS, SEGMENTS, Record
-from ..checkpoint.record import KEY as RECORD
+from ..checkpoint.record import ELEMENTS, SEGMENTS, Record, by_names
 from ..checkpoint.survey import verify
 from ..optim.plan import StepPlan, adam_mini_plan, element_biases
 from ..optim.shards import Fragment
@@ -137,18 +136,15 @@ def _rewrite(states: dict[str, Any], target: Path) -> bool:
     base, flats = zero.get(key), states.get(KEY, {}).get("flats")
     if flats is None or not isinstance(base, Mapping):
         return False
-    record = next((group[RECORD] for group in base["param_groups"] if RECORD in group), None)
-    if record is None or record["second_moment"] != SEGMENTS:
+    known = Record.of_groups(base["param_groups"])
+    if known is None or known.second_moment != SEGMENTS:
         return False  # the slice mappings were put right when it was saved
-    known = Record.from_dict(record)
     found = dict(base["state"])
     indices = [index for group in base["param_groups"] for index in group["params"]]
     for index, (numel, fragments) in zip(indices, flats, strict=True):
         if "exp_avg_sq" in found.get(index, ()):
             found[index] = {**found[index], "exp_avg_sq": _elements(found[index], numel, fragments, known, target.name)}
-    groups = [{**group, RECORD: _of_elements(group[RECORD])} if RECORD in group else group
-              for group in base["param_groups"]]
-    rewritten = {**zero, key: {**base, "state": found, "param_groups": groups}}
+    rewritten = {**zero, key: {**base, "state": found, "param_groups": by_names(base["param_groups"])}}
     if "param_slice_mappings" in zero:
         rewritten["param_slice_mappings"] = slice_mappings(flats)
     torch.save({**states, "optimizer_state_dict": rewritten}, target)

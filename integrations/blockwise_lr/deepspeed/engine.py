@@ -8,10 +8,13 @@ from typing import Any
 from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
+from .agreement import compare_slices, is_callable
 from .cut_sums import reduce_cut_segments_once
 from .flats import correct_mappings
 from .shard_maps import shard_map
+from .state_access import serve_optimizer_states
 from .universal import load_universal
+from .unsupported import refuse_unsupported
 
 
 def optimizer_of(engine: Any) -> BlockwiseOptimizer:
@@ -45,10 +48,15 @@ def attach(engine: Any) -> None:
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, BlockwiseOptimizer):
         return
-    _refuse_unsupported(engine)
+    if is_callable(engine.client_optimizer):  # whose class was not known when the ranks were compared
+        refuse_unsupported(engine._config, engine.module, optimizer, engine.mesh_device)
+    if engine.autotp_size() > 1:
+        compare_slices(optimizer)
     shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
     if shards is not None:
         optimizer.attach_shards(shards)
+    if hasattr(engine.optimizer, "_link_all_hp_params"):  # ZeRO and BF16_Optimizer
+        serve_optimizer_states(engine.optimizer, optimizer)
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         if shards is not None and shards.cuts and len(shards.flats) > 1:
             reduce_cut_segments_once(engine.optimizer, optimizer)
@@ -74,18 +82,6 @@ def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
             upstream(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
 
     wrapper._load_universal_checkpoint = load
-
-
-def _refuse_unsupported(engine: Any) -> None:
-    if engine.zero_elastic_checkpoint():
-        raise BlockError("blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
-                         "checkpoints to change the number of ranks")
-    offload = engine.zero_offload_optimizer() if engine.zero_optimization() else None
-    if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
-        raise BlockError("blockwise optimizers do not support offload_optimizer to nvme; use \"device\": \"cpu\"")
-    if offload is not None and getattr(offload, "ratio", 1.0) < 1.0:
-        raise BlockError("blockwise optimizers do not support a partial offload_optimizer (ratio below 1), which steps "
-                         "the rest with another optimizer; set \"ratio\": 1.0")
 
 
 def _report_to_monitor(engine: Any, optimizer: BlockwiseOptimizer) -> None:

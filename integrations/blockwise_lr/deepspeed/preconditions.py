@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..blocks.block_map import plain_name
 from ..checkpoint.errors import CheckpointError, MismatchError, is_first_rank, together
 from ..checkpoint.manifest import Layout, Manifest, problems, refuse, size_problems
-from ..checkpoint.record import KEY as RECORD
 from ..checkpoint.record import Record
 from ..checkpoint.restore import check
 from ..checkpoint.survey import looks_universal, remedy
@@ -211,8 +210,7 @@ def _check_states(engine: Any, folder: str, model: Mapping[str, Any] | None) -> 
         states = states.get(key, states) if isinstance(states, Mapping) else states
     groups = states.get("param_groups") if isinstance(states, Mapping) else None
     if groups:
-        record = next((group[RECORD] for group in groups if RECORD in group), None)
-        check(engine.basic_optimizer, None if record is None else Record.from_dict(record), f"checkpoint {folder}")
+        check(engine.basic_optimizer, Record.of_groups(groups), f"checkpoint {folder}")
 
 
 def _order_difference(engine: Any, saved: Layout | None, model: Mapping[str, Any] | None) -> str | None:

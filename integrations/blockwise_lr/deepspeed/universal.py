@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.errors import CheckpointError, raise_together
-from ..checkpoint.record import KEY, Record
+from ..checkpoint.record import Record, by_names
 from ..checkpoint.restore import MOMENTS, check
 from ..optim.base import BlockwiseOptimizer
 from .conversion import convert
@@ -40,11 +40,11 @@ class UniversalFolder:
             raise CheckpointError(f"{path} holds no param groups; convert the checkpoint again")
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return [dict(group) for group in self.common["param_groups"]]
+        return by_names(self.common["param_groups"])
 
     def record(self) -> Record | None:
         """The origin of the state; None where another optimizer saved it."""
-        return next((Record.from_dict(group[KEY]) for group in self.common["param_groups"] if KEY in group), None)
+        return Record.of_groups(self.common["param_groups"])
 
     def step(self, name: str) -> float | None:
         """Optimizer steps of a parameter: in a file of its own (ZeRO-1 and 2), or common to all (ZeRO-3)."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..optim.plan import Rectangles, StepPlan
-from .interface import StepValues
+from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 from .tiling import tiles
 
@@ -105,12 +105,14 @@ class CppKernel:
               plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        refuse_other_sizes(plan.whole, param, grad, exp_avg, exp_avg_sq, out)
         self._built.blockwise_adamw(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out),
                                     torch.get_num_threads())
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not _fits(sums, grad):
             return self._reference.sum_squares(grad, rectangles, sums)
+        refuse_other_sizes(rectangles, grad, slots=sums)
         tiles = self._tiles_of(rectangles)
         self._built.blockwise_sum_squares(grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], sums.data_ptr(),
                                           tiles.ctypes.data, len(tiles), torch.get_num_threads())
@@ -119,6 +121,7 @@ class CppKernel:
                   plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        refuse_other_sizes(plan.whole, param, grad, exp_avg, out, slots=exp_avg_sq)
         self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out), 1,
                                         torch.get_num_threads())
 
@@ -126,6 +129,7 @@ class CppKernel:
                       plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        refuse_other_sizes(plan.cut, param, grad, exp_avg, out, slots=exp_avg_sq)
         self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.cut, values, out), 0,
                                         torch.get_num_threads())
 

@@ -59,3 +59,24 @@ class Kernel(Protocol):
     def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
                       plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         """The same over ``plan.cut``, whose second moments of this step the caller has already set."""
+
+
+def refuse_other_sizes(rectangles: Rectangles, *rows: torch.Tensor | None, slots: torch.Tensor | None = None) -> None:
+    """Compiled kernels write where the plan tells them to, so memory that does not reach so far stops here.
+
+    Args:
+        rectangles: what will be stepped.
+        rows: tensors with a value per element; None for those that are not given.
+        slots: the one with a value per segment.
+
+    Raises:
+        ValueError: a tensor is not contiguous, too small, or of another size than the first.
+    """
+    elements, segments = rectangles.extent
+    given = [tensor for tensor in rows if tensor is not None]
+    for tensor in given:
+        if not tensor.is_contiguous() or tensor.numel() < elements or tensor.numel() != given[0].numel():
+            raise ValueError(f"a kernel was given a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} where "
+                             f"{given[0].numel()} elements in a row are needed, and its plan reaches to {elements}")
+    if slots is not None and (not slots.is_contiguous() or slots.numel() < segments):
+        raise ValueError(f"a kernel was given {slots.numel()} second moments where its plan has {segments} segments")

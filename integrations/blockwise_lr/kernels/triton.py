@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..optim.plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
-from .interface import StepValues
+from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 
 BLOCK = 1024  # elements in a program's hands at a time
@@ -292,6 +292,7 @@ class TritonKernel:
               plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        refuse_other_sizes(plan.whole, param, grad, exp_avg, exp_avg_sq, out)
         work = self._made(plan.whole, param.device, "elements", functools.partial(tasks, elementwise=True))
         if work.count:
             with _on(param.device):
@@ -304,6 +305,7 @@ class TritonKernel:
             return self._reference.sum_squares(grad, rectangles, sums)
         if not len(rectangles):
             return
+        refuse_other_sizes(rectangles, grad, slots=sums)
         work = self._made(rectangles, grad.device, "sums", sums_of)
         buffer = torch.empty(work.size, dtype=torch.float32, device=grad.device)
         with _on(grad.device):
@@ -326,6 +328,7 @@ class TritonKernel:
 
     def _mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
               rectangles: Rectangles, values: StepValues, out: torch.Tensor | None, own_sums: bool) -> None:
+        refuse_other_sizes(rectangles, param, grad, exp_avg, out, slots=exp_avg_sq)
         work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
         if work.count:
             with _on(param.device):

@@ -2,22 +2,23 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-from ..blocks import BlockError, BlockMap
+from ..blocks import BlockMap, BlockType
+from ..checkpoint.errors import together
 from ..optim.base import BlockwiseOptimizer
 from ..optim.settings import group_lr
 from .checkpoint import save_for_any_layout
 from .mapping import ChunkMaps, map_chunks
+from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
 from .settings import KINDS, BlockSettings
 from .shard_maps import shard_map
-
-_live: weakref.WeakSet[BlockwiseOptimizer] = weakref.WeakSet()
 
 
 def build(original: Callable[..., Any], settings: BlockSettings, config: Any, model_chunks: Sequence[torch.nn.Module],
@@ -30,18 +31,30 @@ def build(original: Callable[..., Any], settings: BlockSettings, config: Any, mo
         config, model_chunks, param_groups, arguments: as Megatron passes them.
 
     Raises:
-        BlockError: an option that cannot go with ours, or a parameter that no rule maps; on every rank.
+        BlockError: an option that cannot go with ours, a parameter that no rule maps, settings that differ between ranks,
+            or something else built than asked for; on every rank.
     """
-    _refuse_unsupported(config, model_chunks)
+    refuse_unsupported(config, model_chunks, arguments)
+    refuse_other_settings(config, settings)
     if config.optimizer in KINDS:
         config = copy.copy(config)
         config.optimizer = "adam"
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
+    refuse_cut_heads(settings, maps.ours)
+    blocks = _blocks_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
-    if isinstance(wrapper.optimizer, BlockwiseOptimizer):
-        _attach(wrapper, maps, settings)
+    _attach(wrapper, maps, settings, blocks)
     return wrapper
+
+
+def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
+    """The block types in each param group on any pipeline stage; Megatron makes the same groups on all of them."""
+    here = [{block for p in group["params"] for block in block_map[block_map.name_of(p)].blocks} for group in param_groups]
+    group = parallel_state.get_pipeline_model_parallel_group()
+    stages: list[list[set[BlockType]]] = [[]] * dist.get_world_size(group)
+    dist.all_gather_object(stages, here, group=group)
+    return [tuple(block for block in BlockType if any(block in found for found in same)) for same in zip(*stages)]
 
 
 def _factory(settings: BlockSettings, block_map: BlockMap) -> Callable[..., BlockwiseOptimizer]:
@@ -68,43 +81,61 @@ def _in_place_of_adam(factory: Callable[..., BlockwiseOptimizer]) -> Iterator[No
         module.Adam, module.USING_PYTORCH_OPTIMIZER = adam, is_torch
 
 
-def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings) -> None:
+def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list[tuple[BlockType, ...]]) -> None:
     """Tells the optimizer what Megatron's wrapper has put into it, and makes its state.
 
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
     common step over it, and is called before loading.
     """
-    optimizer = wrapper.optimizer
-    optimizer.attach_shards(shard_map(wrapper, maps.ours, row_parallel_sums=settings.row_parallel_sums))
-    optimizer.blocks_everywhere = tuple(maps.stages.block_numel())
+    def checked() -> tuple[BlockwiseOptimizer | None, Any]:
+        optimizer = ours_in(wrapper, settings)
+        if optimizer is None:
+            return None, None
+        return optimizer, shard_map(wrapper, maps.ours, row_parallel_sums=settings.row_parallel_sums)
+
+    optimizer, shards = together(checked, "building the optimizer")
+    if optimizer is None:
+        return
+    optimizer.attach_shards(shards)
+    optimizer.blocks_of_groups = blocks
     for group in optimizer.param_groups:
-        group["group_decay"] = not settings.block_weight_decay  # Megatron's own rule of what decays, unless told else
+        _set_decay(group, settings.block_weight_decay or {})
         for tensor in group["params"]:
             optimizer.init_state(tensor)
     save_for_any_layout(wrapper, optimizer, maps.recorded, settings.row_parallel_sums)
-    _live.add(optimizer)
 
 
-def current_block_lrs() -> dict[str, float]:
-    """Block type -> learning rate now, over all pipeline stages; empty where no optimizer is ours."""
-    for optimizer in _live:
-        for group in optimizer.param_groups:
-            return {block.value: group_lr(group, block) for block in optimizer.blocks_everywhere}
-    return {}
+def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:
+    """Megatron's rule of what decays (a group's ``wd_mult``), at the values that block_weight_decay states.
+
+    Where a group does not decay, norms do if they are named: that is all that naming them can mean, for by Megatron's rule
+    none decays but those of q and k under --apply-wd-to-qk-layernorm.
+    """
+    multiplier = float(group.get("wd_mult", 1.0))
+    decays = {BlockType(block): value for block, value in stated.items()}
+    if not multiplier:
+        decays = {block: value for block, value in decays.items() if block is BlockType.NORM}
+    group["block_weight_decay"] = {block.value: value * (multiplier or 1.0) for block, value in decays.items()}
+    group["decay_norms_and_biases"], group["group_decay"] = multiplier > 0, False
 
 
-def _refuse_unsupported(config: Any, model_chunks: Sequence[torch.nn.Module]) -> None:
-    options = {
-        "optimizer_cpu_offload": "--optimizer-cpu-offload",
-        "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
-        "optimizer_cuda_graph": "--optimizer-cuda-graph",
-        "decoupled_lr": "--decoupled-lr (use --block-lr-ratios embedding=… head=…)",
-    }
-    for name, flag in options.items():
-        if getattr(config, name, None):
-            raise BlockError(f"blockwise optimizers do not support {flag}; leave it out")
-    if not getattr(config, "decoupled_weight_decay", True):
-        raise BlockError("blockwise optimizers decouple weight decay from the gradient; leave out "
-                         "--no-decoupled-weight-decay")
-    if getattr(getattr(model_chunks[0], "ddp_config", None), "use_megatron_fsdp", False):
-        raise BlockError("blockwise optimizers do not support Megatron-FSDP; use --use-distributed-optimizer")
+def current_block_lrs(optimizer: Any) -> dict[str, list[float]]:
+    """The learning rates that a Megatron optimizer uses now, over all pipeline stages.
+
+    Args:
+        optimizer: what ``get_megatron_optimizer`` returned.
+
+    Returns:
+        Block type -> its rates, one for each schedule that param groups with such parameters follow, in the order of the
+        groups: one as a rule, two where --use-mup or config_overrides give some of them another peak. Empty where no
+        optimizer is ours.
+    """
+    found: dict[str, dict[tuple, float]] = {block.value: {} for block in BlockType}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, BlockwiseOptimizer):
+            for group, blocks in zip(inner.param_groups, inner.blocks_of_groups):
+                for block in blocks:
+                    schedule = group.get("max_lr"), group.get("min_lr"), group["block_lr_ratios"][block.value]
+                    found[block.value].setdefault(schedule, group_lr(group, block))
+    return {block: list(rates.values()) for block, rates in found.items() if rates}

@@ -26,9 +26,9 @@ def register(*, block_lr_ratios: Mapping[str, float] | None = None,
         PatchError: a megatron-core that the patches were not written for.
     """
     remember(BlockSettings(block_lr_ratios=block_lr_ratios, block_weight_decay=block_weight_decay,
-                           block_rules=tuple(block_rules or ()), block_strict=block_strict,
+                           block_rules=() if block_rules is None else block_rules, block_strict=block_strict,
                            row_parallel_sums=row_parallel_sums, kernel=kernel,
-                           accept_mismatch=tuple(accept_mismatch), ratio_fade_steps=ratio_fade_steps))
+                           accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps))
     return apply_patches()
 
 

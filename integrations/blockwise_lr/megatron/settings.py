@@ -4,17 +4,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..blocks import BlockError, lr_ratios
 from ..blocks.rules import user_rules
-from ..blocks.types import block_values
-from ..checkpoint.record import ACCEPTABLE, checked_accepts
+from ..blocks.types import block_values, shown
+from ..checkpoint.record import ACCEPTABLE
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
-from ..optim.settings import checked_fade
+from ..optim.options import OptimizerOptions
 
 KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
     "blockwise_adamw": BlockwiseAdamW,
@@ -29,7 +29,8 @@ class BlockSettings:
     Attributes:
         kind: a key of KINDS.
         block_lr_ratios: peak learning rate of block types over --lr.
-        block_weight_decay: weight decay of block types; Megatron's own rule and --weight-decay hold for the others.
+        block_weight_decay: weight decay of block types, in place of --weight-decay. What decays stays Megatron's own
+            rule, but that norms decay where they are named.
         block_rules: naming rules of the user's own.
         block_strict: refuse parameters that no rule maps.
         row_parallel_sums: Adam-mini sums a row's squares over tensor-parallel ranks where these hold parts of it, so that
@@ -50,17 +51,19 @@ class BlockSettings:
     ratio_fade_steps: int = 0
 
     def __post_init__(self) -> None:
-        """Refuses bad values before any model is built."""
-        if self.kind not in KINDS:
-            raise BlockError(f"unknown optimizer {self.kind!r}; use one of {', '.join(KINDS)}")
-        lr_ratios(self.block_lr_ratios)
-        block_values(self.block_weight_decay, "block_weight_decay", positive=False)
-        user_rules(self.block_rules)
-        checked_accepts(self.accept_mismatch)
-        checked_fade(self.ratio_fade_steps)
+        """Refuses bad values before any model is built, and values of other types, which usually mean something else."""
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise BlockError(f"kind is {shown(self.kind)}; use one of {', '.join(KINDS)}")
+        if not isinstance(self.row_parallel_sums, bool):
+            raise BlockError(f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes")
+        options = OptimizerOptions.checked({name: getattr(self, name) for name in vars(self)
+                                            if name in OptimizerOptions.model_fields})
+        object.__setattr__(self, "accept_mismatch", options.accept_mismatch)
+        object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
 
 _registered = BlockSettings()
+_asked: str | None = None  # what of ours the last --optimizer that was parsed named
 
 
 def remember(settings: BlockSettings) -> None:
@@ -73,19 +76,43 @@ def settings_of(config: Any) -> BlockSettings | None:
     """The settings for an OptimizerConfig, or None where its optimizer is not ours.
 
     It is ours where ``config.optimizer`` names it, or where Megatron's arguments were parsed with our ``--optimizer``.
+
+    Raises:
+        BlockError: ours was asked for, and Megatron's arguments do not hold it or its settings any more.
     """
     if getattr(config, "blockwise", None) is not None:
         return config.blockwise
+    arguments = _megatron_arguments()
+    if getattr(arguments, "yaml_cfg", None) is not None and (_asked or config.optimizer in KINDS):
+        raise BlockError(f"--yaml-cfg makes Megatron ignore all flags, and with them the settings of "
+                         f"{_asked or config.optimizer}; give flags and leave out --yaml-cfg")
     if config.optimizer in KINDS:
         return replace(_registered, kind=config.optimizer)
-    arguments = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
-    kind = getattr(arguments, "blockwise_optimizer", None)
-    if config.optimizer != "adam" or kind is None:
+    if config.optimizer != "adam":
         return None
-    return BlockSettings(kind, dict(arguments.block_lr_ratios or ()), dict(arguments.block_weight_decay or ()),
-                         arguments.block_rules or (), arguments.block_strict, arguments.adam_mini_row_sums,
+    kind = getattr(arguments, "blockwise_optimizer", None)
+    if kind is None and _asked:
+        raise BlockError(f"--optimizer {_asked} was parsed, and Megatron's global arguments do not hold it; call "
+                         f"Megatron's set_global_variables with what was parsed, or name {_asked!r} in OptimizerConfig")
+    return None if kind is None else _from_flags(kind, arguments)
+
+
+def _from_flags(kind: str, arguments: argparse.Namespace) -> BlockSettings:
+    return BlockSettings(kind, arguments.block_lr_ratios, arguments.block_weight_decay, arguments.block_rules or (),
+                         arguments.block_strict, arguments.adam_mini_row_sums,
                          accept_mismatch=tuple(arguments.accept_mismatch or ()),
                          ratio_fade_steps=arguments.ratio_fade_steps)
+
+
+def _megatron_arguments() -> Any:
+    """Megatron's parsed arguments, or None where megatron.training is not in use or has parsed none yet."""
+    module = sys.modules.get("megatron.training.global_vars")
+    if module is None:
+        return None
+    if not hasattr(module, "_GLOBAL_ARGS"):
+        raise BlockError("megatron.training.global_vars has no _GLOBAL_ARGS any more, so that --optimizer cannot be read; "
+                         "install a megatron-core that the patches were written for (see `blockwise-lr doctor`)")
+    return module._GLOBAL_ARGS
 
 
 class ChooseOptimizer(argparse.Action):
@@ -93,23 +120,39 @@ class ChooseOptimizer(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
                  option_string: str | None = None) -> None:
+        global _asked
         setattr(namespace, self.dest, "adam" if values in KINDS else values)
-        namespace.blockwise_optimizer = values if values in KINDS else None
+        namespace.blockwise_optimizer = _asked = values if values in KINDS else None
+
+
+class BlockValues(argparse.Action):
+    """``BLOCK=NUMBER …``, each block type once."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        names = [name for name, _ in values]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise argparse.ArgumentError(self, f"{twice} is given twice; give each block type once")
+        setattr(namespace, self.dest, dict(values))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our choices to ``--optimizer`` and our flags to Megatron's parser."""
+    global _asked
+    _asked = None
     choice = next(action for action in parser._actions if "--optimizer" in action.option_strings)
     choice.choices = [*choice.choices, *KINDS]
     choice.__class__ = ChooseOptimizer
     parser.set_defaults(blockwise_optimizer=None)
     _mend_help(parser)
     group = parser.add_argument_group(title="blockwise learning rates")
-    group.add_argument("--block-lr-ratios", nargs="+", type=_ratio, metavar="BLOCK=RATIO",
+    group.add_argument("--block-lr-ratios", nargs="+", type=_ratio, action=BlockValues, metavar="BLOCK=RATIO",
                        help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
                             "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.")
-    group.add_argument("--block-weight-decay", nargs="+", type=_decay, metavar="BLOCK=DECAY",
-                       help="Weight decay of block types; --weight-decay for the others.")
+    group.add_argument("--block-weight-decay", nargs="+", type=_decay, action=BlockValues, metavar="BLOCK=DECAY",
+                       help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are "
+                            "named; --weight-decay for the others.")
     group.add_argument("--block-rules", type=_rules_file, metavar="FILE",
                        help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].')
     group.add_argument("--block-strict", action=argparse.BooleanOptionalAction, default=True,
@@ -119,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
                             "otherwise each rank's part of a row has a second moment of its own.")
     group.add_argument("--accept-mismatch", nargs="+", choices=ACCEPTABLE, metavar="NAME",
                        help=f"In what a loaded checkpoint may contradict this run: {', '.join(ACCEPTABLE)}.")
-    group.add_argument("--ratio-fade-steps", type=int, default=0, metavar="N",
+    group.add_argument("--ratio-fade-steps", type=_steps, default=0, metavar="N",
                        help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.")
     return parser
 
@@ -127,6 +170,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _mend_help(parser: argparse.ArgumentParser) -> None:
     """Escapes lone percent signs in Megatron's help texts (0.19.2 has one), with which --help fails."""
     for action in parser._actions:
+        if action.help is None:
+            continue
         try:
             parser._get_formatter()._expand_help(action)
         except (ValueError, TypeError, KeyError):
@@ -151,13 +196,22 @@ def _decay(text: str) -> tuple[str, float]:
     return _checked(pair, lambda: block_values(dict([pair]), "block_weight_decay", positive=False))
 
 
+def _steps(text: str) -> int:
+    try:
+        return OptimizerOptions.checked({"ratio_fade_steps": int(text)}).ratio_fade_steps
+    except ValueError:  # BlockErrors are such, too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of iterations, 0 or above") from None
+
+
 def _rules_file(path: str) -> tuple[dict, ...]:
     try:
         with open(path) as file:
             rules = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"cannot read block rules from {path!r}: {error}") from None
-    return _checked(rules, lambda: user_rules(rules)) and tuple(rules)
+    if not isinstance(rules, list):
+        raise argparse.ArgumentTypeError(f'{path!r} holds no list; write [{{"match": "*.adapter.*", "block": "ffn"}}]')
+    return _checked(tuple(rules), lambda: user_rules(rules))
 
 
 def _checked(value: Any, check: Any) -> Any:

@@ -12,6 +12,7 @@ from ..blocks import BlockError, BlockMap, ParamLayout
 from ..optim import Cut, Fragment, InputSplit, ShardMap
 from ..optim.shards import even_cuts, spans_slices
 from .mapping import slice_group
+from .refusals import check_tensors
 
 
 def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = True) -> ShardMap:
@@ -23,30 +24,34 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
         row_parallel_sums: state which segments go on in other tensor-parallel ranks' slices.
 
     Raises:
-        BlockError: another kind of wrapper.
+        BlockError: another kind of wrapper, or tensors that are not those parts of parameters that it states.
     """
     flats, params = [], []
-    for flat, param, start in _tensors(wrapper):
+    tensors = list(_tensors(wrapper))
+    check_tensors(wrapper.optimizer, ((flat, param, numel) for flat, param, _, numel in tensors))
+    for flat, param, start, _ in tensors:
         params.append(param)
         flats.append((flat, [Fragment(_name(block_map, param), start, flat.numel(), 0)]))
     cuts = _cuts(wrapper, block_map) if isinstance(wrapper, DistributedOptimizer) else {}
     return ShardMap(flats, cuts, _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {})
 
 
-def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    """(the inner optimizer's tensor, the model parameter, where in the parameter the tensor begins)."""
+def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
+    """(the inner optimizer's tensor, the model parameter, where in it the tensor begins, how many elements it has)."""
     if isinstance(wrapper, DistributedOptimizer):
         for models, shards in ((wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
                                (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups)):
             for params, flats in zip(models, shards):
                 for param, flat in zip(params, flats):
-                    yield flat, param, wrapper._get_model_param_range_map(param)["param"].start
+                    part = wrapper._get_model_param_range_map(param)["param"]
+                    yield flat, param, part.start, part.size
     elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
         for params, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
-            yield from ((main, param, 0) for param, main in zip(params, mains))
-        yield from ((param, param, 0) for group in wrapper.fp32_from_fp32_groups for param in group)
+            yield from ((main, param, 0, param.numel()) for param, main in zip(params, mains))
+        yield from ((param, param, 0, param.numel()) for group in wrapper.fp32_from_fp32_groups for param in group)
     elif isinstance(wrapper, FP32Optimizer):
-        yield from ((param, param, 0) for group in wrapper.optimizer.param_groups for param in group["params"])
+        yield from ((param, param, 0, param.numel()) for group in wrapper.optimizer.param_groups
+                    for param in group["params"])
     else:
         raise BlockError(f"Megatron wrapped the optimizer in {type(wrapper).__name__}, which blockwise_lr does not know; "
                          f"use the distributed optimizer or none")

@@ -1,20 +1,23 @@
 """Adam-mini with one learning rate per block type, exact under any sharding."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, ParamLayout
 from ..kernels import StepValues
-from .base import BlockwiseOptimizer, flat
+from .base import BlockwiseOptimizer
+from .dtensor import UnitMoments
+from .options import AdamMiniOptions
 from .plan import StepPlan, adam_mini_plan, element_biases, slot_numel
 from .segment_sync import SegmentSync, sync_of
-from .settings import checked_defaults
 from .shards import Fragment, ShardMap, split_where_copies_are_cut
-
-BIAS_SEGMENTS = ("element", "vector")
+from .tensors import row
 
 
 class BlockwiseAdamMini(BlockwiseOptimizer):
@@ -53,6 +56,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         BlockError: as BlockwiseAdamW, and where the number of heads is not known.
     """
 
+    Options = AdamMiniOptions
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
                  eps: float = 1e-8, weight_decay: float = 0.1, *, block_map: BlockMap | None = None,
                  block_lr_ratios: Mapping[str, float] | None = None,
@@ -60,19 +65,28 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
                  min_lr: float | None = None, bias_segments: str = "element",
                  block_rules: Iterable[dict] | None = None, kernel: str = "auto",
                  accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
-        if bias_segments not in BIAS_SEGMENTS:
-            raise BlockError(f"bias_segments is {bias_segments!r}; use one of {', '.join(BIAS_SEGMENTS)}")
-        self.bias_segments = bias_segments
         self._sync: SegmentSync | None = None
         self._early: dict[int, torch.Tensor] = {}  # sums that begin_step has reduced, by id of the flat tensor
-        self._cut_slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        defaults = checked_defaults(lr, betas, eps, weight_decay, block_lr_ratios=block_lr_ratios,
-                                    block_weight_decay=block_weight_decay,
-                                    decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr)
-        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel,
-                         accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps)
-        for name in self.block_map:  # a missing number of heads is refused now and not at the first step
-            self._plan(0, [Fragment(name, 0, 0, 0)], [self.layout_of(name)])
+        super().__init__(params, dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_lr_ratios=block_lr_ratios,
+            block_weight_decay=block_weight_decay, decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr,
+            bias_segments=bias_segments, block_rules=block_rules, kernel=kernel, accept_mismatch=accept_mismatch,
+            ratio_fade_steps=ratio_fade_steps), block_map=block_map)
+
+    def _forget_tensors(self) -> None:
+        super()._forget_tensors()
+        self._sync, self._early = None, {}
+        self._cut_slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._units: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
+        self.bias_segments = self.Options.checked(given).bias_segments
+        super()._build(params, given, block_map)
+
+    def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.is_complex():
+            raise BlockError(f"{name} is complex, of which Adam-mini's segments are not defined; use BlockwiseAdamW")
+        super()._check_layout(name, tensor)
 
     def layout_of(self, name: str) -> ParamLayout:
         layout = super().layout_of(name)
@@ -85,7 +99,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     def attach_shards(self, shards: ShardMap) -> None:
         shards = split_where_copies_are_cut(shards, self.layout_of)
         super().attach_shards(shards)
-        self._cut_slots.clear()
+        self._cut_slots, self._units = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}
         self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
 
@@ -105,7 +119,21 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         return sums
 
     def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+        slots = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+        return self.unit_moments(tensor).placed(slots) if isinstance(tensor, DTensor) else slots
+
+    def unit_moments(self, tensor: torch.Tensor) -> UnitMoments:
+        found = self._units.get(tensor)
+        if found is None:
+            found = self._units[tensor] = super().unit_moments(tensor)
+        return found
+
+    def second_numel(self, tensor: torch.Tensor) -> int:
+        return self.unit_moments(tensor).numel if isinstance(tensor, DTensor) else self.plan_of(tensor).slots
+
+    def _taken_second(self, tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+        slots = loaded.detach().reshape(-1).to(tensor.device, torch.float32, copy=True)
+        return self.unit_moments(tensor).placed(slots) if isinstance(tensor, DTensor) else slots
 
     # ---- sums of cut segments
 
@@ -132,7 +160,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             plan = self.plan_of(p)
             sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
             if len(plan.cut):
-                self._kernel(p).sum_squares(flat(grad), plan.cut, sums[id(p)])
+                self._kernel(p).sum_squares(row(grad), plan.cut, sums[id(p)])
                 if factor != 1:
                     sums[id(p)].mul_(factor * factor)
         return sums
@@ -153,24 +181,33 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
             started = self._sync and self._sync.start(self._in_order(sums))
         for p, values in work:
-            self._kernel(p).adam_mini(*self._tensors(p), self.plan_of(p), values, self.copy_of(p))
+            with self._rows(p) as (param, grad, exp_avg), self._slots(p) as slots:
+                self._kernel(p).adam_mini(param, grad, exp_avg, slots, self.plan_of(p), values, self.copy_of(p))
         if reduce_now and self._sync is not None:
             self._sync.finish(self._in_order(sums), started)
         for p, values in work:
             self._step_cut(p, sums.pop(id(p)), values)
 
-    def _tensors(self, p: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state = self.state[p]
-        return flat(p), flat(p.grad), flat(state["exp_avg"]), state["exp_avg_sq"]
+    @contextmanager
+    def _slots(self, p: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The second moment as kernels take it, a value per segment."""
+        state = self.state[p]["exp_avg_sq"]
+        if not isinstance(p, DTensor):
+            yield state
+            return
+        units = self.unit_moments(p)
+        slots = units.slots(state)
+        yield slots
+        units.write(state, slots)
 
     def _step_cut(self, p: torch.Tensor, sums: torch.Tensor, values: StepValues) -> None:
         plan = self.plan_of(p)
         if not len(plan.cut):
             return
-        if id(p) not in self._cut_slots:
+        if p not in self._cut_slots:
             slots, numel = slot_numel(plan.cut)
-            self._cut_slots[id(p)] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
-        slots, numel = self._cut_slots[id(p)]
-        moments = self.state[p]["exp_avg_sq"]
-        moments[slots] = moments[slots] * values.beta2 + sums[slots] / numel * (1 - values.beta2)
-        self._kernel(p).adam_mini_cut(*self._tensors(p), plan, values, self.copy_of(p))
+            self._cut_slots[p] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
+        slots, numel = self._cut_slots[p]
+        with self._rows(p) as (param, grad, exp_avg), self._slots(p) as moments:
+            moments[slots] = moments[slots] * values.beta2 + sums[slots] / numel * (1 - values.beta2)
+            self._kernel(p).adam_mini_cut(param, grad, exp_avg, moments, plan, values, self.copy_of(p))

@@ -8,10 +8,10 @@ import torch
 
 from ..blocks import BlockMap, ParamLayout
 from ..kernels import StepValues
-from .base import BlockwiseOptimizer, flat
+from .base import BlockwiseOptimizer
 from .plan import StepPlan, adamw_plan
-from .settings import checked_defaults
 from .shards import Fragment
+from .tensors import empty_moment, row
 
 
 class BlockwiseAdamW(BlockwiseOptimizer):
@@ -22,8 +22,9 @@ class BlockwiseAdamW(BlockwiseOptimizer):
 
     Args:
         params: ``model.named_parameters()``, or param groups of such pairs, as torch.optim takes them; tensors without
-            names where ``block_map`` comes from their model. A group's own ``lr`` is its base learning rate; a group's
-            own ``weight_decay`` holds for everything in the group.
+            names where ``block_map`` comes from their model. A group may have options of its own: its ``lr`` is the base
+            rate that ratios multiply in it, its ``weight_decay`` holds for everything in it, and ratios that it does not
+            name are the paper's.
         lr: the base learning rate, that of the norms.
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
@@ -53,20 +54,23 @@ class BlockwiseAdamW(BlockwiseOptimizer):
                  block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
                  min_lr: float | None = None, block_rules: Iterable[dict] | None = None, kernel: str = "auto",
                  accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
-        defaults = checked_defaults(lr, betas, eps, weight_decay, block_lr_ratios=block_lr_ratios,
-                                    block_weight_decay=block_weight_decay,
-                                    decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr)
-        super().__init__(params, defaults, block_map=block_map, block_rules=block_rules, kernel=kernel,
-                         accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps)
+        super().__init__(params, dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_lr_ratios=block_lr_ratios,
+            block_weight_decay=block_weight_decay, decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr,
+            block_rules=block_rules, kernel=kernel, accept_mismatch=accept_mismatch,
+            ratio_fade_steps=ratio_fade_steps), block_map=block_map)
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         return adamw_plan(numel, fragments, layouts)
 
     def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        return empty_moment(tensor)
+
+    def second_numel(self, tensor: torch.Tensor) -> int:
+        return self.plan_of(tensor).numel
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         for p, values in work:
-            state = self.state[p]
-            self._kernel(p).adamw(flat(p), flat(p.grad), flat(state["exp_avg"]), flat(state["exp_avg_sq"]),
-                                  self.plan_of(p), values, self.copy_of(p))
+            with self._rows(p) as (param, grad, exp_avg):
+                self._kernel(p).adamw(param, grad, exp_avg, row(self.state[p]["exp_avg_sq"]), self.plan_of(p), values,
+                                      self.copy_of(p))

@@ -1,29 +1,42 @@
 """What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..blocks import BlockError, BlockMap, ParamLayout, map_names
-from ..blocks.block_map import full_shape
-from ..checkpoint.moments import spread
-from ..checkpoint.record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, Record, checked_accepts, in_parameters,
-                                 plain_layouts)
-from ..checkpoint.restore import prepared
-from ..kernels import KERNELS, Kernel, StepValues, kernel_for
+from ..blocks import BlockError, BlockMap, ParamLayout
+from ..blocks.block_map import full_shape, map_named
+from ..checkpoint.agreement import same_on_all_ranks
+from ..kernels import Kernel, StepValues, kernel_for
 from ..kernels.huge_pages import use_huge_pages
-from .dtensor import dtensor_shards, local
+from .dtensor import dtensor_shards, groups_of, local
+from .options import OptimizerOptions, checked_group
 from .plan import StepPlan
-from .settings import advance_fade, checked_fade, class_decay, group_lr
+from .saving import Saving
+from .settings import advance_fade, class_decay, group_lr
 from .shards import Fragment, ShardMap
+from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_numel, write_back
+
+# what copies and pickles of an optimizer keep besides torch's own
+_KEPT = ("block_map", "kernel_name", "accept_mismatch", "ratio_fade_steps", "initial_settings", "_block_rules",
+         "bias_segments")
 
 
-class BlockwiseOptimizer(torch.optim.Optimizer):
-    """Base of BlockwiseAdamW and BlockwiseAdamMini; see there for the arguments."""
+class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
+    """Base of BlockwiseAdamW and BlockwiseAdamMini; see there for the arguments.
 
+    Copies (``copy.deepcopy``) and pickles of model and optimizer together go on as the original; where a framework has
+    attached its shards they are refused.
+    """
+
+    Options: ClassVar[type[OptimizerOptions]] = OptimizerOptions
+    bias_segments: str | None = None  # Adam-mini's setting
     _held = False
 
     @classmethod
@@ -36,66 +49,105 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         finally:
             BlockwiseOptimizer._held = False
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], *, block_map: BlockMap | None,
-                 block_rules: Iterable[dict] | None, kernel: str, accept_mismatch: Iterable[str],
-                 ratio_fade_steps: int) -> None:
-        groups = list(params)
-        if groups and isinstance(groups[0], dict):
-            # A weight_decay on a user's own group is theirs to keep; torch would fill in the default where it is absent.
-            groups = [{**group, "group_decay": "weight_decay" in group} for group in groups]
-        super().__init__(groups, defaults)
-        self.kernel_name = kernel
-        if kernel not in KERNELS:
-            raise BlockError(f"unknown kernel {kernel!r}; use one of {', '.join(KERNELS)}")
-        self.block_map = block_map if block_map is not None else self._map_by_name(block_rules)
-        self.shards: ShardMap | None = None
-        self._plans: dict[int, StepPlan] = {}
-        self._copies: dict[int, torch.Tensor] = {}
-        self._placed: set[int] = set()  # ids of tensors whose memory has been seen to
-        self._fragments: dict[int, list[Fragment]] = {}
-        self._check_all_mapped()
+    def __init__(self, params: Iterable[Any], options: Mapping[str, Any], *, block_map: BlockMap | None) -> None:
+        if isinstance(params, torch.Tensor):
+            raise TypeError("params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
+                            "one tensor")
+        params = [_listed(entry) for entry in params]
+        groups = groups_of(_tensors(params))  # parameters of several ranks: what must be equal on them is compared
+        same_on_all_ranks(groups, lambda: self._build(params, options, block_map), self._described,
+                          f"building {type(self).__name__}")
+
+    def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
+        options = self.Options.checked(given)
+        self.kernel_name = options.kernel
+        self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
+        self._block_rules, self.block_map = options.block_rules, block_map
+        self.initial_settings: list[dict[str, Any]] = []
+        self._forget_tensors()
         self._set_saving()
-        sharded = dtensor_shards((p for group in self.param_groups for p in group["params"] if p.requires_grad),
-                                 self.block_map.name_of)
-        if sharded is not None:
-            self.attach_shards(sharded)
-        self.accept_mismatch = checked_accepts(accept_mismatch)
-        self.ratio_fade_steps = checked_fade(ratio_fade_steps)
+        super().__init__(params, options.group_defaults())
+        self._map(self.param_groups)
 
-    def _set_saving(self) -> None:
-        """How states are saved and loaded, as frameworks' adapters change it."""
-        self.initial_settings = [_settings(group) for group in self.param_groups]
-        self.recorded_map = self.block_map  # what the record shows; of the whole model where this rank has a part
-        self.row_parts = 1  # in how many segments rows that tensor-parallel ranks hold parts of are cut
-        self.loaded_record: Record | None = None  # that of the last loaded state; None where it had none
-        self.element_state = False  # saved second moments are spread over elements
-        self.step_in_groups = False  # param groups are saved with the step count too
-        self.states_apart = False  # the framework saves and loads the states' tensors itself; only steps come with groups
-        self.loads_together = False  # all ranks load at the same time, and hear of each other's errors
-        self.to_accept: Callable[[Sequence[str]], str] = in_parameters  # how a user accepts differences of such names
+    def _described(self) -> dict[str, Any]:
+        """What must be equal on all ranks that share parameters."""
+        return {**self.record().as_dict(), "version": None, "fingerprint": None}
 
-    # ---- what is mapped to what
+    def _forget_tensors(self) -> None:
+        self.shards: ShardMap | None = None
+        self._plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._placed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors whose memory has been seen to
+        self._fragments: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def _map_by_name(self, rules: Iterable[dict] | None) -> BlockMap:
-        named = [(name, p) for group in self.param_groups for name, p in zip(group.get("param_names", ()),
-                                                                             group["params"])]
-        if not named:
-            raise BlockError(f"{type(self).__name__} needs to know which parameter is which; pass "
-                             f"model.named_parameters(), or block_map=map_blocks(model)")
-        block_map = map_names({name: full_shape(p) for name, p in named if p.requires_grad}, rules=rules)
-        block_map.bind(named)
-        return block_map
+    # ---- param groups
 
-    def _check_all_mapped(self) -> None:
-        for group in self.param_groups:
-            names = group.get("param_names") or [None] * len(group["params"])
-            for name, p in zip(names, group["params"]):
-                if p.requires_grad and self.block_map.name_of(p) is None:
-                    if name in self.block_map:
-                        self.block_map.bind([(name, p)])
-                        continue
-                    raise BlockError(f"a parameter {name or ''} of shape {tuple(p.shape)} is in no block; it is not in "
-                                     f"the block_map, so make the map from the model that holds it")
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as torch.optim's; its own options are checked as the optimizer's are.
+
+        Raises:
+            BlockError: a bad option, a parameter that is not mapped, or a framework has attached its shards. Nothing has
+                been added then.
+        """
+        if self.shards is not None and not self._shards_are_dtensors():
+            raise BlockError("param groups cannot be added once a framework has sharded the parameters; build the engine "
+                             "again with all of them")
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        number = len(self.param_groups)
+        said = checked_group(param_group, self.defaults["lr"], f"param group {number}: ")
+        group = {**param_group, **said, "group_decay": "weight_decay" in said}
+        if "min_lr" in said:
+            group["block_min_lr"] = said["min_lr"]
+        super().add_param_group(group)
+        if self.initial_settings:  # after construction
+            try:
+                self._map(self.param_groups[number:])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def _map(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Maps the parameters of new groups and takes note of their settings."""
+        named = [(name, p) for group in groups for name, p in zip(_names(group), group["params"])]
+        if self.block_map is None:
+            if all(name is None for name, _ in named):
+                raise BlockError(f"{type(self).__name__} needs to know which parameter is which; pass "
+                                 f"model.named_parameters(), or block_map=map_blocks(model)")
+            self.block_map = map_named(named, rules=self._block_rules)
+        else:
+            self._complete_map(named)
+        for name, p in ((self.block_map.name_of(p), p) for _, p in named if p.requires_grad):
+            self._check_layout(name, p)
+        self.initial_settings = [*self.initial_settings, *map(_settings, groups)]
+        self.recorded_map = self.block_map
+        self._attach_dtensors()
+        self._note_record()
+
+    def _complete_map(self, named: Sequence[tuple[str | None, torch.Tensor]]) -> None:
+        """Finds the parameters in the map; what a later group brings beyond it is mapped by name."""
+        known = self.block_map
+        known.bind((name, p) for name, p in named if name is not None and known.name_of(p) is None)
+        new = [(name, p) for name, p in named if known.name_of(p) is None and p.requires_grad]
+        if new and (not self.initial_settings or any(name is None for name, _ in new)):
+            name, p = new[0]
+            raise BlockError(f"a parameter {name or ''} of shape {tuple(p.shape)} is in no block; it is not in the block_map, "
+                             f"so make the map from the model that holds it")
+        if new:
+            known.add(map_named(new, rules=self._block_rules, heads=known.heads))
+
+    def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuses a parameter that is not as the map says, or cannot be stepped, before the first step."""
+        if math.prod(full_shape(tensor)) != self.block_map[name].numel:
+            raise BlockError(f"{name} is of shape {tuple(full_shape(tensor))} and the block_map has it of shape "
+                             f"{self.block_map[name].shape}; make the map from the model that is trained")
+        self._plan(0, [Fragment(name, 0, 0, 0)], [self._layout_in(tensor, name)])
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        """The tensors of all param groups, in the order in which state dicts number them."""
+        return [tensor for group in self.param_groups for tensor in group["params"]]
+
+    # ---- shards
 
     def attach_shards(self, shards: ShardMap) -> None:
         """Tells the optimizer that the tensors in its param groups are flat shards, and what lies in them.
@@ -104,24 +156,41 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             shards: names in it must be in the block map, whose shapes are those of this rank's (tensor-parallel) slices.
 
         Raises:
-            BlockError: a fragment of a parameter that is not mapped, or that does not fit it.
+            BlockError: a fragment of a parameter that is not mapped, or that does not fit it or the flat tensor.
         """
-        for _, fragments in shards.flats:
-            for fragment in fragments:
-                layout = self.block_map.get(fragment.name)
-                if layout is None:
-                    raise BlockError(f"a shard holds {fragment.name}, which the block map does not know")
-                if fragment.start < 0 or fragment.start + fragment.numel > layout.numel:
-                    raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
-                                     f"{fragment.name}, which has {layout.numel}")
+        for flat, fragments in shards.flats:
+            self._check_fragments(row_numel(flat), fragments)
         self.shards = shards
         self.loads_together = True
-        self._fragments = {id(flat): list(fragments) for flat, fragments in shards.flats}
-        self._plans = {id(flat): self._make_plan(flat, fragments) for flat, fragments in shards.flats}
+        self._fragments, self._plans = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        for flat, fragments in shards.flats:
+            self._fragments[flat] = list(fragments)
+            self._plans[flat] = self._make_plan(flat, fragments)
+        self._note_record()
 
-    def all_tensors(self) -> list[torch.Tensor]:
-        """The tensors of all param groups, in the order in which state dicts number them."""
-        return [tensor for group in self.param_groups for tensor in group["params"]]
+    def _check_fragments(self, size: int, fragments: Iterable[Fragment]) -> None:
+        end = 0
+        for fragment in sorted(fragments, key=lambda fragment: fragment.offset):
+            layout = self.block_map.get(fragment.name)
+            if layout is None:
+                raise BlockError(f"a shard holds {fragment.name}, which the block map does not know")
+            if fragment.start < 0 or fragment.numel < 0 or fragment.start + fragment.numel > layout.numel:
+                raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
+                                 f"{fragment.name}, which has {layout.numel}")
+            if fragment.offset < end or fragment.offset + fragment.numel > size:
+                raise BlockError(f"{fragment.name} is said to lie at {fragment.offset} to "
+                                 f"{fragment.offset + fragment.numel} of a shard of {size} elements, the first {end} of "
+                                 f"which are taken")
+            end = fragment.offset + fragment.numel
+
+    def _shards_are_dtensors(self) -> bool:
+        return self.shards is not None and any(isinstance(flat, DTensor) for flat, _ in self.shards.flats)
+
+    def _attach_dtensors(self) -> None:
+        trained = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        sharded = dtensor_shards(trained, self.block_map.name_of)
+        if sharded is not None:
+            self.attach_shards(sharded)
 
     def plan_of(self, tensor: torch.Tensor) -> StepPlan:
         """The plan of one of the optimizer's tensors: a flat shard, or a whole parameter.
@@ -129,28 +198,33 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Raises:
             BlockError: shards are attached and the tensor is none of them.
         """
-        plan = self._plans.get(id(tensor))
+        plan = self._plans.get(tensor)
         if plan is None:
-            plan = self._plans[id(tensor)] = self._make_plan(tensor, self.fragments_of(tensor))
+            plan = self._plans[tensor] = self._make_plan(tensor, self.fragments_of(tensor))
         return plan
 
     def fragments_of(self, tensor: torch.Tensor) -> list[Fragment]:
         """What lies in one of the optimizer's tensors; raises as :meth:`plan_of`."""
-        if id(tensor) in self._fragments:
-            return self._fragments[id(tensor)]
+        found = self._fragments.get(tensor)
+        if found is not None:
+            return found
         name = self.block_map.name_of(tensor)
         if name is None:
-            raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a "
-                             f"parameter of the block map nor an attached shard; call attach_shards first")
-        return [Fragment(name, 0, tensor.numel(), 0)]
+            raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a parameter of "
+                             f"the block map nor an attached shard; add it with add_param_group, by name")
+        return [Fragment(name, 0, row_numel(tensor), 0)]
 
     def _make_plan(self, tensor: torch.Tensor, fragments: Iterable[Fragment]) -> StepPlan:
         fragments = list(fragments)
-        return self._plan(local(tensor).numel(), fragments, [self.layout_of(fragment.name) for fragment in fragments])
+        return self._plan(row_numel(tensor), fragments, [self._layout_in(tensor, f.name) for f in fragments])
 
     def layout_of(self, name: str) -> ParamLayout:
         """The layout the step uses for a parameter."""
         return self.block_map[name]
+
+    def _layout_in(self, tensor: torch.Tensor, name: str) -> ParamLayout:
+        layout = self.layout_of(name)
+        return real_layout(layout) if tensor.is_complex() else layout
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         raise NotImplementedError
@@ -164,22 +238,28 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Raises:
             BlockError: a tensor that is not the optimizer's, or a copy that does not fit it.
         """
-        mine = {id(p) for group in self.param_groups for p in group["params"]}
+        mine = {id(p) for p in self.all_tensors()}
         for tensor, copy in copies.items():
             if id(tensor) not in mine:
                 raise BlockError(f"write_copies was given a tensor of shape {tuple(tensor.shape)} that is not in this "
                                  f"optimizer's param groups; use the tensors that it steps")
-            if copy.dtype != torch.bfloat16 or copy.shape != tensor.shape or copy.device != tensor.device:
+            if copy.dtype != torch.bfloat16 or copy.shape != tensor.shape or copy.device != tensor.device or not (
+                    is_row(copy) and is_row(tensor)):
                 raise BlockError(f"the copy of a parameter of shape {tuple(tensor.shape)} on {tensor.device} must be a "
-                                 f"bfloat16 tensor of that shape there, not {copy.dtype} of {tuple(copy.shape)} on "
-                                 f"{copy.device}")
-        self._copies = {id(tensor): flat(copy) for tensor, copy in copies.items()}
+                                 f"bfloat16 tensor of that shape there, both contiguous, not {copy.dtype} of "
+                                 f"{tuple(copy.shape)} on {copy.device}")
+        self._copies = WeakIdKeyDictionary({tensor: row(copy) for tensor, copy in copies.items()})
 
     def copy_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """What :meth:`write_copies` set for a tensor, as one row."""
-        return self._copies.get(id(tensor))
+        return self._copies.get(tensor)
 
     # ---- learning rates
+
+    @property
+    def built_lrs(self) -> list[Any] | None:
+        """The base learning rate each param group was built with, once a state was loaded over it; None before."""
+        return [settings["lr"] for settings in self.initial_settings] if self.was_loaded else None
 
     def block_lrs(self) -> list[dict[str, float]]:
         """Per param group: block type -> its learning rate now, for the block types of the model."""
@@ -198,19 +278,27 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         state = self.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+            state["exp_avg"] = empty_moment(tensor)
             state["exp_avg_sq"] = self._second_moment(tensor)
         return state
 
     def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
+    def second_numel(self, tensor: torch.Tensor) -> int:
+        """Elements of the second moment that this rank holds for one of its tensors."""
+        raise NotImplementedError
+
+    @torch._disable_dynamo  # kernels work on memory that dynamo does not see
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """One optimizer step.
 
         Args:
             closure: evaluates the model again and returns the loss, as for torch.optim.
+
+        Raises:
+            BlockError: a tensor, gradient, state or rate that cannot be stepped; no tensor has been changed then.
         """
         if BlockwiseOptimizer._held:
             return None
@@ -218,97 +306,107 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        tensors = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for group, p in tensors:
+        work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in work:
+            self._check(group, p)
+        for group, p in work:
             self.init_state(p)["step"] += 1
             self._place(p)
             advance_fade(group, int(self.state[p]["step"]))
-        self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in tensors])
+        self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in work])
         return loss
 
+    def _check(self, group: dict[str, Any], p: torch.Tensor) -> None:
+        name = self.block_map.name_of(p)
+        if name is not None and name not in self.block_map:  # it was frozen when the optimizer was built
+            self.block_map.unfreeze(name)
+            self._check_layout(name, p)
+            self._attach_dtensors()
+            self._note_record()
+        plan = self.plan_of(p)
+        refuse_unlike(name or "a shard", p, self.state[p] if p in self.state else {}, plan.numel, self.second_numel(p))
+        for of in plan.classes:
+            group_lr(group, of.block), class_decay(group, of)
+
     def _place(self, tensor: torch.Tensor) -> None:
-        if id(tensor) not in self._placed:
-            self._placed.add(id(tensor))
+        if tensor not in self._placed:
+            self._placed[tensor] = True
             state = self.state[tensor]
             use_huge_pages(*map(local, (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"])))
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         raise NotImplementedError
 
-    # ---- saving and loading
-
-    bias_segments: str | None = None  # Adam-mini's setting
-
-    @property
-    def segment_plans(self) -> bool:
-        """Whether exp_avg_sq has one value per segment of the plan, and not one per element."""
-        return False
-
-    def record(self) -> Record:
-        """Where a state saved now comes from; it lies in every param group of a state dict."""
-        from .. import __version__
-
-        form = SEGMENTS if self.segment_plans and not self.element_state else ELEMENTS
-        return Record(type(self).__name__, __version__, self.recorded_map.fingerprint(),
-                      plain_layouts(self.recorded_map), self.initial_settings, self.bias_segments, form, self.row_parts)
-
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with a record of its origin. Where shards are saved in formats that know only states of the
-        parameters' shape, second moments are spread over their elements (on the CPU, 4 bytes an element)."""
-        saved = super().state_dict()
-        added: dict[str, Any] = {KEY: self.record().as_dict()}
-        if self.step_in_groups:
-            added["step"] = max((int(state["step"]) for state in saved["state"].values()), default=0)
-        for group in saved["param_groups"]:  # frameworks pick and reorder groups; pickles hold the record once
-            group.update(added)
-        if self.segment_plans and self.element_state and not self.states_apart:
-            tensors = self.all_tensors()
-            for index, state in saved["state"].items():
-                elements = spread(state["exp_avg_sq"], self.plan_of(tensors[index]))
-                saved["state"][index] = {**state, "exp_avg_sq": elements.view_as(tensors[index])}
-        return saved
-
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state saved by a blockwise optimizer or, where ``accept_mismatch`` says so, by any AdamW.
-
-        With attached shards all ranks must call it at the same time.
-
-        Raises:
-            MismatchError: it contradicts this optimizer's settings or model in what ``accept_mismatch`` does not name.
-            CheckpointError: it does not fit these tensors, or is of a newer format. Nothing has been loaded then.
-        """
-        ready, self.loaded_record = prepared(self, state_dict)
-        kept = dict(self.state) if self.states_apart else {}
-        super().load_state_dict(ready)
-        self.state.update(kept)
-        self._placed.clear()  # the moments may lie elsewhere now
-        tensors = self.all_tensors()
-        for position, state in ready["state"].items():
-            mine = self.init_state(tensors[position])
-            mine["step"] = state["step"].clone()  # DeepSpeed's loaders share one tensor between several states
-            if self.segment_plans and not self.states_apart:  # torch has cast it to the parameter's dtype
-                mine["exp_avg_sq"] = state["exp_avg_sq"].to(tensors[position].device, torch.float32, copy=True)
+    @contextmanager
+    def _rows(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Parameter, gradient and first moment as rows to be stepped; what is not contiguous is written back after."""
+        kept = tensor, self.state[tensor]["exp_avg"]
+        param, moment = map(row, kept)
+        yield param, row(tensor.grad), moment
+        for original, values in zip(kept, (param, moment)):
+            if not is_row(original):
+                write_back(original, values)
 
     def _kernel(self, tensor: torch.Tensor) -> Kernel:
         return kernel_for(tensor.device, self.kernel_name)
 
+    # ---- copies
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A group's settings as they are built, which schedulers change later on."""
-    found = {key: group[key] for key in GROUP_SETTINGS}
-    return {**found, "lr": float(group["lr"])}
+    def __getstate__(self) -> dict[str, Any]:
+        if self.shards is not None and not self._shards_are_dtensors():
+            raise TypeError(f"{type(self).__name__} cannot be copied or pickled while a framework's shards are attached to it; "
+                            f"save with the framework's checkpoints")
+        names = [[self.block_map.name_of(p) for p in group["params"]] for group in self.param_groups]
+        return {**super().__getstate__(), "blockwise": {key: getattr(self, key) for key in _KEPT}, "names": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        kept, names = state.pop("blockwise", None), state.pop("names", ())
+        if kept is None:
+            return super().__setstate__(state)
+        self.__dict__.update(kept)
+        self._forget_tensors()
+        super().__setstate__(state)
+        for group, of_group in zip(self.param_groups, names):
+            self.block_map.bind(zip(of_group, group["params"]))
+        self._set_saving()
+        self._attach_dtensors()
+        self._note_record()
+
+    def __repr__(self) -> str:
+        hidden = {key: [group.pop(key, None) for group in self.param_groups] for key in (self.RECORD_KEY, "param_names")}
+        try:
+            return super().__repr__()
+        finally:
+            for key, values in hidden.items():
+                for group, value in zip(self.param_groups, values):
+                    if value is not None:
+                        group[key] = value
 
 
-def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or this rank's shard of a DTensor, as one row of elements, sharing its memory.
+def _listed(entry: Any) -> Any:
+    """A param group with its parameters as a list, where they come as a generator; anything else as it is."""
+    inside = entry.get("params") if isinstance(entry, dict) else None
+    if isinstance(inside, (torch.Tensor, list, set)) or inside is None:
+        return entry
+    return {**entry, "params": list(inside)}
 
-    Raises:
-        BlockError: it is not contiguous; a copy would not be stepped.
-    """
-    tensor = local(tensor)
-    if not tensor.is_contiguous():
-        raise BlockError(f"a parameter of shape {tuple(tensor.shape)} is not contiguous in memory; "
-                         f"make it so with p.data = p.data.contiguous() before building the optimizer")
-    return tensor.view(-1)
+
+def _tensors(params: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors in what torch.optim takes for params."""
+    for entry in params:
+        inside = entry.get("params", ()) if isinstance(entry, dict) else (entry,)
+        for item in (inside,) if isinstance(inside, torch.Tensor) else inside:
+            tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
+
+
+def _names(group: Mapping[str, Any]) -> list[str | None]:
+    return list(group.get("param_names") or [None] * len(group["params"]))
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings as they are built, which schedulers change later on, by the options' names."""
+    found = {key: group[key] for key in OptimizerOptions.GROUP if key != "min_lr"}
+    return {**found, "lr": float(group["lr"]), "min_lr": group["block_min_lr"]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -49,6 +50,16 @@ class Rectangles:
     def numel(self) -> int:
         """Elements covered."""
         return int((self.table[:, OUTER] * self.table[:, INNER]).sum())
+
+    @cached_property
+    def extent(self) -> tuple[int, int]:
+        """How many elements and how many slots memory must have for all rectangles to lie in it."""
+        if not len(self.table):
+            return 0, 0
+        offset, outer, stride, inner, _, slot, slot_step, unit = self.table.T
+        elements = offset + (outer - 1) * stride + inner
+        slots = slot + (outer - 1) * slot_step + np.maximum(inner // np.maximum(unit, 1), 1)
+        return int(elements.max()), int(slots.max())
 
 
 @dataclass(frozen=True)

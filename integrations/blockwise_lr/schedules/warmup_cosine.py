@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
-from ..blocks.types import BlockError
+from ..blocks.types import BlockError, BlockType, shown
+from ..optim.options import as_number
+from ..optim.settings import ratio_now, set_lr, state_block_lrs
 
 log = logging.getLogger("blockwise_lr")
 
@@ -27,12 +30,13 @@ def warmup_cosine(step: int, warmup: int, total: int) -> tuple[float, float]:
     return weight, 1.0 - weight
 
 
-class BlockwiseWarmupCosine:
+class BlockwiseWarmupCosine(LRScheduler):
     """Learning rates per block type: linear warmup to ratio * lr, then a cosine to one min_lr shared by all.
 
-    For a BlockwiseAdamW or BlockwiseAdamMini it sets ``lr`` (that of ratio 1) and ``lr_floor`` of every group; for any
-    other optimizer, ``lr`` of every group, whose peak is what the group had at the start. Usable as a DeepSpeed scheduler
-    type and as a torch scheduler: one call of ``step`` per optimizer step.
+    For a BlockwiseAdamW or BlockwiseAdamMini it sets ``lr`` (that of ratio 1) and states every block type's rate; for any
+    other optimizer, ``lr`` of every group. A block type whose peak is below min_lr stays at its peak: no rate rises while
+    the others decay. The peak is the rate the optimizer was built with, also where its state was loaded before. Usable as a
+    DeepSpeed scheduler type and as a torch scheduler: one call of ``step`` per optimizer step.
 
     Args:
         optimizer: a torch optimizer, or DeepSpeed's wrapper of one.
@@ -47,48 +51,57 @@ class BlockwiseWarmupCosine:
 
     def __init__(self, optimizer: Any, total_num_steps: int, warmup_num_steps: int = 0, min_lr: float | None = None,
                  last_batch_iteration: int = -1) -> None:
-        for name, value in (("total_num_steps", total_num_steps), ("warmup_num_steps", warmup_num_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise BlockError(f"BlockwiseWarmupCosine: {name} is {value!r}; give a whole number of optimizer steps")
-        if not warmup_num_steps <= total_num_steps or total_num_steps == 0:
+        for name, value, least in (("total_num_steps", total_num_steps, 1), ("warmup_num_steps", warmup_num_steps, 0),
+                                   ("last_batch_iteration", last_batch_iteration, -1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise BlockError(f"BlockwiseWarmupCosine: {name} is {shown(value)}; give a whole number of optimizer steps, "
+                                 f"{least} or above")
+        if warmup_num_steps > total_num_steps:
             raise BlockError(f"BlockwiseWarmupCosine: warmup_num_steps is {warmup_num_steps} and total_num_steps is "
                              f"{total_num_steps}; warm up in fewer steps than there are")
-        self.optimizer = _torch_optimizer(optimizer)
+        inner = _torch_optimizer(optimizer)
         self.total_num_steps = total_num_steps
         self.warmup_num_steps = warmup_num_steps
-        self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.min_lrs = [_group_min_lr(min_lr, group, peak)
-                        for group, peak in zip(self.optimizer.param_groups, self.peaks)]
-        self.last_batch_iteration = last_batch_iteration
-        self._apply()
+        for group, peak in zip(inner.param_groups, _peaks(inner)):
+            group["initial_lr"] = peak
+        self.min_lrs = [_group_min_lr(min_lr, group) for group in inner.param_groups]
+        super().__init__(inner, last_batch_iteration)
 
-    def _apply(self) -> None:
-        """Sets what the next optimizer step is to use."""
-        peak_weight, floor_weight = warmup_cosine(self.last_batch_iteration + 2, self.warmup_num_steps,
-                                                  self.total_num_steps)
-        for group, peak, min_lr in zip(self.optimizer.param_groups, self.peaks, self.min_lrs):
-            floor = floor_weight * min_lr
-            lr = peak_weight * peak + floor
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-            if "lr_floor" in group:
-                group["lr_floor"] = floor
+    @property
+    def last_batch_iteration(self) -> int:
+        """Number of optimizer steps done, less one."""
+        return self.last_epoch - 1
 
-    def step(self, last_batch_iteration: int | None = None) -> None:
-        """One optimizer step is done."""
-        self.last_batch_iteration = (self.last_batch_iteration + 1 if last_batch_iteration is None
-                                     else last_batch_iteration)
-        self._apply()
+    @property
+    def peaks(self) -> list[float]:
+        """The peak of each param group's base learning rate."""
+        return [float(lr) for lr in self.base_lrs]
+
+    def _weights(self) -> tuple[float, float]:
+        return warmup_cosine(self.last_epoch + 1, self.warmup_num_steps, self.total_num_steps)
 
     def get_lr(self) -> list[float]:
-        """The base learning rate of each param group (that of ratio 1)."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        """The base learning rate of each param group (that of ratio 1) for the next optimizer step."""
+        weight, floor = self._weights()
+        return [weight * peak + floor * low for peak, low in zip(self.peaks, self.min_lrs)]
 
-    def get_last_lr(self) -> list[float]:
-        """As :meth:`get_lr`."""
-        return self.get_lr()
+    def step(self, last_batch_iteration: int | None = None) -> None:
+        """One optimizer step is done; with a number, that one is."""
+        if last_batch_iteration is not None:
+            self.last_epoch = last_batch_iteration
+        super().step()
+        self._state_block_lrs()
+
+    def _update_lr(self, epoch: int | None = None) -> None:  # torch's SequentialLR calls it past step
+        super()._update_lr(epoch)
+        self._state_block_lrs()
+
+    def _state_block_lrs(self) -> None:
+        weight, floor = self._weights()
+        for group, peak, low in zip(self.optimizer.param_groups, self.peaks, self.min_lrs):
+            if "block_lr_ratios" in group:
+                tops = {block: ratio_now(group, BlockType(block)) * peak for block in group["block_lr_ratios"]}
+                state_block_lrs(group, {block: weight * top + floor * min(low, top) for block, top in tops.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_batch_iteration": self.last_batch_iteration, "total_num_steps": self.total_num_steps,
@@ -108,21 +121,38 @@ class BlockwiseWarmupCosine:
         for key, now in self.state_dict().items():
             if key != "last_batch_iteration" and state_dict.get(key, now) != now:
                 log.warning("BlockwiseWarmupCosine goes on with %s = %s; the checkpoint had %s", key, now, state_dict[key])
-        self.last_batch_iteration = saved
-        self._apply()
+        self.last_epoch = saved + 1
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr()):
+            set_lr(group, lr)
+        self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._state_block_lrs()
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-    if not hasattr(optimizer, "param_groups"):
-        raise BlockError(f"BlockwiseWarmupCosine needs an optimizer with param_groups, got {type(optimizer).__name__}")
-    return optimizer
+    """The torch optimizer in what a framework wrapped around it."""
+    found = optimizer
+    while not isinstance(found, torch.optim.Optimizer) and hasattr(found, "optimizer"):
+        found = found.optimizer
+    if not isinstance(found, torch.optim.Optimizer):
+        raise BlockError(f"BlockwiseWarmupCosine needs a torch optimizer, got {type(optimizer).__name__}")
+    return found
 
 
-def _group_min_lr(min_lr: float | None, group: dict[str, Any], peak: float) -> float:
-    value = min_lr if min_lr is not None else group.get("min_lr")
+def _peaks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The rates a schedule starts from: ``lr`` of a loaded optimizer is that of the step it was saved at."""
+    built = getattr(optimizer, "built_lrs", None)
+    return [group.get("initial_lr", group["lr"] if built is None else lr)
+            for group, lr in zip(optimizer.param_groups, built or [None] * len(optimizer.param_groups))]
+
+
+def _group_min_lr(min_lr: float | None, group: dict[str, Any]) -> float:
+    peak = float(group["initial_lr"])
+    value = min_lr if min_lr is not None else group.get("block_min_lr")
     value = peak / 20 if value is None else value
-    if not isinstance(value, (int, float)) or not 0 <= value <= peak:
-        raise BlockError(f"BlockwiseWarmupCosine: min_lr is {value!r} and lr is {peak!r}; give a min_lr from 0 up to lr")
-    return float(value)
+    try:
+        number = as_number(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= peak:
+        raise BlockError(f"BlockwiseWarmupCosine: min_lr is {shown(value)} and lr is {peak!r}; give a min_lr from 0 up to lr")
+    return number

@@ -25,12 +25,15 @@ class BlockwiseAdamWFactory:
 
         Args:
             model: what the Trainer trains.
-            settings: arguments of the optimizer's class; ``block_rules`` go to :func:`~blockwise_lr.map_blocks`.
+            settings: arguments of the optimizer's class; ``block_rules`` and ``block_strict`` go to
+                :func:`~blockwise_lr.map_blocks`.
 
         Raises:
             BlockError: as :func:`~blockwise_lr.map_blocks` and the optimizer's class.
         """
-        block_map = map_blocks(model, rules=settings.pop("block_rules", None))
+        options = self.optimizer.Options.checked(settings, f"{self.optimizer.__name__}: ")
+        settings = {key: value for key, value in settings.items() if key not in ("block_rules", "block_strict")}
+        block_map = map_blocks(model, rules=options.block_rules, strict=options.block_strict)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return self.optimizer(trained, block_map=block_map, **settings)
 

@@ -33,6 +33,11 @@ GENERIC: tuple[Rule, ...] = (
     Rule("*.{dense_h_to_4h,dense_4h_to_h}.*", FFN),
     Rule("*.{mlp,feed_forward,block_sparse_moe}.{gate,router}.*", ROUTER),
     Rule("*.shared_expert_gate.*", ROUTER),
+    # deepspeed.moe.layer.MoE, whose experts may be any module; a residual one has a dense expert and two weights beside
+    Rule("*.deepspeed_moe.gate.wg.{weight,bias}", ROUTER),
+    Rule("*.deepspeed_moe.experts.deepspeed_experts.*", FFN),
+    Rule("*{moe,MoE,mlp,ffn,feed_forward,expert}*.coefficient.{weight,bias}", ROUTER),
+    Rule("*{moe,MoE,mlp,ffn,feed_forward,expert}*.mlp.*", FFN),
     # state-space mixers; what sets the time scales and the skip is not decayed, as in Mamba's own code
     Rule("*.{mixer,mamba,linear_attn}.{A_log,D,dt_bias}", SSM, undecayed=True),
     Rule("*.{mixer,mamba,linear_attn}.{in_proj,x_proj,dt_proj,out_proj,conv1d,in_proj_qkvz,in_proj_ba}.*", SSM),

@@ -6,9 +6,10 @@ Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism every 
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from ..dims import HeadCounts
+from ..dims import HeadCounts, head_counts
 from ..layout import Piece
 from ..rules import Rule, qkv_pieces
 from ..types import BlockError, BlockType
@@ -21,7 +22,25 @@ Pieces = tuple[tuple[Piece, ...], int]
 def _qkv(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
     """[q heads of a group, their output gates where the config has them, k, v], once per query group."""
     roles = ("q", "gate", "k", "v") if heads.config.get("attention_output_gate") else ("q", "k", "v")
+    if not heads.kv:
+        return _part_of_a_group(shape[0], heads, roles), 1
     return qkv_pieces(shape[0], heads.q, heads.kv, "group", roles)
+
+
+def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tuple[Piece, ...]:
+    """With more tensor-parallel ranks than query groups, a rank holds a run of the rows of all, and outputs are gathered.
+
+    Where the edges cut heads, what Adam-mini calls a head is left open, on all ranks, so that it refuses the model.
+    """
+    parts, rank = heads.config["tensor_model_parallel_size"], heads.config.get("tensor_model_parallel_rank")
+    if rank is None:
+        raise BlockError(f"{parts} tensor-parallel ranks share fewer query groups, and which part of a group this rank "
+                         f"holds is not known; state tensor_model_parallel_rank in the config")
+    whole = head_counts({**heads.config, "tensor_model_parallel_size": 1})
+    pieces, groups = qkv_pieces(rows * parts, whole.q, whole.kv, "group", roles)
+    cut = rows % pieces[-1].size  # a head is as long as a group's v
+    return tuple(replace(piece, size=size, unit=None if cut else piece.unit)
+                 for piece, size in _run(pieces * groups, rank * rows, rows))
 
 
 def _kv_up(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
@@ -61,13 +80,16 @@ def _down(rows: int, pieces: tuple[Piece, ...], heads: HeadCounts) -> tuple[Piec
     rank = 0 if rows == total else heads.config.get("tensor_model_parallel_rank")
     if rank is None or rows not in (total, total / parts):
         return (Piece(VO, rows, 1, "latent"),)
-    begin, found = rank * rows, []
+    return tuple(replace(piece, size=size, unit=min(piece.unit, size)) for piece, size in _run(pieces, rank * rows, rows))
+
+
+def _run(pieces: tuple[Piece, ...], begin: int, rows: int) -> Iterator[tuple[Piece, int]]:
+    """(piece, its rows) of ``rows`` rows from ``begin`` of pieces that follow each other."""
     for piece in pieces:
         size = min(piece.size, begin + rows) - max(begin, 0)
         if size > 0:
-            found.append(replace(piece, size=size, unit=min(piece.unit, size)))
+            yield piece, size
         begin -= piece.size
-    return tuple(found)
 
 
 def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:

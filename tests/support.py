@@ -1,0 +1,73 @@
+"""What is supported: optimizer x feature, each cell with the tests that show it.
+
+The table that users read, integrations/blockwise_lr/SUPPORT.md, is written from this list and from what a run of the suite
+has passed (``make support``). A cell is "tested" or "refused" as its row says where all of its tests passed on the ranks
+they need, and "untested" otherwise; test_support.py holds the file and the list together.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parents[1] / "integrations" / "blockwise_lr" / "SUPPORT.md"
+OPTIMIZERS = ("BlockwiseAdamW", "BlockwiseAdamMini")
+TESTED, REFUSED, UNTESTED = "tested", "refused", "untested"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One feature.
+
+    Attributes:
+        feature: as users call it.
+        adamw, adam_mini: the tests of each optimizer, as regular expressions over test ids from the start; what begins with
+            "!" is the test of its refusal. Empty: untested.
+        note: what holds beside it.
+    """
+
+    feature: str
+    adamw: str
+    adam_mini: str
+    note: str = ""
+
+
+def both(test: str) -> tuple[str, str]:
+    """The same tests for both optimizers."""
+    return test, test
+
+
+def each(test: str) -> tuple[str, str]:
+    """A test's cases that name the optimizer."""
+    mark = "!" if test.startswith("!") else ""
+    return tuple(f"{mark}{test.lstrip('!')}.*{name}(?![A-Za-z])" for name in OPTIMIZERS)
+
+
+def verdict(tests: str, outcomes: Mapping[str, bool]) -> str:
+    """The word for a cell, given which tests ran and whether they passed."""
+    pattern = re.compile(tests.lstrip("!"))
+    found = [passed for test, passed in outcomes.items() if pattern.match(test)]
+    if not tests or not found or not all(found):
+        return UNTESTED
+    return REFUSED if tests.startswith("!") else TESTED
+
+
+def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> str:
+    """The page."""
+    lines = ["# What is supported", "",
+             "Written by `make support` from what the test suite has passed; see tests/support.py for the tests of each cell. "
+             "\"Refused\" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no "
+             "GPU run has been made.", ""]
+    for title, rows in sections.items():
+        lines += [f"## {title}", "", f"| feature | {' | '.join(OPTIMIZERS)} | |", "|---|---|---|---|"]
+        lines += [f"| {row.feature} | {verdict(row.adamw, outcomes)} | {verdict(row.adam_mini, outcomes)} | {row.note} |"
+                  for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def counts(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> dict[str, int]:
+    """How many cells have each word."""
+    words = [verdict(tests, outcomes) for rows in sections.values() for row in rows for tests in (row.adamw, row.adam_mini)]
+    return {word: words.count(word) for word in (TESTED, REFUSED, UNTESTED)}
