@@ -18,7 +18,8 @@ from ..checkpoint.errors import CheckpointError
 # what DeepSpeed's ZeRO puts into its files beside tensors, numbers and text
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _STATES = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+# what DeepSpeed, or our load_state_dict, copies to memory of its own
+_COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups", "base_optimizer_state", "optimizer_state_dict")
 
 
 def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
@@ -44,8 +45,8 @@ def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
 
 @contextlib.contextmanager
 def weights_mapped(checkpoint_engine: Any) -> Iterator[None]:
-    """Meanwhile DeepSpeed gets files with the weights mapped where it copies them at once to where they belong, or only
-    looks into the file: the fp32 weights of its optimizer files, and of a model file the first time that it reads it.
+    """Meanwhile DeepSpeed gets files with tensors mapped where they are copied at once to where they belong, or where it
+    only looks into the file: its optimizer files, and a model file's weights the first time that it reads it.
 
     It would read them to memory first, which takes as long as all of our checks.
     """
