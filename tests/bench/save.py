@@ -3,7 +3,8 @@
 One rank, a LLaMA of 34M parameters, ZeRO-1 in fp32, one engine per optimizer. Rounds are interleaved and begin with
 another arm each; the disk is idle at the start of each measurement (sync) and files are read from the page cache. Ours
 bring files to disk (fsync) and write or compare checksums within the time; DeepSpeed's own do neither. Ratios are the
-medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, and of the least seconds.
+medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, those of the least seconds,
+and of the processors' seconds, which other processes disturb less.
 """
 from __future__ import annotations
 
@@ -53,17 +54,21 @@ def engines(stage: int, dtype: str) -> dict[str, Any]:
     return found
 
 
-def timed(act: Callable[[], Any]) -> float:
+def timed(act: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds by the clock, and of the processors."""
     os.sync()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - used
 
 
-def measure(found: dict[str, Any], rounds: int, folder: Path) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+Times = dict[str, list[tuple[float, float]]]
+
+
+def measure(found: dict[str, Any], rounds: int, folder: Path) -> tuple[Times, Times]:
     """Seconds of every arm's save and load in every round."""
-    saves: dict[str, list[float]] = {name: [] for name in found}
-    loads: dict[str, list[float]] = {name: [] for name in found}
+    saves: Times = {name: [] for name in found}
+    loads: Times = {name: [] for name in found}
     order = list(found.items())
     for number in range(rounds + 1):
         order = order[1:] + order[:1]
@@ -78,15 +83,18 @@ def measure(found: dict[str, Any], rounds: int, folder: Path) -> tuple[dict[str,
     return saves, loads
 
 
-def summary(saves: dict[str, list[float]], loads: dict[str, list[float]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """One entry per arm and direction: median and least seconds, their ratios to the base arm, quartiles, bytes."""
+def summary(saves: Times, loads: Times, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """One entry per arm and direction: median and least seconds, their ratios to the base arm, quartiles, the ratio of
+    the processors' seconds, bytes."""
     found = []
     for what, times in (("save", saves), ("load", loads)):
-        for name, seconds in times.items():
-            ratios = [own / base for own, base in zip(seconds, times[BASE])]
+        for name, both in times.items():
+            seconds, least = [wall for wall, _ in both], min(wall for wall, _ in times[BASE])
+            ratios, cpu = ([own[i] / base[i] for own, base in zip(both, times[BASE])] for i in (0, 1))
             low, middle, high = statistics.quantiles(ratios, n=4)
             found.append({"what": what, "arm": name, "seconds": statistics.median(seconds), "ratio": middle,
-                          "quartiles": [low, high], "least": min(seconds), "least_ratio": min(seconds) / min(times[BASE]),
+                          "quartiles": [low, high], "least": min(seconds), "least_ratio": min(seconds) / least,
+                          "cpu_ratio": statistics.median(cpu),
                           "MB": sizes[name] / 1e6, "size_ratio": sizes[name] / sizes[BASE]})
     return found
 
@@ -98,12 +106,13 @@ def show(entries: list[dict[str, Any]]) -> None:
     table = Table(title=f"checkpoints of 34M parameters, one rank; ratios to {BASE}")
     table.add_column("", no_wrap=True)
     table.add_column("arm", no_wrap=True)
-    for column in ("seconds", "ratio", "quartiles", "least", "ratio", "MB", "ratio"):
+    for column in ("seconds", "ratio", "quartiles", "least", "ratio", "CPU ratio", "MB", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     for e in entries:
         low, high = e["quartiles"]
         table.add_row(e["what"], e["arm"], f"{e['seconds']:.2f}", f"{e['ratio']:.2f}", f"{low:.2f}–{high:.2f}",
-                      f"{e['least']:.2f}", f"{e['least_ratio']:.2f}", f"{e['MB']:.0f}", f"{e['size_ratio']:.2f}")
+                      f"{e['least']:.2f}", f"{e['least_ratio']:.2f}", f"{e['cpu_ratio']:.2f}",
+                      f"{e['MB']:.0f}", f"{e['size_ratio']:.2f}")
     Console(width=120).print(table)
 
 

@@ -201,3 +201,24 @@ def test_a_plain_adamw_checkpoint_continues_with_ratios_faded_in(fade, wanted, t
         assert rates == pytest.approx(wanted)
     assert any("fade" in line for line in answers[0][2]) == bool(fade)
     assert any("both moments are kept" in line for line in answers[0][2])
+
+
+def test_schedulers_of_schedulers_are_put_back_too():
+    """As after a load that failed: the inner schedulers' counts, the rates and the engine's counters."""
+    from types import SimpleNamespace
+
+    from blockwise_lr.deepspeed.preconditions import counters_kept
+
+    schedulers = torch.optim.lr_scheduler
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    scheduler = schedulers.SequentialLR(optimizer, [schedulers.LinearLR(optimizer), schedulers.ConstantLR(optimizer)], [2])
+    engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=optimizer, lr_scheduler=scheduler, global_steps=3)
+    before = str(scheduler.state_dict()), optimizer.param_groups[0]["lr"]
+    with pytest.raises(ZeroDivisionError), counters_kept(engine):
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+        engine.global_steps = 9
+        assert str(scheduler.state_dict()) != before[0]
+        raise ZeroDivisionError
+    assert (str(scheduler.state_dict()), optimizer.param_groups[0]["lr"]) == before and engine.global_steps == 3

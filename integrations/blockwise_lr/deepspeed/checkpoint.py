@@ -28,7 +28,7 @@ from ..checkpoint.survey import survey
 from ..optim.base import BlockwiseOptimizer
 from .flats import KEY, contents_of, layout
 from .preconditions import agreed_tag, check_folder, counters_kept, of_all_ranks
-from .reading import states_mapped
+from .reading import weights_mapped
 
 log = logging.getLogger("blockwise_lr")
 
@@ -208,7 +208,7 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
     if tag is not None:
         check_folder(engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only,
                      **arguments)
-    with counters_kept(engine), states_mapped(engine.checkpoint_engine):
+    with counters_kept(engine), weights_mapped(engine.checkpoint_engine):
         result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
                                            load_module_only=load_module_only, **arguments))
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):

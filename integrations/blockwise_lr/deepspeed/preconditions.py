@@ -282,13 +282,21 @@ def counters_kept(engine: Any) -> Iterator[None]:
         raise
 
 
+def _schedulers(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it goes through or wraps (SequentialLR, ChainedScheduler, Accelerate's)."""
+    if hasattr(scheduler, "load_state_dict"):
+        yield scheduler
+        for inner in (*getattr(scheduler, "_schedulers", ()), getattr(scheduler, "scheduler", None)):
+            yield from _schedulers(inner)
+
+
 def _snapshot(engine: Any) -> Callable[[], None]:
     """What puts an engine's counters, scheduler, learning rates and loss scaling back as they are now."""
     groups = engine.basic_optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     owners = [(engine, {key: getattr(engine, key) for key in _COUNTERS if hasattr(engine, key)}),
               (engine.optimizer, {key: value for key, value in vars(engine.optimizer).items() if key in _SCALING})]
-    for owner in (engine.lr_scheduler, getattr(engine.optimizer, "loss_scale_config", None)):
+    for owner in (*_schedulers(engine.lr_scheduler), getattr(engine.optimizer, "loss_scale_config", None)):
         if owner is not None:
             owners.append((owner, {key: copy.copy(value) if isinstance(value, (list, dict)) else value
                                    for key, value in vars(owner).items()}))

@@ -18,7 +18,8 @@ from ..checkpoint.errors import CheckpointError
 # what DeepSpeed's ZeRO puts into its files beside tensors, numbers and text
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _STATES = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
-_COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+# what DeepSpeed, or our load_state_dict, copies to memory of its own
+_COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups", "base_optimizer_state", "optimizer_state_dict")
 
 
 def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
@@ -43,25 +44,32 @@ def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def states_mapped(checkpoint_engine: Any) -> Iterator[None]:
-    """Meanwhile DeepSpeed gets its optimizer files with the fp32 weights mapped, which it copies where they belong.
+def weights_mapped(checkpoint_engine: Any) -> Iterator[None]:
+    """Meanwhile DeepSpeed gets files with tensors mapped where they are copied at once to where they belong, or where it
+    only looks into the file: its optimizer files, and a model file's weights the first time that it reads it.
 
     It would read them to memory first, which takes as long as all of our checks.
     """
-    load = checkpoint_engine.load
+    load, seen = checkpoint_engine.load, set()
 
-    def load_states_mapped(path: str, map_location: Any = None) -> Any:
-        if not _STATES.fullmatch(os.path.basename(path)):
+    def load_mapped(path: str, map_location: Any = None) -> Any:
+        states = _STATES.fullmatch(os.path.basename(path))
+        if not states and path in seen:
             return load(path, map_location=map_location)
+        seen.add(path)
         try:
-            states = read(path, mapped=True)
+            found = read(path, mapped=True)
         except pickle.UnpicklingError:
+            found = None
+        if type(found) is not dict or ("optimizer_state_dict" if states else "module") not in found:
             return load(path, map_location=map_location)
-        zero = states["optimizer_state_dict"]
-        states["optimizer_state_dict"] = {key: value if key in _COPIED else _own(value) for key, value in zero.items()}
-        return states
+        if not states:
+            return {key: value if key == "module" else _own(value) for key, value in found.items()}
+        zero = found["optimizer_state_dict"]
+        return {**found, "optimizer_state_dict": {key: value if key in _COPIED else _own(value)
+                                                  for key, value in zero.items()}}
 
-    checkpoint_engine.load = load_states_mapped
+    checkpoint_engine.load = load_mapped
     try:
         yield
     finally:
