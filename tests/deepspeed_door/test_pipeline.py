@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_door.engines import BETAS, EPS
-from deepspeed_door.test_parallel import ADAMW, BLOCKS, MINI, VOCABULARY, WIDTH, Expert, RowMini, plain_groups, settings_of
+from deepspeed_door.test_parallel import (ADAMW, BLOCKS, MINI, VOCABULARY, WIDTH, Expert, RowMini, plain_groups,
+                                          settings_of)
 from ranks import pool
 from twins import worst_difference
 
@@ -62,8 +63,8 @@ def engine_of(kind, stage, change=None):
 def train(engine, first, last):
     copy = engine.grid.get_data_parallel_rank()
     for number in range(first, last):
-        batches = [torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(10 * number + 2 * part + copy))
-                   for part in range(2)]
+        seeds = [10 * number + 2 * part + copy for part in range(2)]
+        batches = [torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         engine.train_batch(iter([(ids, ids) for ids in batches]))
 
 
