@@ -13,7 +13,8 @@ ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 def our_object(model, **settings):
     import blockwise_lr
 
-    return blockwise_lr.BlockwiseAdamW(model.named_parameters(), lr=LR, block_map=blockwise_lr.map_blocks(model), **settings)
+    block_map = blockwise_lr.map_blocks(model)
+    return blockwise_lr.BlockwiseAdamW(model.named_parameters(), lr=LR, block_map=block_map, **settings)
 
 
 def on_one_rank(kind, stage, change):

@@ -140,7 +140,8 @@ def engine_of(kind, stage, parallel):
 
 def steps_of(engine, first, last):
     for number in range(first, last):
-        ids = torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(2 * number + dist.get_rank()))
+        seeded = torch.Generator().manual_seed(2 * number + dist.get_rank())
+        ids = torch.randint(0, VOCABULARY, (2, 8), generator=seeded)
         engine.backward(engine(ids))
         engine.step()
 
@@ -193,8 +194,9 @@ def resumed(kind, stage, parallel, folder):
     return worst_difference(plain(engine), wanted)
 
 
-@pytest.mark.parametrize("kind, stage, parallel", [(ADAMW, 1, MOE[1]), (MINI, 2, MOE[1]), (MINI, 1, MOE[0]), (MINI, 0, MOE[1]),
-                                                   (MINI, 2, ULYSSES), (ADAMW, 3, ULYSSES), (MINI, 0, ULYSSES)], ids=str)
+@pytest.mark.parametrize("kind, stage, parallel", [
+    (ADAMW, 1, MOE[1]), (MINI, 2, MOE[1]), (MINI, 1, MOE[0]), (MINI, 0, MOE[1]), (MINI, 2, ULYSSES), (ADAMW, 3, ULYSSES),
+    (MINI, 0, ULYSSES)], ids=str)
 def test_moe_and_ulysses_resume_to_the_bit(kind, stage, parallel, tmp_path):
     assert pool(2).run(resumed, kind, stage, parallel, str(tmp_path)) == [0.0, 0.0]
 

@@ -82,31 +82,38 @@ def test_low_precision_follows_the_twin(kind, model, stage, dtype, options):
     assert max(pool(1).run(low_precision, kind, model, stage, dtype, options)) < 0.05
 
 
-def beside_torch(stage, dtype, ratio_one):
-    """Our optimizer and DeepSpeed with torch's AdamW, a group per block type, on the same gradients' dtype and sharding."""
+def beside_torch(stage, dtype, ratio_one, options=None):
+    """Our optimizer and DeepSpeed with torch's AdamW, a group per block type, on the same groups and gradients' dtype.
+
+    With other groups ZeRO cuts elsewhere, and a norm of gradients that differs in its last bit flips roundings to bf16.
+    """
     from deepspeed_door.engines import DECAY, EPS, LR, BETAS, start, train, weights
     from twins import RATIOS, Twin, make
 
     plain = {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 3, "warmup_type": "linear"}}
     ratios = dict.fromkeys(RATIOS, 1.0) if ratio_one else RATIOS
-    # The norm's sum over several groups is rounded otherwise; in bf16 that turns weights over to their neighbours.
-    whole = {} if dtype == "fp32" else {"gradient_clipping": 0.0}
-    ours = trained("llama", config(ADAMW, stage, dtype=dtype, scheduler=plain,
-                                   optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}}, **whole), 10)
+    leaves = Twin("llama", make("llama")).leaves
+    keys = sorted({("" if ratio_one else leaf.block, leaf.decayed) for leaf in leaves.values()})
+
+    def groups(model):
+        return [{"params": [p for n, p in model.named_parameters()
+                            if ("" if ratio_one else leaves[n].block, leaves[n].decayed) == key]} for key in keys]
+
     model = make("llama")
-    leaves = Twin("llama", model).leaves
-    keys = sorted({(leaf.block, leaf.decayed) for leaf in leaves.values()})
-    if ratio_one:
-        keys = sorted({("", leaf.decayed) for leaf in leaves.values()})
-    groups = [{"params": [p for n, p in model.named_parameters()
-                          if (leaves[n].block if key[0] else "", leaves[n].decayed) == key],
-               "lr": ratios.get(key[0], 1.0) * LR, "weight_decay": DECAY if key[1] else 0.0} for key in keys]
-    settings = config("AdamW", stage, dtype=dtype, scheduler={
-        "type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": [g["lr"] for g in groups],
-                                       "warmup_num_steps": 3, "warmup_type": "linear"}}, **whole)
+    engine = start(model, config(ADAMW, stage, dtype=dtype, scheduler=plain, **(options or {}), optimizer={
+        "block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}}), model_parameters=groups(model))
+    train(engine, 10)
+    ours = weights(engine)
+    engine.destroy()
+    model = make("llama")
+    with_rates = [{**group, "lr": ratios.get(key[0], 1.0) * LR, "weight_decay": DECAY if key[1] else 0.0}
+                  for group, key in zip(groups(model), keys)]
+    settings = config("AdamW", stage, dtype=dtype, **(options or {}), scheduler={
+        "type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": [g["lr"] for g in with_rates],
+                                       "warmup_num_steps": 3, "warmup_type": "linear"}})
     settings["optimizer"]["params"] = {"lr": LR, "betas": list(BETAS), "eps": EPS, "torch_adam": True,
                                        "adam_w_mode": True}
-    engine = start(model, settings, model_parameters=groups)
+    engine = start(model, settings, model_parameters=with_rates)
     train(engine, 10)
     found = weights(engine)
     engine.destroy()

@@ -94,7 +94,8 @@ def set_and_refused(kind, stage, options):
     return same, finite, texts
 
 
-@pytest.mark.parametrize("kind, stage, options", [(MINI, *layout) for layout in LAYOUTS] + [(ADAMW, 3, {}), (ADAMW, 2, {})])
+@pytest.mark.parametrize("kind, stage, options", [*((MINI, *layout) for layout in LAYOUTS), (ADAMW, 3, {}),
+                                                  (ADAMW, 2, {})])
 def test_setting_a_state_is_exact_or_refused_on_every_rank(kind, stage, options):
     answers = pool(2).run(set_and_refused, kind, stage, options)
     assert answers[0] == answers[1]

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from deepspeed.runtime.pipe.module import PipelineModule
+
 from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
@@ -12,6 +14,7 @@ from .agreement import compare_slices, is_callable
 from .cut_sums import reduce_cut_segments_once
 from .flats import correct_mappings
 from .shard_maps import shard_map
+from .stages import whole_model_map
 from .state_access import serve_optimizer_states
 from .universal import load_universal
 from .unsupported import refuse_unsupported
@@ -60,6 +63,8 @@ def attach(engine: Any) -> None:
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         if shards is not None and shards.cuts and len(shards.flats) > 1:
             reduce_cut_segments_once(engine.optimizer, optimizer)
+    if isinstance(engine.module, PipelineModule):
+        optimizer.recorded_map = whole_model_map(optimizer.block_map)
     _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
 

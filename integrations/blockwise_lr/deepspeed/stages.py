@@ -40,3 +40,15 @@ def map_engine_module(module: torch.nn.Module, rules: Iterable[Any] | None, stri
             raise BlockError(f"block rule {rule.match!r} matches no trainable parameter on any pipeline stage; correct it "
                              f"or remove it")
     return block_map
+
+
+def whole_model_map(block_map: BlockMap) -> BlockMap:
+    """The block map of all pipeline stages together, equal on all ranks: what a checkpoint says of its model. Collective.
+
+    Args:
+        block_map: of this rank's stage.
+    """
+    stages: list[Any] = [None] * dist.get_world_size()
+    torch.distributed.all_gather_object(stages, list(block_map.values()))
+    layouts = {layout.name: layout for stage in stages for layout in stage}  # tied weights are on several stages
+    return BlockMap(layouts.values(), block_map.heads)

@@ -1,7 +1,7 @@
 """deepspeed.utils.safe_get_full_optimizer_state and its relatives for our optimizers under ZeRO and BF16_Optimizer.
 
-DeepSpeed cuts states out of tensors of the flat shard's shape. Adam-mini's second moment has another, so the rank that
-holds a parameter would fail while the others wait for it in the all-reduce. Here a state is looked up by the parameter's
+DeepSpeed cuts states out of tensors of the flat shard's shape. Adam-mini's second moment has another, so the rank
+that holds a parameter would fail while the others wait for it in the all-reduce. Here a state is looked up by the parameter's
 name: second moments are spread over the elements of the fragments asked for, for the time of the call.
 """
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _serve_parameters(wrapper: Any, states: _States) -> None:
             parameter.set_full_hp_param = functools.partial(_set_full, states, parameter, put)
 
 
-def _get_full(states: _States, parameter: torch.Tensor, upstream: Any, optim_state_key: str | None = None) -> torch.Tensor:
+def _get_full(states: _States, parameter: torch.Tensor, upstream: Any,
+              optim_state_key: str | None = None) -> torch.Tensor:
     if optim_state_key is None:
         return upstream()
     found = states.held(parameter, optim_state_key, 0, parameter.numel())
@@ -158,8 +159,8 @@ class _States:
         plan = self._plan(Fragment(name, first, held, 0))
         value = value[:held].cpu()
         if not torch.equal(spread(gather(value, plan), plan), value):
-            raise BlockError(f"exp_avg_sq of {name} was given values that differ within a segment, and Adam-mini keeps one "
-                             f"second moment per segment (a head of q and k, a row of other weights, a whole norm); "
+            raise BlockError(f"exp_avg_sq of {name} was given values that differ within a segment, and Adam-mini keeps "
+                             f"one second moment per segment (a head of q and k, a row of other weights, a whole norm); "
                              f"give every element of a segment the same value, such as their mean")
 
     def _name(self, parameter: torch.Tensor) -> str:

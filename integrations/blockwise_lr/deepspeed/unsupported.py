@@ -37,8 +37,8 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             raise BlockError(f"blockwise optimizers step float32 master weights and do not support {section}.{key}; "
                              f"remove it")
     if mesh_device is not None and mesh_device["sequence_parallel"].size() > 1:
-        raise BlockError("DeepSpeed leaves the sequence-parallel ranks of mesh_param (and of sequence_parallel_size) out of "
-                         "its gradient averages and its checkpoints; give deepspeed.initialize an mpu such as "
+        raise BlockError("DeepSpeed leaves the sequence-parallel ranks of mesh_param (and of sequence_parallel_size) out "
+                         "of its gradient averages and its checkpoints; give deepspeed.initialize an mpu such as "
                          "deepspeed.runtime.sequence_parallel.parallel_state_sp instead")
     _refuse_autotp(config, module, optimizer)
 
@@ -63,8 +63,8 @@ def _refuse_autotp(config: Any, module: torch.nn.Module, optimizer: Any) -> None
         raise BlockError("tensor_parallel.autotp_size cuts parameters after an optimizer object was built, whose block "
                          "map is then of other shapes; name the optimizer in the ds_config instead")
     if config.optimizer_name == BlockwiseAdamMini.__name__:
-        raise BlockError("BlockwiseAdamMini does not support tensor_parallel.autotp_size: the slices hold parts of heads' "
-                         "and rows' segments, and DeepSpeed does not mark which; use BlockwiseAdamW, or remove "
+        raise BlockError("BlockwiseAdamMini does not support tensor_parallel.autotp_size: the slices hold parts of "
+                         "heads' and rows' segments, and DeepSpeed does not mark which; use BlockwiseAdamW, or remove "
                          "tensor_parallel")
     _refuse_fused(config, module)
 
@@ -75,6 +75,7 @@ def _refuse_fused(config: Any, module: torch.nn.Module) -> None:
     block_map = map_engine_module(module, settings.get("block_rules"), settings.get("block_strict", True))
     for name, layout in block_map.items():
         if len(layout.blocks) > 1:
-            raise BlockError(f"{name} holds several block types ({', '.join(block.value for block in layout.blocks)}), and "
+            types = ", ".join(block.value for block in layout.blocks)
+            raise BlockError(f"{name} holds several block types ({types}), and "
                              f"tensor_parallel.autotp_size cuts such weights in ways blockwise_lr cannot follow; use a "
                              f"model with separate weights, or remove tensor_parallel")
