@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..blocks import BlockError
+from ..blocks.types import finite, shown
 from ..optim.base import BlockwiseOptimizer
 from .build import OPTIMIZER_TYPES
 from .unsupported import refuse_unsupported
@@ -164,7 +165,9 @@ def _numbers(value: Any) -> Any:
         return {str(key): _numbers(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_numbers(entry) for entry in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return finite(value) if finite(value) is not None else shown(value)
+    return value
 
 
 def _parameters(model: torch.nn.Module) -> list[str]:
