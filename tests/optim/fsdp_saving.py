@@ -103,10 +103,13 @@ def full_states(family: str, kind: str, folder: str):
     return states(model, optimizer)
 
 
-def load_full(family: str, kind: str, folder: str):
+def load_full(family: str, kind: str, folder: str, from_rank_0: bool = False):
+    """Loads the full state dict, which the first rank alone may have."""
     model, optimizer = build(family, kind, seed=1)
     weights, state = torch.load(folder + "/full.pt", weights_only=True)
-    options = StateDictOptions(full_state_dict=True)
+    if from_rank_0 and dist.get_rank() > 0:
+        weights, state = {}, {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank_0)
     set_model_state_dict(model, weights, options=options)
     set_optimizer_state_dict(model, optimizer, state, options=options)
     return states(model, optimizer)

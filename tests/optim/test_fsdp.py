@@ -43,8 +43,9 @@ def test_checkpoints_resume_and_reshard(kind, family, flat, tmp_path):
 def test_full_states_of_sharded_and_whole_models_are_exchanged(kind, tmp_path):
     for saving, loading in ((2, 1), (1, 2)):
         saved = pool(saving).run(fsdp_saving.full_states, "gpt_neox", kind, str(tmp_path))[0]
-        loaded = pool(loading).run(fsdp_saving.load_full, "gpt_neox", kind, str(tmp_path))[0]
-        assert loaded.keys() == saved.keys() and difference(loaded, saved) == 0
+        for from_rank_0 in (False, True)[:loading]:
+            loaded = pool(loading).run(fsdp_saving.load_full, "gpt_neox", kind, str(tmp_path), from_rank_0)[0]
+            assert loaded.keys() == saved.keys() and difference(loaded, saved) == 0
 
 
 @pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
