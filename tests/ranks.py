@@ -12,6 +12,7 @@ import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ from extensions import build_once
 
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
                "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+HERE = os.path.dirname(os.path.abspath(__file__))
 _pools: dict[int, RankPool] = {}
 # gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
 # processes cost less than the threads do
@@ -40,6 +42,24 @@ def pool(world_size: int) -> RankPool:
     if world_size not in _pools:
         _pools[world_size] = RankPool(world_size)
     return _pools[world_size]
+
+
+def server() -> Any:
+    """The context whose processes are forked from one that has imported what the cases need, so that they start at once.
+
+    Starts that process at the first call.
+    """
+    build_once()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_server"])
+    kept = dict(os.environ)
+    os.environ.update(ENVIRONMENT, PYTHONPATH=os.pathsep.join([HERE, kept.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+    return context
 
 
 class RankPool:
@@ -84,11 +104,10 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        build_once()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = server()
         self._pipes, self._stacks = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()

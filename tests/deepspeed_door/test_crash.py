@@ -1,7 +1,6 @@
 """Killed at random points, mid-step and mid-save, a run goes on from its newest complete checkpoint to the bit."""
 import hashlib
 import json
-import multiprocessing
 import random
 import signal
 import socket
@@ -16,8 +15,7 @@ import pytest
 from blockwise_lr.checkpoint import Manifest, newest_complete, verify
 from blockwise_lr.checkpoint.survey import survey
 from deepspeed_door.engines import config
-from extensions import build_once
-from ranks import ENVIRONMENT
+import ranks
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 RANKS, STEPS, KILLS_EACH, SEED = 2, 12, 5, 20260
@@ -33,13 +31,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def server():
     """Forks ranks from a process that has imported all they need."""
-    build_once()
-    with pytest.MonkeyPatch.context() as environment:
-        for key, value in {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent.parent)}.items():
-            environment.setenv(key, value)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["deepspeed_door.crash_worker"])
-        yield context
+    return ranks.server()
 
 
 class Run:

@@ -373,7 +373,7 @@ def save_what_does_not_pickle(engine, folder):
     (save_on_a_full_disk, ["zero_pp_rank_0_mp_rank_00_optim_states.pt: No space left on device", "bytes are free"]),
     (save_with_a_limit, ["three", "File too large", "bytes are free"]),
     (save_below_a_file, ["cannot make the folder", "latest/three: Not a directory"]),
-    (save_what_does_not_pickle, [f"cannot write", MODEL, "client_state"]),
+    (save_what_does_not_pickle, ["cannot write", MODEL, "client_state"]),
 ])
 def test_a_write_that_fails_on_all_ranks_says_where_and_why(act, words, folder):
     answers = pool(2).run(attempt, act, [str(folder)])

@@ -1,6 +1,5 @@
 """DeepSpeed's other kinds of parallelism (MoE, Ulysses, AutoTP): right beside plain optimizers, or refused."""
 import logging
-import types
 
 import pytest
 import torch

@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import xxhash
 from deepspeed.utils.tensor_fragment import fragment_address
 

@@ -16,6 +16,7 @@ from ..checkpoint.agreement import same_on_all_ranks
 from ..kernels import Kernel, StepValues, kernel_for
 from ..kernels.huge_pages import use_huge_pages
 from .dtensor import dtensor_shards, groups_of, local
+from .groups import listed, names_of, settings_of, tensors_of
 from .options import OptimizerOptions, checked_group
 from .plan import StepPlan
 from .saving import Saving
@@ -53,8 +54,8 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         if isinstance(params, torch.Tensor):
             raise TypeError("params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
                             "one tensor")
-        params = [_listed(entry) for entry in params]
-        groups = groups_of(_tensors(params))  # parameters of several ranks: what must be equal on them is compared
+        params = [listed(entry) for entry in params]
+        groups = groups_of(tensors_of(params))  # parameters of several ranks: what must be equal on them is compared
         same_on_all_ranks(groups, lambda: self._build(params, options, block_map), self._described,
                           f"building {type(self).__name__}")
 
@@ -109,7 +110,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def _map(self, groups: Sequence[dict[str, Any]]) -> None:
         """Maps the parameters of new groups and takes note of their settings."""
-        named = [(name, p) for group in groups for name, p in zip(_names(group), group["params"])]
+        named = [(name, p) for group in groups for name, p in zip(names_of(group), group["params"])]
         if self.block_map is None:
             if all(name is None for name, _ in named):
                 raise BlockError(f"{type(self).__name__} needs to know which parameter is which; pass "
@@ -119,7 +120,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             self._complete_map(named)
         for name, p in ((self.block_map.name_of(p), p) for _, p in named if p.requires_grad):
             self._check_layout(name, p)
-        self.initial_settings = [*self.initial_settings, *map(_settings, groups)]
+        self.initial_settings = [*self.initial_settings, *map(settings_of, groups)]
         self.recorded_map = self.block_map
         self._attach_dtensors()
         self._note_record()
@@ -382,31 +383,3 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
                 for group, value in zip(self.param_groups, values):
                     if value is not None:
                         group[key] = value
-
-
-def _listed(entry: Any) -> Any:
-    """A param group with its parameters as a list, where they come as a generator; anything else as it is."""
-    inside = entry.get("params") if isinstance(entry, dict) else None
-    if isinstance(inside, (torch.Tensor, list, set)) or inside is None:
-        return entry
-    return {**entry, "params": list(inside)}
-
-
-def _tensors(params: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors in what torch.optim takes for params."""
-    for entry in params:
-        inside = entry.get("params", ()) if isinstance(entry, dict) else (entry,)
-        for item in (inside,) if isinstance(inside, torch.Tensor) else inside:
-            tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
-
-
-def _names(group: Mapping[str, Any]) -> list[str | None]:
-    return list(group.get("param_names") or [None] * len(group["params"]))
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings as they are built, which schedulers change later on, by the options' names."""
-    found = {key: group[key] for key in OptimizerOptions.GROUP if key != "min_lr"}
-    return {**found, "lr": float(group["lr"]), "min_lr": group["block_min_lr"]}

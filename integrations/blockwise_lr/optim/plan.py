@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..blocks.layout import BIAS, MATRIX, ParamLayout, Piece
+from ..blocks.layout import BIAS, ParamLayout, Piece
 from ..blocks.types import BlockError, BlockType
 from .shards import Fragment
 
