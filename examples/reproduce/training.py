@@ -64,7 +64,11 @@ def _loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def train(run: Run, text: Text) -> dict[str, Any]:
-    """Trains and returns the row; a run whose loss is no longer finite ends there, with a final loss of None."""
+    """Trains and returns the row; a run whose loss is no longer finite ends there, with a final loss of None.
+
+    Seconds are those of training without evaluation; tokens per second are by CPU seconds, which other work on the
+    machine does not lengthen.
+    """
     torch.set_num_threads(1)
     arm, lr, steps = ARMS[run.arm], learning_rate(run.k), run.steps
     model = build_model(run.rung, run.seed)
@@ -74,9 +78,9 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     points = {round(steps * (i + 1) / POINTS) for i in range(POINTS)} - {0}
     curve: dict[str, list] = {"step": [], "training": [], "validation": []}
     losses: list[float] = []
-    seconds = 0.0
+    seconds = cpu_seconds = 0.0
     for step in range(steps):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         parts = text.batch(run.seed, step, sequences).split(MICRO)
         loss = 0.0
         for part in parts:
@@ -88,6 +92,7 @@ def train(run: Run, text: Text) -> dict[str, Any]:
         optimizer.zero_grad()
         schedule.step()
         seconds += time.perf_counter() - began
+        cpu_seconds += time.process_time() - cpu_began
         losses.append(loss)
         if step + 1 in points:
             curve["step"].append(step + 1)
@@ -101,7 +106,8 @@ def train(run: Run, text: Text) -> dict[str, Any]:
             "final": round(final, 5) if math.isfinite(final) else None,
             "curve": {key: [value if math.isfinite(value) else None for value in values]
                       for key, values in curve.items()},
-            "seconds": round(seconds, 2), "tokens_per_second": round((step + 1) * sequences * LENGTH / seconds),
+            "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2),
+            "tokens_per_second": round((step + 1) * sequences * LENGTH / cpu_seconds),
             "peak_memory_bytes": _peak_memory(), "optimizer_state_bytes": _state_bytes(optimizer),
             "text": text.digest, "machine": machine(), "versions": versions(), "commit": commit()}
 
