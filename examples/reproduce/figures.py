@@ -13,6 +13,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
 
+from model import RUNGS  # noqa: E402
 from plan import Rows, load_rows  # noqa: E402
 from results import Result, crossings, gains, interval, results, step_shares, steps_to  # noqa: E402
 from training import Run  # noqa: E402
@@ -85,7 +86,7 @@ def cost_table(rows: Rows) -> str:
     groups: dict[tuple, list] = {}
     for row in rows.values():
         run = Run(**row["run"])
-        groups.setdefault((float(run.rung.rstrip("M")), run.rung, run.batch, run.arm), []).append(row)
+        groups.setdefault((list(RUNGS).index(run.rung), run.rung, run.batch, run.arm), []).append(row)
     lines = []
     for (_, rung, batch, arm), found in sorted(groups.items()):
         def median(key: str) -> float:
@@ -168,7 +169,8 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
                          [point[3] for point in points], marker="o", ms=4, capsize=3, label=name)
         one.axhline(0, color="#888888", lw=0.8, ls="--")
         one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
-        one.legend(frameon=False, fontsize=7)
+        if lines:
+            one.legend(frameon=False, fontsize=7)
     _save(figure, file)
 
 

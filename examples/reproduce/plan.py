@@ -1,8 +1,8 @@
 """What is to be run: ``plan.json``, in order, made into runs by the rows that are already there.
 
 An entry names a cell (rung, tokens per parameter, batch) and arms. Each arm starts on three learning rates a factor of 2
-apart, which go on in the direction of the best until that has a neighbor on both sides; then the best's two neighbors at a
-factor of sqrt 2 are tried; all that on seed 0. At the best of them all come the other seeds.
+apart, which go on in the direction of the best until that has a neighbor on both sides; where an entry says ``refine``, the
+best's two neighbors at a factor of sqrt 2 are tried then; all that on seed 0. At the best of them all come the other seeds.
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Entry:
     arms: tuple[str, ...]
     question: str
     seeds: int = 3
-    refine: bool = True
+    refine: bool = False
     center: Mapping[str, int] | None = None
     core_hours: float | None = None
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from arms import learning_rate
+from model import RUNGS
 from plan import Rows, final_loss
 from training import Run
 
@@ -54,7 +55,8 @@ def results(rows: Rows) -> dict[str, dict[str, Result]]:
     """By cell and arm, cells from few to many parameters, tokens and tokens of a batch."""
     found: dict[str, dict[str, Result]] = {}
     runs = [(Run(**row["run"]), row) for row in rows.values()]
-    runs.sort(key=lambda pair: (float(pair[0].rung.rstrip("M")), pair[0].tokens_per_parameter, pair[0].batch, pair[0].k))
+    rungs = list(RUNGS)
+    runs.sort(key=lambda pair: (rungs.index(pair[0].rung), pair[0].tokens_per_parameter, pair[0].batch, pair[0].k))
     for run, row in runs:
         if run.seed == 0:
             found.setdefault(run.cell, {}).setdefault(run.arm, Result(run.arm)).losses[run.k] = final_loss(row)

@@ -64,11 +64,12 @@ def _train_in_child(run: Run, text: Text, rows: Path) -> None:
         sys.exit(f"{run.key} failed; see above")
 
 
-def fill(entries: list[Entry], rows: Path, text: Text, limit: int | None, until: float | None) -> None:
-    """Runs what the plan calls for, one run after the other, until nothing is left that no other process is at."""
+def fill(plan: Path, rows: Path, text: Text, limit: int | None, until: float | None) -> None:
+    """Runs what the plan calls for, one run after the other, until nothing is left that no other process is at. The plan
+    is read anew before each run."""
     done = 0
     while limit is None or done < limit:
-        for run in next_runs(entries, load_rows(rows)):
+        for run in next_runs(load_plan(plan), load_rows(rows)):
             if until is not None and time.time() + estimated_seconds(run, load_rows(rows)) > until:
                 continue
             with claim(run, rows) as mine:
@@ -119,7 +120,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
         args.rows.mkdir(parents=True, exist_ok=True)
         until = None if args.hours is None else time.time() + 3600 * args.hours
-        fill(entries, args.rows, Text(args.text), args.limit, until)
+        fill(args.plan, args.rows, Text(args.text), args.limit, until)
         return
     rows = load_rows(args.rows)
     hours = estimate(entries, rows)
