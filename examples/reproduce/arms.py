@@ -1,7 +1,7 @@
 """The arms: what is compared, as data. Everything that is not in this table is the same for all of them.
 
-The schedule is BlockwiseWarmupCosine for every arm: 10% warmup, then a cosine from each peak to ``floor`` x base learning
-rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1.
+The schedule is BlockwiseWarmupCosine for every arm: 10% warmup, then a cosine from each peak to ``floor`` x base
+learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1.
 """
 from __future__ import annotations
 

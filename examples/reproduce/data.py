@@ -1,7 +1,7 @@
 """Text that every machine with this project's requirements has: about half code, half English.
 
-Code: the modules of Python's own standard library. English: the docstrings of PyTorch's modules, which are no part of the
-code. One file in twenty is held out, by a hash of its name; the same names are held out on both sides.
+Code: the modules of Python's own standard library. English: the docstrings of PyTorch's modules, which are no part of
+the code. One file in twenty is held out, by a hash of its name; the same names are held out on both sides.
 """
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Text:
         return np.random.default_rng((seed, epoch)).permutation(windows)
 
     def batch(self, seed: int, step: int, sequences: int) -> torch.Tensor:
-        """(sequences, LENGTH + 1) token ids of the ``step``-th batch, from 0: each epoch in an order of its own, the same
-        for every arm and, token by token, for every batch size."""
+        """(sequences, LENGTH + 1) token ids of the ``step``-th batch, from 0: each epoch in an order of its own, the
+        same for every arm and, token by token, for every batch size."""
         windows = (len(self.training) - 1) // LENGTH
         places = range(step * sequences, (step + 1) * sequences)
         return torch.from_numpy(np.stack([_window(self.training, self._order(seed, n // windows)[n % windows])

@@ -1,8 +1,9 @@
 """What is to be run: ``plan.json``, in order, made into runs by the rows that are already there.
 
-An entry names a cell (rung, tokens per parameter, batch) and arms. Each arm starts on three learning rates a factor of 2
-apart, which go on in the direction of the best until that has a neighbor on both sides; where an entry says ``refine``, the
-best's two neighbors at a factor of sqrt 2 are tried then; all that on seed 0. At the best of them all come the other seeds.
+An entry names a cell (rung, tokens per parameter, batch) and arms. Each arm starts on three learning rates a factor of
+2 apart, which go on in the direction of the best until that has a neighbor on both sides; where an entry says
+``refine``, the best's two neighbors at a factor of sqrt 2 are tried then; all that on seed 0. At the best of them all
+come the other seeds.
 """
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def load_plan(file: Path = PLAN) -> list[Entry]:
     """
     entries = [Entry(**{**entry, "arms": tuple(entry["arms"])}) for entry in json.loads(file.read_text())]
     for number, entry in enumerate(entries):
-        unknown = ({entry.rung} - set(RUNGS)) | (set(entry.arms) - set(ARMS)) | (set(entry.center or {}) - set(entry.arms))
+        unknown = {entry.rung} - set(RUNGS) | set(entry.arms) - set(ARMS) | set(entry.center or {}) - set(entry.arms)
         if unknown or not entry.arms or entry.batch % 1024 or entry.tokens_per_parameter <= 0 or entry.seeds < 1:
             raise ValueError(f"{file.name}, entry {number}: {', '.join(sorted(unknown)) or 'a value'} cannot be run")
     return entries
@@ -101,5 +102,8 @@ def wanted(entry: Entry, arm: str, rows: Rows) -> list[Run]:
 
 
 def next_runs(entries: Iterable[Entry], rows: Rows) -> list[Run]:
-    """What may be run now, in the plan's order."""
-    return [run for entry in entries for arm in entry.arms for run in wanted(entry, arm, rows)]
+    """What may be run now, in the plan's order; in an entry all arms' learning rates before the further seeds."""
+    found: list[Run] = []
+    for entry in entries:
+        found += sorted((run for arm in entry.arms for run in wanted(entry, arm, rows)), key=lambda run: run.seed)
+    return found

@@ -68,8 +68,8 @@ def results(rows: Rows) -> dict[str, dict[str, Result]]:
 
 
 def steps_to(row: Mapping[str, Any], loss: float) -> float:
-    """The step at which a run first reaches a validation loss, on straight lines between the points of its curve; infinite
-    where it does not."""
+    """The step at which a run first reaches a validation loss, on straight lines between the points of its curve;
+    infinite where it does not."""
     steps, losses = row["curve"]["step"], [math.inf if x is None else x for x in row["curve"]["validation"]]
     for i, value in enumerate(losses):
         if value <= loss:

@@ -1,7 +1,7 @@
 """Fills the gaps in the rows: ``python examples/reproduce/runner.py run`` until the plan is done or it is stopped.
 
-Start as many as there are cores: each trains on one thread and claims what it runs. A stopped or killed one loses no more
-than the run it was at.
+Start as many as there are cores: each trains on one thread and claims what it runs. A stopped or killed one loses no
+more than the run it was at.
 """
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _train_in_child(run: Run, text: Text, rows: Path) -> None:
 
 
 def fill(plan: Path, rows: Path, text: Text, limit: int | None, until: float | None) -> None:
-    """Runs what the plan calls for, one run after the other, until nothing is left that no other process is at. The plan
-    is read anew before each run."""
+    """Runs what the plan calls for, one run after the other, until nothing is left that no other process is at. The
+    plan is read anew before each run."""
     done = 0
     while limit is None or done < limit:
         for run in next_runs(load_plan(plan), load_rows(rows)):
@@ -107,8 +107,8 @@ def estimate(entries: list[Entry], rows: dict) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "status", "estimate"), help="run what is missing; show what that is; "
-                        "write each entry's estimated core-hours into the plan")
+    parser.add_argument("command", choices=("run", "status", "estimate"), help="run what is missing; show what that "
+                        "is; write each entry's estimated core-hours into the plan")
     parser.add_argument("--rows", type=Path, default=HERE / "rows", help="folder of the rows")
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--text", type=Path, default=Path("runs/reproduce"), help="folder for the encoded text")

@@ -45,7 +45,8 @@ def test_every_row_is_of_the_run_that_its_name_says_and_of_todays_arms(ladder):
         assert row["lr"] == ladder["arms"].learning_rate(run.k) and row["tokens"] == row["steps"] * run.batch
         curve = row["curve"]
         assert len(curve["step"]) == len(curve["training"]) == len(curve["validation"])
-        assert row["final"] is None or curve["step"][-1] == row["steps"] and abs(curve["validation"][-1] - row["final"]) < 0.3
+        if row["final"] is not None:
+            assert curve["step"][-1] == row["steps"] and abs(curve["validation"][-1] - row["final"]) < 0.3
         assert row["commit"] and row["versions"]["torch"] and row["text"]
 
 
