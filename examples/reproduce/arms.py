@@ -52,6 +52,8 @@ ARMS = {
     "blockwise-decay-all": Arm("BlockwiseAdamW", -2, decay_all=True),
     "adamw-twice": Arm("AdamW", 4, length=2),  # twice the steps, as the paper counts speed
     # which blocks give it
+    "low-norm": Arm("BlockwiseAdamW", 4, _ratios(norm=0.1)),
+    "low-vo": Arm("BlockwiseAdamW", 4, _ratios(vo=0.5)),
     "embedding-10": Arm("BlockwiseAdamW", 4, _ratios(embedding=10, head=1)),
     "embedding-head-10": Arm("BlockwiseAdamW", 2, _ratios(embedding=10)),
     "head-1": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"head": 1}}),
