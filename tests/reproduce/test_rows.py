@@ -150,6 +150,20 @@ def test_text_is_held_out_by_file_on_both_sides_and_goes_through_the_tokenizer(l
     assert text.training.max() < 1024 and text.held_out(8).shape == (8, 129)
 
 
+def test_ratios_of_1_are_the_adamw_arm(ladder, encoded, monkeypatch):
+    """So that what differs between the arms is the ratios, and neither decay, schedule nor order of the text."""
+    arms, training, text = ladder["arms"], ladder["training"], ladder["data"].Text(encoded)
+    monkeypatch.setattr(training, "CURVE", 8)
+    monkeypatch.setattr(training, "FINAL", 8)
+    for name in ("adamw", "adamw-decay-all", "adamw-floor-0"):
+        arm = arms.ARMS[name]
+        same = dataclasses.replace(arm, optimizer="BlockwiseAdamW", options=arms._ratios())
+        monkeypatch.setitem(arms.ARMS, f"{name}-ones", same)
+        finals = [training.train(training.Run("tiny", 10, 1024, which, 4, 0), text)["curve"]["validation"]
+                  for which in (name, f"{name}-ones")]
+        assert finals[1] == pytest.approx(finals[0], abs=2e-5) and finals[0][-1] < finals[0][0] - 0.5
+
+
 def test_a_run_writes_its_row_once_and_again_to_the_same_losses(tmp_path, encoded):
     """Real runs by real processes: the second goes on behind the first, a third in another folder repeats it."""
     plan = tmp_path / "plan.json"
