@@ -12,6 +12,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from model import RUNGS  # noqa: E402
 from plan import Rows, load_rows  # noqa: E402
@@ -132,6 +133,9 @@ def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
             one.plot([1e-3 * 2**(i / 2) for i in k], [result.losses[i] for i in k], marker="o", ms=3,
                      color=COLORS.get(arm), label=arm)
         one.set(xscale="log", title=cell, xlabel="base learning rate", ylabel="final validation loss")
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        one.xaxis.set_major_formatter("{x:g}")
+        one.xaxis.set_minor_formatter(NullFormatter())
         one.legend(frameon=False, fontsize=7)
     _save(figure, file)
 
