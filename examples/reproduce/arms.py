@@ -26,6 +26,7 @@ class Arm:
         decay_all: weight decay on the norms as well.
         floor: the last learning rate of every block type, over the base learning rate.
         length: steps of this arm, over those of the others (its schedule is as long).
+        embedding_std: standard deviation of the input embedding at the start.
     """
 
     optimizer: str
@@ -34,6 +35,7 @@ class Arm:
     decay_all: bool = False
     floor: float = 0.05
     length: int = 1
+    embedding_std: float = 0.02
 
 
 def _ratios(**ratios: float) -> dict[str, Any]:
@@ -59,6 +61,9 @@ ARMS = {
     "head-1": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"head": 1}}),
     "norm-6": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"norm": 6}}),
     "matrices-only": Arm("BlockwiseAdamW", -2, _ratios(qk=8, ffn=6, vo=4)),
+    # does a rate of their own do more for embeddings than a start at the scale of the norms' outputs?
+    "adamw-embedding-1": Arm("AdamW", 4, embedding_std=1.0),
+    "blockwise-embedding-1": Arm("BlockwiseAdamW", -2, embedding_std=1.0),
 }
 
 

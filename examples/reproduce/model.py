@@ -24,11 +24,15 @@ def body_parameters(rung: str) -> int:
     return layers * (4 * width * width + 3 * width * ffn)
 
 
-def build_model(rung: str, seed: int) -> LlamaForCausalLM:
-    """A fresh model of a rung: RMSNorm, rotary positions, SwiGLU, untied head, all matrices from N(0, 0.02^2)."""
+def build_model(rung: str, seed: int, embedding_std: float = 0.02) -> LlamaForCausalLM:
+    """A fresh model of a rung: RMSNorm, rotary positions, SwiGLU, untied head, all matrices from N(0, 0.02^2) but the
+    input embedding, if another standard deviation is given."""
     width, layers, heads, ffn = RUNGS[rung]
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=ffn, max_position_embeddings=LENGTH, tie_word_embeddings=False,
         use_cache=False))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(embedding_std / 0.02)
+    return model

@@ -71,7 +71,7 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     arm, lr, steps = ARMS[run.arm], learning_rate(run.k), run.steps
-    model = build_model(run.rung, run.seed)
+    model = build_model(run.rung, run.seed, arm.embedding_std)
     optimizer = build_optimizer(arm, model, lr)
     schedule = BlockwiseWarmupCosine(optimizer, steps, max(round(WARMUP * steps), 1), min_lr=arm.floor * lr)
     sequences = run.batch // LENGTH
