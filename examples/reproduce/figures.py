@@ -21,7 +21,7 @@ from training import Run  # noqa: E402
 
 HERE = Path(__file__).parent
 BASE = "adamw"
-COLORS = {"adamw": "#888888", "blockwise": "#1f5fbf", "mini": "#d1671b"}
+COLORS = {"adamw": "#888888", "blockwise": "#1f5fbf", "mini": "#d1671b", "embedding-head-10": "#2a9d4a"}
 
 
 def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -58,7 +58,7 @@ def gain_table(rows: Rows) -> str:
                 continue
             base = arms[BASE]
             share = "" if result.steps != base.steps else _plus_minus(step_shares(base, result), "{:.0%}".format)
-            crossing = [value for value in crossings(base, result)]
+            crossing = crossings(base, result)
             lines.append([cell, f"{result.steps:,}", arm, str(len(gains(base, result))),
                           _plus_minus(gains(base, result), "{:+.3f}".format), share,
                           "" if not crossing else "never" if math.inf in crossing else f"{np.mean(crossing):.0%}"])
@@ -118,6 +118,12 @@ def _grid(cells: int) -> tuple[plt.Figure, list[plt.Axes]]:
     return figure, list(axes.flat[:cells])
 
 
+def _log_ticks(axes: plt.Axes) -> None:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _save(figure: plt.Figure, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=90, metadata={"Software": None})
@@ -133,9 +139,7 @@ def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
             one.plot([1e-3 * 2**(i / 2) for i in k], [result.losses[i] for i in k], marker="o", ms=3,
                      color=COLORS.get(arm), label=arm)
         one.set(xscale="log", title=cell, xlabel="base learning rate", ylabel="final validation loss")
-        one.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        one.xaxis.set_major_formatter("{x:g}")
-        one.xaxis.set_minor_formatter(NullFormatter())
+        _log_ticks(one)
         one.legend(frameon=False, fontsize=7)
     _save(figure, file)
 
@@ -149,7 +153,7 @@ def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
             if rows:
                 one.plot(rows[0]["curve"]["step"], np.mean([row["curve"]["validation"] for row in rows], axis=0),
                          color=color, label=f"{arm}, lr {arms[arm].lr:g}")
-        low = min(min(result.finals()) for result in arms.values())
+        low = min(min(result.finals()) for arm, result in arms.items() if arm in COLORS)
         one.set(title=cell, xlabel="step", ylabel="validation loss", ylim=(low - 0.05, low + 1.0))
         one.legend(frameon=False, fontsize=7)
     _save(figure, file)
@@ -173,6 +177,7 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
                          [point[3] for point in points], marker="o", ms=4, capsize=3, label=name)
         one.axhline(0, color="#888888", lw=0.8, ls="--")
         one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
+        _log_ticks(one)
         if lines:
             one.legend(frameon=False, fontsize=7)
     _save(figure, file)
