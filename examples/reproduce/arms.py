@@ -1,0 +1,85 @@
+"""The arms: what is compared, as data. Everything that is not in this table is the same for all of them.
+
+The schedule is BlockwiseWarmupCosine for every arm: 10% warmup, then a cosine from each peak to ``floor`` x base
+learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+
+BETAS, EPS, WEIGHT_DECAY, WARMUP, CLIP = (0.9, 0.95), 1e-8, 0.1, 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One optimizer and how it is set.
+
+    Attributes:
+        optimizer: "AdamW" is torch.optim.AdamW, with one learning rate; the others are this project's.
+        center: where its grid of learning rates starts, in half octaves from 1e-3 (see :func:`learning_rate`).
+        options: further arguments of the optimizer.
+        decay_all: weight decay on the norms as well.
+        floor: the last learning rate of every block type, over the base learning rate.
+        length: steps of this arm, over those of the others (its schedule is as long).
+        embedding_std: standard deviation of the input embedding at the start.
+    """
+
+    optimizer: str
+    center: int
+    options: dict[str, Any] = field(default_factory=dict)
+    decay_all: bool = False
+    floor: float = 0.05
+    length: int = 1
+    embedding_std: float = 0.02
+
+
+def _ratios(**ratios: float) -> dict[str, Any]:
+    return {"block_lr_ratios": {"embedding": 1, "qk": 1, "ffn": 1, "vo": 1, "norm": 1, **ratios}}
+
+
+ARMS = {
+    "adamw": Arm("AdamW", 4),
+    "blockwise": Arm("BlockwiseAdamW", -2),  # the paper's ratios: embedding and head 10, QK 8, FFN 6, VO 4, norm 1
+    "mini": Arm("BlockwiseAdamMini", -2),
+    # is it the ratios, or that shared floors let the matrices decay further?
+    "adamw-floor-0": Arm("AdamW", 4, floor=0.0),
+    "blockwise-floor-0": Arm("BlockwiseAdamW", -2, floor=0.0),
+    # what else could make the difference
+    "adamw-decay-all": Arm("AdamW", 4, decay_all=True),
+    "blockwise-decay-all": Arm("BlockwiseAdamW", -2, decay_all=True),
+    "adamw-twice": Arm("AdamW", 4, length=2),  # twice the steps, as the paper counts speed
+    # which blocks give it
+    "low-norm": Arm("BlockwiseAdamW", 4, _ratios(norm=0.1)),
+    "low-vo": Arm("BlockwiseAdamW", 4, _ratios(vo=0.5)),
+    "embedding-10": Arm("BlockwiseAdamW", 4, _ratios(embedding=10, head=1)),
+    "embedding-head-10": Arm("BlockwiseAdamW", 2, _ratios(embedding=10)),
+    "head-1": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"head": 1}}),
+    "norm-6": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"norm": 6}}),
+    "matrices-only": Arm("BlockwiseAdamW", -2, _ratios(qk=8, ffn=6, vo=4)),
+    # does a rate of their own do more for embeddings than a start at the scale of the norms' outputs?
+    "adamw-embedding-1": Arm("AdamW", 4, embedding_std=1.0),
+    "blockwise-embedding-1": Arm("BlockwiseAdamW", -2, embedding_std=1.0),
+}
+
+
+def learning_rate(k: int) -> float:
+    """1e-3 times 2^(k/2), to three digits: what all grids are made of."""
+    return float(f"{1e-3 * 2**(k / 2):.3g}")
+
+
+def build_optimizer(arm: Arm, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The arm's optimizer for a model, at a base learning rate."""
+    if arm.optimizer == "AdamW":
+        norms = 0.0 if not arm.decay_all else WEIGHT_DECAY
+        groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
+                  {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": norms}]
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}[arm.optimizer]
+    return optimizer(model.named_parameters(), lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
+                     block_map=map_blocks(model), decay_norms_and_biases=arm.decay_all, min_lr=arm.floor * lr,
+                     **arm.options)

@@ -1,0 +1,201 @@
+"""Redraws the tables of README.md and the pictures from the rows: ``python examples/reproduce/figures.py``."""
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
+
+from model import RUNGS  # noqa: E402
+from plan import Rows, load_rows  # noqa: E402
+from results import Result, crossings, gains, interval, results, step_shares, steps_to  # noqa: E402
+from training import Run  # noqa: E402
+
+HERE = Path(__file__).parent
+BASE = "adamw"
+COLORS = {"adamw": "#888888", "blockwise": "#1f5fbf", "mini": "#d1671b", "embedding-head-10": "#2a9d4a"}
+
+
+def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
+    rule = ["---"] + ["--:"] * (len(head) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
+
+
+def _plus_minus(values: list[float], form: Callable[[float], str]) -> str:
+    if not values or not all(math.isfinite(value) for value in values):
+        return "not reached" if not any(math.isfinite(value) for value in values) else "not reached by every seed"
+    mean, half = interval(values)
+    return form(mean) + ("" if math.isnan(half) else f" ± {form(half).lstrip('+')}")
+
+
+def final_table(rows: Rows) -> str:
+    """Every arm of every cell: what was tried and the final losses at the best learning rate."""
+    lines = []
+    for cell, arms in results(rows).items():
+        for arm, result in arms.items():
+            finals = result.finals()
+            spread = f"{max(finals) - min(finals):.3f}" if len(finals) > 1 else ""
+            tried = f"{len(result.losses)}, best {'inside' if result.inside else '**at the edge so far**'}"
+            lines.append([cell, f"{result.steps:,}", arm, tried, f"{result.lr:g}", str(len(finals)),
+                          f"{np.mean(finals):.3f}", spread])
+    return _markdown(["cell", "steps", "arm", "rates tried", "best lr", "seeds", "final loss", "max - min"], lines)
+
+
+def gain_table(rows: Rows) -> str:
+    """Every arm against AdamW in the same cell."""
+    lines = []
+    for cell, arms in results(rows).items():
+        for arm, result in arms.items():
+            if BASE not in arms or arm == BASE or not gains(arms[BASE], result):
+                continue
+            base = arms[BASE]
+            share = "" if result.steps != base.steps else _plus_minus(step_shares(base, result), "{:.0%}".format)
+            crossing = crossings(base, result)
+            lines.append([cell, f"{result.steps:,}", arm, str(len(gains(base, result))),
+                          _plus_minus(gains(base, result), "{:+.3f}".format), share,
+                          "" if not crossing else "never" if math.inf in crossing else f"{np.mean(crossing):.0%}"])
+    return _markdown(["cell", "steps", "arm", "seeds", "gain on AdamW (nats)", "steps to AdamW's loss",
+                      "below AdamW from"], lines)
+
+
+def speed_table(rows: Rows) -> str:
+    """How the paper counts: steps of AdamW at twice the length over the arm's own, at the arm's last loss."""
+    lines = []
+    for cell, arms in results(rows).items():
+        twice = arms.get("adamw-twice")
+        for arm, result in arms.items():
+            if twice is None or arm in (BASE, "adamw-twice"):
+                continue
+            shared = [seed for seed in result.seeds if seed in twice.seeds]
+            speed = [steps_to(twice.seeds[seed], result.seeds[seed]["curve"]["validation"][-1]) / result.steps
+                     for seed in shared]
+            if speed:
+                lines.append([cell, arm, str(len(speed)), _plus_minus(speed, "{:.2f}".format)])
+    return _markdown(["cell", "arm", "seeds", "AdamW's steps over the arm's"], lines) if lines else "No rows yet."
+
+
+def cost_table(rows: Rows) -> str:
+    """Throughput and memory by rung, batch and arm, medians over the runs."""
+    groups: dict[tuple, list] = {}
+    for row in rows.values():
+        run = Run(**row["run"])
+        groups.setdefault((list(RUNGS).index(run.rung), run.rung, run.batch, run.arm), []).append(row)
+    lines = []
+    for (_, rung, batch, arm), found in sorted(groups.items()):
+        def median(key: str) -> float:
+            return float(np.median([row[key] for row in found]))
+        lines.append([rung, f"{batch // 1024}k", arm, str(len(found)), f"{median('tokens_per_second'):,.0f}",
+                      f"{median('peak_memory_bytes') / 2**20:.0f}", f"{median('optimizer_state_bytes') / 2**20:.2f}"])
+    return _markdown(["rung", "batch", "arm", "runs", "tokens/s", "peak memory (MiB)", "optimizer state (MiB)"], lines)
+
+
+TABLES = {"final": final_table, "gain": gain_table, "speed": speed_table, "cost": cost_table}
+
+
+def with_tables(text: str, rows: Rows) -> str:
+    """A page with what lies between ``<!-- rows: NAME -->`` and ``<!-- end -->`` made anew from the rows."""
+    def made(match: re.Match) -> str:
+        return f"<!-- rows: {match[1]} -->\n{TABLES[match[1]](rows)}\n<!-- end -->"
+    return re.sub(r"<!-- rows: (\w+) -->\n.*?<!-- end -->", made, text, flags=re.S)
+
+
+def _grid(cells: int) -> tuple[plt.Figure, list[plt.Axes]]:
+    columns = min(cells, 3)
+    figure, axes = plt.subplots(-(-cells // columns), columns, figsize=(4.2 * columns, 3.2 * -(-cells // columns)),
+                                squeeze=False)
+    for extra in axes.flat[cells:]:
+        extra.axis("off")
+    for one in axes.flat[:cells]:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat[:cells])
+
+
+def _log_ticks(axes: plt.Axes) -> None:
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=90, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
+    """Final loss on seed 0 over the learning rate, a panel per cell."""
+    figure, axes = _grid(len(found))
+    for one, (cell, arms) in zip(axes, found.items()):
+        for arm, result in arms.items():
+            k = [k for k in sorted(result.losses) if math.isfinite(result.losses[k])]
+            one.plot([1e-3 * 2**(i / 2) for i in k], [result.losses[i] for i in k], marker="o", ms=3,
+                     color=COLORS.get(arm), label=arm)
+        one.set(xscale="log", title=cell, xlabel="base learning rate", ylabel="final validation loss")
+        _log_ticks(one)
+        one.legend(frameon=False, fontsize=7)
+    _save(figure, file)
+
+
+def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
+    """Validation loss over steps at the best learning rates, mean over seeds, for the arms in COLORS."""
+    figure, axes = _grid(len(found))
+    for one, (cell, arms) in zip(axes, found.items()):
+        for arm, color in COLORS.items():
+            rows = [row for row in arms[arm].seeds.values() if row["final"] is not None] if arm in arms else []
+            if rows:
+                one.plot(rows[0]["curve"]["step"], np.mean([row["curve"]["validation"] for row in rows], axis=0),
+                         color=color, label=f"{arm}, lr {arms[arm].lr:g}")
+        low = min(min(result.finals()) for arm, result in arms.items() if arm in COLORS)
+        one.set(title=cell, xlabel="step", ylabel="validation loss", ylim=(low - 0.05, low + 1.0))
+        one.legend(frameon=False, fontsize=7)
+    _save(figure, file)
+
+
+def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
+    """The gain of BlockwiseAdamW on AdamW over the batch and over the steps, with 95% intervals."""
+    figure, axes = _grid(2)
+    lines: dict[str, list[tuple[int, int, float, float]]] = {}
+    for arms in found.values():
+        if {BASE, "blockwise"} <= set(arms) and gains(arms[BASE], arms["blockwise"]):
+            run = Run(**arms[BASE].seeds[0]["run"])
+            mean, half = interval(gains(arms[BASE], arms["blockwise"]))
+            if math.isfinite(mean):
+                lines.setdefault(f"{run.rung}, {run.tokens_per_parameter:g} tokens per parameter", []).append(
+                    (run.batch, arms[BASE].steps, mean, 0.0 if math.isnan(half) else half))
+    for one, column, label in zip(axes, (0, 1), ("tokens of a batch", "steps")):
+        for name, points in lines.items():
+            points = sorted(points, key=lambda point: point[column])
+            one.errorbar([point[column] for point in points], [point[2] for point in points],
+                         [point[3] for point in points], marker="o", ms=4, capsize=3, label=name)
+        one.axhline(0, color="#888888", lw=0.8, ls="--")
+        one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
+        _log_ticks(one)
+        if lines:
+            one.legend(frameon=False, fontsize=7)
+    _save(figure, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, default=HERE / "rows")
+    parser.add_argument("--page", type=Path, default=HERE / "README.md")
+    args = parser.parse_args()
+    rows = load_rows(args.rows)
+    args.page.write_text(with_tables(args.page.read_text(), rows))
+    found = results(rows)
+    if found:
+        draw_rates(found, args.page.parent / "rates.png")
+        draw_curves(found, args.page.parent / "curves.png")
+        draw_gains(found, args.page.parent / "gain.png")
+
+
+if __name__ == "__main__":
+    main()
