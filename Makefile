@@ -10,7 +10,7 @@ RUN = $(VENV)/bin/python
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test
 
-.PHONY: demo demo-megatron test test312 fuzz support bench setup setup312 clean help
+.PHONY: demo demo-megatron test test312 fuzz support figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
 	@echo "make support        run the tests and write the table of what is supported"
+	@echo "make figures        redraw the tables and pictures of examples/reproduce from its rows"
 	@echo "make bench          measure optimizer steps, and saving and loading, side by side"
 	@echo "make clean          remove the environments, what was built and what the demo wrote"
 
@@ -64,6 +65,10 @@ fuzz: setup
 # writes integrations/blockwise_lr/SUPPORT.md from what the suite passes
 support: setup
 	@$(RUN) -m pytest tests --support integrations/blockwise_lr/SUPPORT.md
+
+# redraws the evidence page's tables and pictures from its rows
+figures: setup
+	@$(RUN) examples/reproduce/figures.py
 
 bench: setup
 	@$(RUN) tests/bench/step.py
