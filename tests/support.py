@@ -56,9 +56,9 @@ def verdict(tests: str, outcomes: Mapping[str, bool]) -> str:
 def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> str:
     """The page."""
     lines = ["# What is supported", "",
-             "Written by `make support` from what the test suite has passed; see tests/support.py for the tests of each cell. "
-             "\"Refused\" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no "
-             "GPU run has been made.", ""]
+             "Written by `make support` from what the test suite has passed; tests/support_rows.py names the tests of each cell.",
+             "\"Refused\" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no GPU run",
+             "has been made.", ""]
     for title, rows in sections.items():
         lines += [f"## {title}", "", f"| feature | {' | '.join(OPTIMIZERS)} | |", "|---|---|---|---|"]
         lines += [f"| {row.feature} | {verdict(row.adamw, outcomes)} | {verdict(row.adam_mini, outcomes)} | {row.note} |"

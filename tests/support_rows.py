@@ -3,7 +3,9 @@ from support import Row, both, each
 
 _PARITY, _CHECK = "tests/deepspeed_door/test_parity.py::", "tests/deepspeed_door/test_checkpoint.py::"
 _PARALLEL, _ORDER = "tests/deepspeed_door/test_parallel.py::", "tests/deepspeed_door/test_order.py::"
+_FEATURES = "tests/deepspeed_door/test_features.py::"
 _FSDP, _CONTRACT = "tests/optim/test_fsdp.py::", "tests/optim/test_contract.py::"
+_RATES, _REFUSALS = "tests/megatron_door/test_rates_and_decays.py::", "tests/megatron_door/test_refusals.py::"
 _MEGATRON, _SAVED = "tests/megatron_door/test_megatron_parity.py::", "tests/megatron_door/test_megatron_checkpoint.py::"
 
 
@@ -43,6 +45,14 @@ SECTIONS = {
             "torch's inside DeepSpeed"),
         Row("CPU offload of the optimizer, round_robin_gradients, overlap_comm, sub_group_size, small buckets",
             *both("tests/fuzz/test_fuzz.py::test_random_configurations"), "`make fuzz`"),
+        Row("offload_param and offload_optimizer to CPU, zero_hpz_partition_size, leaf modules, reduce_scatter off",
+            *each(rf"{_FEATURES}test_a_switch_of_zero_changes_no_weight\[")),
+        Row("zero.Init", *each(rf"{_FEATURES}test_models_made_under_zero_init\[")),
+        Row("torch_autocast, immediate_grad_update, communication_data_type",
+            f"{_FEATURES}test_low_precision_switches_equal_torch", ""),
+        Row("NVMe or partial offload, ZenFlow, SuperOffload, elastic checkpoints, low-precision master weights",
+            *each(rf"!{_FEATURES}test_what_another_optimizer_would_step_is_refused\[")),
+        Row("ZeRO++ quantization, AutoEP, DeepCompile, hybrid engine, amp", "", "", "most need a GPU"),
         Row("checkpoints, same layout", *each(rf"{_CHECK}test_a_resumed_run_goes_on_to_the_bit\[")),
         Row("checkpoints, other ranks and stages (universal)", *each(rf"{_CHECK}test_universal_checkpoints_continue_anywhere\[")),
         Row("checkpoints, another order of parameters", *both(f"!{_ORDER}test_another_order_is_refused"),
@@ -77,6 +87,14 @@ SECTIONS = {
         Row("bf16", *each(rf"{_MEGATRON}test_bf16_steps_equal_the_twins_on_the_same_gradients\[")),
         Row("checkpoints, same layout (torch_dist and torch)", *each(rf"{_SAVED}test_the_same_layout_resumes_to_the_bit\[")),
         Row("checkpoints, other TP, PP, DP, virtual stages", *each(rf"{_SAVED}test_another_layout_goes_on_as_the_first\[")),
+        Row("rates logged and used where groups differ (--use-mup)", f"{_RATES}test_the_rates_of_an_optimizer", "",
+            "the flag itself on 0.19: test_pretrain.py"),
+        Row("--block-weight-decay with --apply-wd-to-qk-layernorm", f"{_RATES}test_block_weight_decay", ""),
+        Row("--use-torch-fsdp2", *both(f"!{_REFUSALS}test_fsdp2_is_refused_on_every_rank")),
+        Row("--use-megatron-fsdp, --optimizer-cpu-offload, --use-precision-aware-optimizer, --decoupled-lr, --fp8-param-gather, "
+            "--optimizer-cuda-graph and their like", *both(f"!{_REFUSALS}test_flags_that_cannot_go_together_are_named"),
+            "by the flag"),
+        Row("--fp16, --overlap-grad-reduce, --overlap-param-gather, --fp8-format", "", ""),
         Row("checkpoints of Megatron's Adam, and for it", f"{_SAVED}test_(?:plain_adam_goes|blockwise_adamw_goes)", ""),
     ],
 }
