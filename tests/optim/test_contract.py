@@ -243,6 +243,18 @@ def test_a_groups_own_decay_holds_for_its_norms(kind):
     assert torch.equal(named["model.layers.0.input_layernorm.weight"], before["model.layers.0.input_layernorm.weight"])
 
 
+@kinds
+def test_an_optimizer_built_from_anothers_groups_steps_alike(kind):
+    model, again = make("llama"), make("llama")
+    first = build(kind, model, weight_decay=0.5)
+    groups = [{**{key: value for key, value in group.items() if key != "param_names"}, "params": list(again.parameters())}
+              for group in first.param_groups]
+    second = type(first)(groups, **({} if kind == "torch AdamW" else {"block_map": map_blocks(again), "kernel": "reference"}))
+    for optimizer, trained in ((first, model), (second, again)):
+        train(trained, optimizer, range(2))
+    assert_equal(weights(again), weights(model), 1e-6)
+
+
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("group, words", [
     ({"params": [("elsewhere.table", torch.nn.Parameter(torch.zeros(3, 2)))]}, "no block rule matches.*elsewhere.table"),

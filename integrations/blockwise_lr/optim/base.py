@@ -97,7 +97,8 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         number = len(self.param_groups)
         said = checked_group(param_group, self.defaults["lr"], f"param group {number}: ")
-        group = {**param_group, **said, "group_decay": "weight_decay" in said}
+        # a group taken from another optimizer of ours knows whether its weight_decay was the user's own
+        group = {"group_decay": "weight_decay" in said, **param_group, **said}
         if "min_lr" in said:
             group["block_min_lr"] = said["min_lr"]
         super().add_param_group(group)
