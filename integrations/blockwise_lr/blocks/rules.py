@@ -1,7 +1,6 @@
 """Naming rules: which parameter names are which block, and how fused weights are laid out. Rules are data."""
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .dims import HeadCounts
 from .globs import checked_glob, matches
 from .layout import BIAS, MATRIX, NORM, ParamLayout, Piece
-from .types import BlockError, BlockType, block_type
+from .types import BlockError, BlockType, block_type, shown
 
 # role -> (block type, whose heads it has)
 ROLES: dict[str, tuple[BlockType, str | None]] = {
@@ -236,7 +235,7 @@ def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule
     if entries is None:
         return ()
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
-        raise BlockError(f"block_rules must be a list of rules like {_EXAMPLE}, got {_shown(entries)}")
+        raise BlockError(f"block_rules must be a list of rules like {_EXAMPLE}, got {shown(entries)}")
     return tuple(_checked(entry) for entry in entries)
 
 
@@ -244,11 +243,11 @@ def _checked(entry: Any) -> Rule:
     if isinstance(entry, Rule):
         return entry
     if not isinstance(entry, Mapping):
-        raise BlockError(f"block rule {_shown(entry)} is no object; write it like {_EXAMPLE}")
+        raise BlockError(f"block rule {shown(entry)} is no object; write it like {_EXAMPLE}")
     try:
         return UserRule.model_validate(dict(entry)).rule()
     except ValidationError as error:
-        raise BlockError(f"block rule {_shown(dict(entry))}: {_problem(error.errors(include_url=False)[0])}") from None
+        raise BlockError(f"block rule {shown(dict(entry))}: {_problem(error.errors(include_url=False)[0])}") from None
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
@@ -260,16 +259,5 @@ def _problem(problem: Mapping[str, Any]) -> str:
         return f"{key} is missing; {_WANTED[key]}"
     own = problem.get("ctx", {}).get("error")
     if own is None:
-        return f"{key} is {_shown(problem['input'])}; {_WANTED[key]}"
-    return f"match {_shown(problem['input'])} {own}" if key == "match" else f"{key}: {own}" if key else str(own)
-
-
-def _shown(value: Any) -> str:
-    """A user's value for an error, of bounded length."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 60
-    short.maxdict = len(_WANTED)
-    try:
-        return short.repr(value)
-    except ValueError:  # Python writes out no integer of thousands of digits
-        return f"a {type(value).__name__} that cannot be shown"
+        return f"{key} is {shown(problem['input'])}; {_WANTED[key]}"
+    return f"match {shown(problem['input'])} {own}" if key == "match" else f"{key}: {own}" if key else str(own)

@@ -92,8 +92,11 @@ def block_values(values: Mapping[str, float] | None, what: str, *, positive: boo
 
 def shown(value: Any) -> str:
     """A value for an error message, of bounded length."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    short.maxdict = 8
     try:
-        return reprlib.repr(value)
+        return short.repr(value)
     except ValueError:  # Python shows no integer of more than 4,300 digits
         return f"a {type(value).__name__} too long to be shown"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -18,8 +18,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from ..blocks.block_map import plain_name
 from ..checkpoint.manifest import Layout
+from ..checkpoint.matching import merged
 from ..optim.base import BlockwiseOptimizer
-from ..optim.shards import Fragment
 
 # Key of what a file with optimizer state says about its flat tensors, beside DeepSpeed's own keys.
 KEY = "blockwise_lr"
@@ -48,21 +48,12 @@ def contents(engine: Any) -> list[list[Any]] | None:
     optimizer = engine.basic_optimizer
     if engine.optimizer is optimizer or optimizer.shards is None:
         return None
-    return [[flat.numel(), [[plain_name(f.name), f.start, f.numel, f.offset] for f in joined(fragments)]]
+    return _held(optimizer, plain_name)
+
+
+def _held(optimizer: BlockwiseOptimizer, called: Callable[[str], str]) -> list[list[Any]]:
+    return [[flat.numel(), [list(f) for f in merged([(called(f.name), f.start, f.numel, f.offset) for f in fragments])]]
             for flat, fragments in optimizer.shards.flats]
-
-
-def joined(fragments: Sequence[Fragment]) -> list[Fragment]:
-    """Fragments of one parameter that follow each other as one."""
-    found: list[Fragment] = []
-    for fragment in fragments:
-        last = found[-1] if found else None
-        if last and last.name == fragment.name and last.start + last.numel == fragment.start \
-                and last.offset + last.numel == fragment.offset:
-            found[-1] = Fragment(last.name, last.start, last.numel + fragment.numel, last.offset)
-        else:
-            found.append(fragment)
-    return found
 
 
 def digest(held: list[list[Any]]) -> str:
@@ -146,8 +137,7 @@ def correct_mappings(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
 
 def contents_of(optimizer: BlockwiseOptimizer) -> list[list[Any]]:
     """As :func:`contents`, with the names that the module has."""
-    return [[flat.numel(), [[f.name, f.start, f.numel, f.offset] for f in joined(fragments)]]
-            for flat, fragments in optimizer.shards.flats]
+    return _held(optimizer, str)
 
 
 def slice_mappings(held: list[list[Any]]) -> list[OrderedDict[str, fragment_address]]:

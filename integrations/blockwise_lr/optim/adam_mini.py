@@ -79,10 +79,6 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
         self._cut_slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._units: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
-        self.bias_segments = self.Options.checked(given).bias_segments
-        super()._build(params, given, block_map)
-
     def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.is_complex():
             raise BlockError(f"{name} is complex, of which Adam-mini's segments are not defined; use BlockwiseAdamW")

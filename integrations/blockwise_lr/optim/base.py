@@ -61,7 +61,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
         options = self.Options.checked(given)
-        self.kernel_name = options.kernel
+        self.kernel_name, self.bias_segments = options.kernel, getattr(options, "bias_segments", None)
         self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
         self._block_rules, self.block_map = options.block_rules, block_map
         self.initial_settings: list[dict[str, Any]] = []
@@ -309,16 +309,15 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for group, p in work:
-            self._check(group, p)
-        for group, p in work:
+        checked = [(p, self._checked(group, p)) for group, p in work]
+        for p, _ in checked:
             self.init_state(p)["step"] += 1
             self._place(p)
-            advance_fade(group, int(self.state[p]["step"]))
-        self._step([(p, self._values(group, self.plan_of(p), int(self.state[p]["step"]))) for group, p in work])
+        self._step(checked)
         return loss
 
-    def _check(self, group: dict[str, Any], p: torch.Tensor) -> None:
+    def _checked(self, group: dict[str, Any], p: torch.Tensor) -> StepValues:
+        """The numbers of a tensor's next step, once all that it will read and write is seen to be right."""
         name = self.block_map.name_of(p)
         if name is not None and name not in self.block_map:  # it was frozen when the optimizer was built
             self.block_map.unfreeze(name)
@@ -326,9 +325,11 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             self._attach_dtensors()
             self._note_record()
         plan = self.plan_of(p)
-        refuse_unlike(name or "a shard", p, self.state[p] if p in self.state else {}, plan.numel, self.second_numel(p))
-        for of in plan.classes:
-            group_lr(group, of.block), class_decay(group, of)
+        state = self.state[p] if p in self.state else {}
+        refuse_unlike(name or "a shard", p, state, plan.numel, self.second_numel(p))
+        step = int(state["step"]) + 1 if state else 1
+        advance_fade(group, step)
+        return self._values(group, plan, step)
 
     def _place(self, tensor: torch.Tensor) -> None:
         if tensor not in self._placed:
