@@ -3,6 +3,7 @@
 Installed as ``blockwise_lr.patches``. A module defines one :class:`~blockwise_lr.patches.base.Patch` called ``PATCH``;
 ``all_patches`` finds them, and ``blockwise-lr doctor`` prints them.
 """
+
 import importlib
 import pkgutil
 

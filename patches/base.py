@@ -3,6 +3,7 @@
 A patch touches another project's code, so it has to be careful in the same way everywhere: refuse a version it was not
 written for, refuse a symbol whose signature has changed, do nothing the second time, and give everything back on undo.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -48,14 +49,18 @@ class Symbol:
             owner, name = self.owner()
             value = getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            raise PatchError(f"patch {patch!r}: {self.path} does not exist in the installed version ({error}); "
-                             f"install a version the patch was written for (see `blockwise-lr doctor`)") from error
+            raise PatchError(
+                f"patch {patch!r}: {self.path} does not exist in the installed version ({error}); "
+                f"install a version the patch was written for (see `blockwise-lr doctor`)"
+            ) from error
         if self.parameters is None:
             return
         found = tuple(inspect.signature(value).parameters)
         if found != self.parameters:
-            raise PatchError(f"patch {patch!r}: {self.path} takes {found} where {self.parameters} was expected; "
-                             f"install a version the patch was written for (see `blockwise-lr doctor`)")
+            raise PatchError(
+                f"patch {patch!r}: {self.path} takes {found} where {self.parameters} was expected; "
+                f"install a version the patch was written for (see `blockwise-lr doctor`)"
+            )
 
 
 class Undo:
@@ -117,11 +122,15 @@ class Patch:
         """Raises PatchError unless the installed package is one this patch was written for."""
         version = self.installed_version()
         if version is None:
-            raise PatchError(f"patch {self.name!r} needs {self.package}, which is not installed; "
-                             f"install {self.package}{self.versions}")
+            raise PatchError(
+                f"patch {self.name!r} needs {self.package}, which is not installed; "
+                f"install {self.package}{self.versions}"
+            )
         if version not in SpecifierSet(self.versions, prereleases=True):
-            raise PatchError(f"patch {self.name!r} was written for {self.package} {self.versions}, and {version} is "
-                             f"installed; install a version of that range or a newer blockwise-lr")
+            raise PatchError(
+                f"patch {self.name!r} was written for {self.package} {self.versions}, and {version} is "
+                f"installed; install a version of that range or a newer blockwise-lr"
+            )
         for symbol in self.symbols:
             symbol.check(self.name)
 

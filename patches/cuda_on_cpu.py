@@ -4,6 +4,7 @@ Streams, events and synchronization become nothing, the CUDA generator becomes t
 mean the CPU, and ``torch.cuda.FloatTensor`` and its kin stay types. Opt-in, for tests and first steps without a GPU;
 refuses where one is. Threads other than the one that applied it see torch's own factory functions.
 """
+
 from __future__ import annotations
 
 import collections
@@ -19,9 +20,16 @@ from torch.overrides import TorchFunctionMode
 from .base import Patch, PatchError, Symbol, Undo
 
 _CPU = torch.device("cpu")
-_TENSOR_TYPES = {"FloatTensor": torch.float32, "DoubleTensor": torch.float64, "HalfTensor": torch.float16,
-                 "BFloat16Tensor": torch.bfloat16, "LongTensor": torch.int64, "IntTensor": torch.int32,
-                 "ByteTensor": torch.uint8, "BoolTensor": torch.bool}
+_TENSOR_TYPES = {
+    "FloatTensor": torch.float32,
+    "DoubleTensor": torch.float64,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "LongTensor": torch.int64,
+    "IntTensor": torch.int32,
+    "ByteTensor": torch.uint8,
+    "BoolTensor": torch.bool,
+}
 _MEMORY = 1 << 34  # bytes that the stand-in device claims to have
 
 
@@ -112,21 +120,35 @@ def _redirections() -> dict[str, Any]:
     properties = collections.namedtuple("Properties", "major minor name total_memory multi_processor_count")
     stream = Stream()
     return {
-        "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: _CPU,
-        "set_device": _nothing, "_lazy_init": _nothing, "_lazy_call": lambda call, **_: call(), "Stream": Stream,
-        "Event": Event, "stream": lambda _: contextlib.nullcontext(), "current_stream": lambda *_: stream,
-        "default_stream": lambda *_: stream, "synchronize": _nothing, "empty_cache": _nothing, "ipc_collect": _nothing,
+        "is_available": lambda: True,
+        "device_count": lambda: 8,
+        "current_device": lambda: _CPU,
+        "set_device": _nothing,
+        "_lazy_init": _nothing,
+        "_lazy_call": lambda call, **_: call(),
+        "Stream": Stream,
+        "Event": Event,
+        "stream": lambda _: contextlib.nullcontext(),
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "ipc_collect": _nothing,
         "is_current_stream_capturing": lambda: False,
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "manual_seed_all": _nothing,  # torch.manual_seed calls it, after seeding the CPU
         "get_device_properties": lambda *_: properties(9, 0, "cpu", _MEMORY, 1),
-        "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: "cpu",
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_name": lambda *_: "cpu",
         "mem_get_info": lambda *_: (_MEMORY, _MEMORY),
-        "memory_stats": lambda *_: collections.defaultdict(int), "reset_peak_memory_stats": _nothing,
-        **{name: lambda *_: 0 for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
-                                           "max_memory_reserved")},
+        "memory_stats": lambda *_: collections.defaultdict(int),
+        "reset_peak_memory_stats": _nothing,
+        **{
+            name: lambda *_: 0
+            for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+        },
         **{name: _tensor_type(name, dtype) for name, dtype in _TENSOR_TYPES.items()},
     }
 
@@ -134,6 +156,7 @@ def _redirections() -> dict[str, Any]:
 def _leaving_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
     """A data loader draws a seed from the CPU's generator, which with a GPU is not the one that dropout draws from: here
     a run that is resumed, and so makes its loaders anew, would otherwise drop other elements than the first."""
+
     @functools.wraps(iterate)
     def iterate_and_restore(self: Any) -> Any:
         state = torch.get_rng_state()
@@ -141,6 +164,7 @@ def _leaving_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
             return iterate(self)
         finally:
             torch.set_rng_state(state)
+
     return iterate_and_restore
 
 

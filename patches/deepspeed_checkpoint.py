@@ -3,6 +3,7 @@
 DeepSpeed writes ``latest`` before it knows that all ranks have written, checks no file on loading, and its universal
 loaders read only folders of their own ZeRO stage. Engines with other optimizers go DeepSpeed's own way unchanged.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -22,19 +23,36 @@ def _install(undo: Undo) -> None:
     upstream_load = DeepSpeedEngine.load_checkpoint
     upstream_names = DeepSpeedEngine._get_all_ckpt_names
 
-    def save_checkpoint(self: Any, save_dir: str, tag: str | None = None, client_state: dict = {},  # noqa: B006
-                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
+    def save_checkpoint(
+        self: Any,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict = {},  # noqa: B006
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
         arguments = dict(client_state=client_state, exclude_frozen_parameters=exclude_frozen_parameters)
         if not is_ours(self):
             return upstream_save(self, save_dir, tag=tag, save_latest=save_latest, **arguments)
         return save(self, upstream_save, save_dir, tag, save_latest, **arguments)
 
-    def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, load_module_strict: bool = True,
-                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
-                        load_module_only: bool = False, custom_load_fn: Any = None) -> tuple[Any, Any]:
-        arguments = dict(load_module_strict=load_module_strict, load_optimizer_states=load_optimizer_states,
-                         load_lr_scheduler_states=load_lr_scheduler_states, load_module_only=load_module_only,
-                         custom_load_fn=custom_load_fn)
+    def load_checkpoint(
+        self: Any,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[Any, Any]:
+        arguments = dict(
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+        )
         if not is_ours(self):
             return upstream_load(self, load_dir, tag=tag, **arguments)
         return load(self, upstream_load, load_dir, tag, **arguments)
@@ -43,8 +61,9 @@ def _install(undo: Undo) -> None:
         found = upstream_names(self, checkpoints_path, tag)
         if not (is_ours(self) and self.load_universal_checkpoint()):
             return found
-        return model_state_files(found, self._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*",
-                                                            pp_placeholder="0"))
+        return model_state_files(
+            found, self._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*", pp_placeholder="0")
+        )
 
     undo.set(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     undo.set(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
@@ -56,10 +75,23 @@ PATCH = Patch(
     package="deepspeed",
     versions=">=0.19.8,<0.20",
     symbols=(
-        Symbol(_ENGINE + "save_checkpoint", ("self", "save_dir", "tag", "client_state", "save_latest",
-                                             "exclude_frozen_parameters")),
-        Symbol(_ENGINE + "load_checkpoint", ("self", "load_dir", "tag", "load_module_strict", "load_optimizer_states",
-                                             "load_lr_scheduler_states", "load_module_only", "custom_load_fn")),
+        Symbol(
+            _ENGINE + "save_checkpoint",
+            ("self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
+        ),
+        Symbol(
+            _ENGINE + "load_checkpoint",
+            (
+                "self",
+                "load_dir",
+                "tag",
+                "load_module_strict",
+                "load_optimizer_states",
+                "load_lr_scheduler_states",
+                "load_module_only",
+                "custom_load_fn",
+            ),
+        ),
         Symbol(_ENGINE + "_get_all_ckpt_names", ("self", "checkpoints_path", "tag")),
         Symbol(_ENGINE + "_get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
         Symbol(_ENGINE + "_get_zero_ckpt_name", ("self", "checkpoints_path", "tag")),
@@ -67,12 +99,18 @@ PATCH = Patch(
         Symbol(_ENGINE + "_copy_recovery_script", ("self", "save_path")),
         Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params", ("self",)),
         Symbol("deepspeed.utils.tensor_fragment:fragment_address", ("numel", "start")),
-        Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._load_universal_checkpoint",
-               ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")),
-        Symbol("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint",
-               ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")),
-        Symbol("deepspeed.runtime.bf16_optimizer:BF16_Optimizer._load_universal_checkpoint",
-               ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")),
+        Symbol(
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._load_universal_checkpoint",
+            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
+        ),
+        Symbol(
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint",
+            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
+        ),
+        Symbol(
+            "deepspeed.runtime.bf16_optimizer:BF16_Optimizer._load_universal_checkpoint",
+            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
+        ),
         Symbol("deepspeed.checkpoint.ds_to_universal:main", ("args",)),
     ),
     why="there is no hook between a checkpoint's last file and `latest`, and none before a load",

@@ -4,6 +4,7 @@ Megatron before its core had ``get_model_parallel_world_size`` and ``get_model_p
 them; megatron.core.parallel_state has only the group. This adds both to an mpu that lacks them, when an engine is given
 one.
 """
+
 from __future__ import annotations
 
 import functools

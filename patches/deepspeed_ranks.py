@@ -3,6 +3,7 @@
 An engine starts with broadcasts of the model's parameters, in which ranks with another model hang, and never compares
 settings. Engines with other optimizers go on as before; for them it is one small exchange when they are built.
 """
+
 from __future__ import annotations
 
 import functools
@@ -18,7 +19,7 @@ def _install(undo: Undo) -> None:
 
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from blockwise_lr.checkpoint.errors import together
+    from blockwise_lr.collective.errors import run_on_all_ranks
     from blockwise_lr.deepspeed.agreement import compare_ranks
     from blockwise_lr.optim.base import BlockwiseOptimizer
 
@@ -31,13 +32,20 @@ def _install(undo: Undo) -> None:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         of = given.arguments
-        compare_ranks(of["args"], of["model"], of["optimizer"], of["lr_scheduler"], of["mpu"], of["config_class"],
-                      of["mesh_device"])
+        compare_ranks(
+            of["args"],
+            of["model"],
+            of["optimizer"],
+            of["lr_scheduler"],
+            of["mpu"],
+            of["config_class"],
+            of["mesh_device"],
+        )
         init(self, *args, **kwargs)
 
     def _configure_lr_scheduler(self: Any) -> None:
         if isinstance(self.basic_optimizer, BlockwiseOptimizer):
-            together(lambda: configure(self), "building the learning rate scheduler")
+            run_on_all_ranks(lambda: configure(self), "building the learning rate scheduler")
         else:
             configure(self)
 
@@ -50,9 +58,25 @@ PATCH = Patch(
     package="deepspeed",
     versions=">=0.19.8,<0.20",
     symbols=(
-        Symbol(_ENGINE + "__init__", ("self", "args", "model", "optimizer", "model_parameters", "training_data",
-                                      "lr_scheduler", "mpu", "dist_init_required", "collate_fn", "config",
-                                      "config_class", "mesh_device", "dont_change_device")),
+        Symbol(
+            _ENGINE + "__init__",
+            (
+                "self",
+                "args",
+                "model",
+                "optimizer",
+                "model_parameters",
+                "training_data",
+                "lr_scheduler",
+                "mpu",
+                "dist_init_required",
+                "collate_fn",
+                "config",
+                "config_class",
+                "mesh_device",
+                "dont_change_device",
+            ),
+        ),
         Symbol(_ENGINE + "_configure_lr_scheduler", ("self",)),
     ),
     why="DeepSpeed trusts that all ranks were given the same model and settings, and hangs or trains on where not",

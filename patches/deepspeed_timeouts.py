@@ -3,6 +3,7 @@
 DeepSpeed makes its other groups with PyTorch's default, 30 minutes on gloo and 10 on NCCL: so long ranks wait for one
 that died before the first step, whatever the user asked for. Runs that give no timeout wait as before.
 """
+
 from __future__ import annotations
 
 from typing import Any

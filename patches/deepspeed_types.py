@@ -4,6 +4,7 @@ DeepSpeed knows a closed list of optimizer names and otherwise looks into torch.
 tensors without names. So this adds our names to its lookup, hands our builder the engine's module, and once DeepSpeed has
 wrapped the optimizer tells it what the flat tensors hold. Engines with other optimizers go DeepSpeed's own way unchanged.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +22,7 @@ def _install(undo: Undo) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
 
-    from blockwise_lr.checkpoint.errors import together
+    from blockwise_lr.collective.errors import run_on_all_ranks
     from blockwise_lr.deepspeed.agreement import compare_made, is_callable
     from blockwise_lr.deepspeed.build import OPTIMIZER_TYPES, build_optimizer
     from blockwise_lr.deepspeed.engine import attach
@@ -45,7 +46,7 @@ def _install(undo: Undo) -> None:
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
         if is_callable(client_optimizer):  # made here, so that all ranks hear of an error, or of another class
             make = client_optimizer
-            client_optimizer = together(lambda: make(model_parameters), "building the optimizer")
+            client_optimizer = run_on_all_ranks(lambda: make(model_parameters), "building the optimizer")
             compare_made(client_optimizer, self.module, self.mpu)
         with BlockwiseOptimizer.holding_steps():  # the fp16 wrapper takes a step on zero gradients while it is built
             configure(self, client_optimizer, model_parameters)

@@ -2,6 +2,7 @@
 
 ``--optimizer`` is a closed argparse choice, and ``extra_args_provider`` belongs to the user's script.
 """
+
 from __future__ import annotations
 
 import functools

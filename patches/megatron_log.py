@@ -3,6 +3,7 @@
 Megatron logs one learning rate, that of the groups without overrides, which is the base learning rate here. Where param
 groups with one block type follow several schedules (--use-mup), each one's rate is logged.
 """
+
 from __future__ import annotations
 
 import functools
@@ -50,8 +51,10 @@ def _install(undo: Undo) -> None:
 def _signature(function: Any, parameter: str) -> inspect.Signature:
     signature = inspect.signature(function)
     if parameter not in signature.parameters:
-        raise PatchError(f"patch 'megatron-log': {function.__name__} takes no {parameter}; install a version the patch was "
-                         f"written for (see `blockwise-lr doctor`)")
+        raise PatchError(
+            f"patch 'megatron-log': {function.__name__} takes no {parameter}; install a version the patch was "
+            f"written for (see `blockwise-lr doctor`)"
+        )
     return signature
 
 

@@ -4,6 +4,7 @@ Opt-in (``python -m blockwise_lr.megatron --on-cpu``), for laptops and CI; refus
 :mod:`~blockwise_lr.patches.cuda_on_cpu` redirects, Megatron keeps its generators' states through names of its own, and
 builds its dataset helpers with a Makefile that its wheel does not carry (the wheel has them built).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -67,8 +68,10 @@ PATCH = Patch(
     symbols=(
         Symbol(_RANDOM + "_get_cuda_rng_state", ("device", "clone", "graph_safe")),
         Symbol(_RANDOM + "_set_cuda_rng_state", ("new_state", "device", "graph_safe")),
-        Symbol("megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
-               ("tensor", "as_numpy", "record_stream")),
+        Symbol(
+            "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+            ("tensor", "as_numpy", "record_stream"),
+        ),
         Symbol("megatron.core.distributed.torch_fully_sharded_data_parallel:DeviceMesh"),
         Symbol("megatron.core.datasets.utils:compile_helpers", ()),
         Symbol("megatron.core.transformer.multi_latent_attention:HAVE_TE"),

@@ -4,6 +4,7 @@ Megatron builds a closed list of optimizers inside one function and then wraps t
 plain). The wrapping stays Megatron's own. Its registry of emerging optimizers (0.19) would be the official hook, but does
 not go with the element-sharded DistributedOptimizer. Optimizers that are not ours are built as before.
 """
+
 from __future__ import annotations
 
 import copy
@@ -49,12 +50,14 @@ def _keep_from_emerging(undo: Undo, module: Any, kinds: Any) -> None:
     @functools.wraps(emerging)
     def build_emerging(config: Any, model_chunks: Any, config_overrides: Any = None, pg_collection: Any = None) -> Any:
         if config.optimizer not in kinds:
-            return emerging(config=config, model_chunks=model_chunks, config_overrides=config_overrides,
-                            pg_collection=pg_collection)
+            return emerging(
+                config=config, model_chunks=model_chunks, config_overrides=config_overrides, pg_collection=pg_collection
+            )
         as_adam = copy.copy(config)
         as_adam.optimizer, as_adam.blockwise = "adam", settings_of(config)
-        return module.get_megatron_optimizer(as_adam, model_chunks, config_overrides,
-                                             pg_collection is None and _has_gloo_groups(), pg_collection)
+        return module.get_megatron_optimizer(
+            as_adam, model_chunks, config_overrides, pg_collection is None and _has_gloo_groups(), pg_collection
+        )
 
     undo.set(module, "_get_megatron_emerging_optimizer", build_emerging)
 
@@ -86,8 +89,10 @@ PATCH = Patch(
         # checkpoints go through these: see blockwise_lr.megatron.checkpoint
         Symbol(_DISTRIBUTED + "_get_main_param_and_optimizer_states", ("self", "model_param")),
         Symbol(_DISTRIBUTED + "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors")),
-        *(Symbol(f"{_DISTRIBUTED}load_parameter_state_from_{form}")
-          for form in ("dp_zero", "dp_reshardable", "fully_reshardable", "fs_model_space")),
+        *(
+            Symbol(f"{_DISTRIBUTED}load_parameter_state_from_{form}")
+            for form in ("dp_zero", "dp_reshardable", "fully_reshardable", "fs_model_space")
+        ),
     ),
     why="the optimizers Megatron can build are a closed list inside one function",
     until="Megatron takes an optimizer class or factory that works with its DistributedOptimizer",

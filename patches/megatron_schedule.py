@@ -6,6 +6,7 @@ per block type, with ratio times the group's maximum and the same minimum: all w
 shared minimum, whatever the decay style. A block type whose peak is below the minimum stays at its peak, so that no rate
 rises while the others decay. Groups of other optimizers are left alone.
 """
+
 from __future__ import annotations
 
 import functools
@@ -20,7 +21,7 @@ def _install(undo: Undo) -> None:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     from blockwise_lr.blocks import BlockType
-    from blockwise_lr.optim.settings import ratio_now, state_block_lrs
+    from blockwise_lr.rules.param_groups import ratio_now, state_block_lrs
 
     original = OptimizerParamScheduler.step
 
@@ -32,8 +33,13 @@ def _install(undo: Undo) -> None:
             if ratios:
                 peak, low = group.get("max_lr", self.max_lr), group.get("min_lr", self.min_lr)
                 peaks = {block: ratio_now(group, BlockType(block)) * peak for block in ratios}
-                state_block_lrs(group, {block: self.get_lr({**group, "max_lr": top, "min_lr": min(low, top)})
-                                        for block, top in peaks.items()})
+                state_block_lrs(
+                    group,
+                    {
+                        block: self.get_lr({**group, "max_lr": top, "min_lr": min(low, top)})
+                        for block, top in peaks.items()
+                    },
+                )
 
     undo.set(OptimizerParamScheduler, "step", step)
 

@@ -1,4 +1,5 @@
 """Makes the helpers in this folder importable, and sets the environment, here and in the rank processes."""
+
 import os
 import sys
 
@@ -8,8 +9,10 @@ for folder in (HERE, os.path.join(HERE, "..", "examples")):
         sys.path.insert(0, folder)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # in PyTorch's own folder, checkouts and environments would build over each other's extensions
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(os.path.dirname(HERE), "build", "torch_extensions",
-                                                           sys.implementation.cache_tag))
+os.environ.setdefault(
+    "TORCH_EXTENSIONS_DIR",
+    os.path.join(os.path.dirname(HERE), "build", "torch_extensions", sys.implementation.cache_tag),
+)
 if not os.path.exists("/dev/nvidiactl"):  # read when the Triton kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -4,6 +4,7 @@ Every DeepSpeed start on the CPU loads it, and the first one compiles it: a minu
 limit is not meant. A rank that is killed while it compiles leaves PyTorch's lock file behind, and every later load then
 waits for ever; so the build runs here, once, in a process that is left to finish.
 """
+
 from __future__ import annotations
 
 import fcntl

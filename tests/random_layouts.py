@@ -1,4 +1,5 @@
 """Parameters of every kind of layout in random sizes, and what their elements are, written out one by one."""
+
 from __future__ import annotations
 
 import random
@@ -20,8 +21,12 @@ def random_layouts(rng: random.Random) -> list[ParamLayout]:
         ParamLayout("heads", (side, width), (Piece(QK, side, head),)),
         ParamLayout("groups", (total, width), (q, k, v), repeat=heads),
         ParamLayout("bias", (total,), tuple(Piece(p.block, p.size, 0) for p in (q, k, v)), repeat=heads, kind="bias"),
-        ParamLayout("columns", (width, 3 * side), (Piece(QK, side, head), Piece(QK, side, head), Piece(VO, side, 1)),
-                    transposed=True),
+        ParamLayout(
+            "columns",
+            (width, 3 * side),
+            (Piece(QK, side, head), Piece(QK, side, head), Piece(VO, side, 1)),
+            transposed=True,
+        ),
         ParamLayout("experts", (3, 2 * head, width), (Piece(FFN, 2 * head),), batch_dims=1),
         ParamLayout("expert columns", (3, width, 2 * head), (Piece(FFN, 2 * head),), batch_dims=1, transposed=True),
         ParamLayout("norm", (width,), (Piece(NORM, width, 0),), kind="norm"),

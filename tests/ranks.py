@@ -5,6 +5,7 @@ returned. A rank's exception is raised here with the rank's traceback. A pool in
 by a fresh one, because its ranks may stand at different collectives; one in which a case was to fail, and every rank
 answered, is kept.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -24,8 +25,15 @@ from typing import Any
 
 from extensions import build_once
 
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "MASTER_ADDR": "127.0.0.1",
-               "CUDA_DEVICE_MAX_CONNECTIONS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 HERE = os.path.dirname(os.path.abspath(__file__))
 _pools: dict[int, RankPool] = {}
 # gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
@@ -85,9 +93,9 @@ class RankPool:
             pipe.send((case, arguments))
         answers = self._answers(time.monotonic() + timeout)
         failed = [f"rank {rank}:\n{answer[2]}" for rank, answer in enumerate(answers) if answer[0] != "result"]
-        if failed and not (errors and all(answer[0] in ("result", "error") for answer in answers)):
-            self.stop()
-        elif max((answer[3] for answer in answers), default=0) > _MOST_THREADS:
+        if (failed and not (errors and all(answer[0] in ("result", "error") for answer in answers))) or max(
+            (answer[3] for answer in answers), default=0
+        ) > _MOST_THREADS:
             self.stop()
         if failed and not errors:
             raise RankError("\n".join(failed))
@@ -112,8 +120,9 @@ class RankPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             self._stacks.append(tempfile.NamedTemporaryFile("r", prefix="rank-stack-"))
-            process = context.Process(target=_serve, daemon=True, args=(theirs, rank, self.world_size, port,
-                                                                        self._stacks[-1].name))
+            process = context.Process(
+                target=_serve, daemon=True, args=(theirs, rank, self.world_size, port, self._stacks[-1].name)
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -149,8 +158,14 @@ def _stop_all() -> None:
 def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) -> None:
     """A rank: waits for cases until the parent is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test run
-    os.environ.update(ENVIRONMENT, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      LOCAL_WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    os.environ.update(
+        ENVIRONMENT,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_PORT=str(port),
+    )
     faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))
     while True:
         try:

@@ -4,6 +4,7 @@ The table that users read, integrations/blockwise_lr/SUPPORT.md, is written from
 has passed (``make support``). A cell is "tested" or "refused" as its row says where all of its tests passed on the ranks
 they need, and "untested" otherwise; test_support.py holds the file and the list together.
 """
+
 from __future__ import annotations
 
 import re
@@ -55,19 +56,27 @@ def verdict(tests: str, outcomes: Mapping[str, bool]) -> str:
 
 def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> str:
     """The page."""
-    lines = ["# What is supported", "",
-             "Written by `make support` from what the test suite has passed; tests/support_rows.py names the tests of each cell.",
-             "\"Refused\" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no GPU run",
-             "has been made.", ""]
+    lines = [
+        "# What is supported",
+        "",
+        "Written by `make support` from what the test suite has passed; tests/support_rows.py names the tests of each cell.",
+        '"Refused" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no GPU run',
+        "has been made.",
+        "",
+    ]
     for title, rows in sections.items():
         lines += [f"## {title}", "", f"| feature | {' | '.join(OPTIMIZERS)} | |", "|---|---|---|---|"]
-        lines += [f"| {row.feature} | {verdict(row.adamw, outcomes)} | {verdict(row.adam_mini, outcomes)} | {row.note} |"
-                  for row in rows]
+        lines += [
+            f"| {row.feature} | {verdict(row.adamw, outcomes)} | {verdict(row.adam_mini, outcomes)} | {row.note} |"
+            for row in rows
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
 def counts(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> dict[str, int]:
     """How many cells have each word."""
-    words = [verdict(tests, outcomes) for rows in sections.values() for row in rows for tests in (row.adamw, row.adam_mini)]
+    words = [
+        verdict(tests, outcomes) for rows in sections.values() for row in rows for tests in (row.adamw, row.adam_mini)
+    ]
     return {word: words.count(word) for word in (TESTED, REFUSED, UNTESTED)}

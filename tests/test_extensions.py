@@ -1,7 +1,7 @@
 """The build that precedes the rank processes."""
-import pytest
 
 import extensions
+import pytest
 
 
 def test_the_lock_of_a_killed_build_is_cleared(tmp_path, monkeypatch):

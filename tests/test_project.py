@@ -1,4 +1,5 @@
 """The project's own files agree with each other."""
+
 import re
 from pathlib import Path
 

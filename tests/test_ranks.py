@@ -1,10 +1,10 @@
 """The rank pool itself."""
+
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-
 from ranks import RankError, pool
 
 

@@ -1,4 +1,5 @@
 """Every snippet of the README and of the configs' README is run, as far as one machine without a GPU can."""
+
 import json
 import os
 import re
@@ -16,15 +17,24 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
 def snippets(*kinds):
-    found = [(page, number, text) for page, path in PAGES.items()
-             for number, (kind, text) in enumerate(FENCE.findall(path.read_text())) if kind in kinds]
+    found = [
+        (page, number, text)
+        for page, path in PAGES.items()
+        for number, (kind, text) in enumerate(FENCE.findall(path.read_text()))
+        if kind in kinds
+    ]
     return [pytest.param(text, id=f"{page} {number}") for page, number, text in found]
 
 
 def lines():
     fences = [fence for page in PAGES.values() for fence in FENCE.findall(page.read_text())]
-    return [pytest.param(line, id=line[:60]) for kind, text in fences if kind in ("", "bash", "sh")
-            for line in text.splitlines() if line.strip()]
+    return [
+        pytest.param(line, id=line[:60])
+        for kind, text in fences
+        if kind in ("", "bash", "sh")
+        for line in text.splitlines()
+        if line.strip()
+    ]
 
 
 @pytest.mark.parametrize("text", snippets("python"))
@@ -37,10 +47,10 @@ def test_python_runs(text, tmp_path):
 @pytest.mark.parametrize("text", snippets("json"))
 def test_json_is_a_ds_config(text):
     from deepspeed.runtime.config import DeepSpeedConfig
+    from twins import llama
 
     from blockwise_lr.deepspeed.build import build_optimizer
     from blockwise_lr.schedules import BlockwiseWarmupCosine
-    from twins import llama
 
     parsed, model = DeepSpeedConfig(json.loads(text)), llama()
     optimizer = build_optimizer(parsed.optimizer_name, model, list(model.parameters()), parsed.optimizer_params)

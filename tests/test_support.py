@@ -1,4 +1,5 @@
 """The table of what is supported says what the suite's tests show, no more and no less."""
+
 import pytest
 from support import FILE, REFUSED, TESTED, counts, table, verdict
 from support_rows import SECTIONS

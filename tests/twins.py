@@ -3,6 +3,7 @@
 The twins know nothing of blockwise_lr: which rows of a fused weight are q, k or v is written out here by hand, from the
 models' own forward passes, and the optimizers are torch's AdamW and a loop over Adam-mini's segments.
 """
+
 from __future__ import annotations
 
 import math
@@ -19,10 +20,20 @@ VOCABULARY = 61
 
 def llama(tied: bool = False) -> torch.nn.Module:
     """Grouped-query attention: 4 query heads, 2 key heads."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=32, tie_word_embeddings=tied, bos_token_id=None,
-        eos_token_id=None))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
 
 
 def llama_tied() -> torch.nn.Module:
@@ -31,20 +42,44 @@ def llama_tied() -> torch.nn.Module:
 
 def gpt2() -> torch.nn.Module:
     """Fused and transposed c_attn, tied embedding."""
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=2, n_embd=24, n_head=4, vocab_size=VOCABULARY, n_positions=32, resid_pdrop=0, embd_pdrop=0,
-        attn_pdrop=0, bos_token_id=None, eos_token_id=None))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=2,
+            n_embd=24,
+            n_head=4,
+            vocab_size=VOCABULARY,
+            n_positions=32,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
 
 
 def gpt_neox() -> torch.nn.Module:
     """q, k and v fused per head."""
-    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=44, vocab_size=VOCABULARY,
-        max_position_embeddings=32, bos_token_id=None, eos_token_id=None))
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=44,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=32,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
 
 
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {"llama": llama, "llama_tied": llama_tied, "gpt2": gpt2,
-                                                    "gpt_neox": gpt_neox}
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": llama,
+    "llama_tied": llama_tied,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+}
 
 
 def make(kind: str, seed: int = 0) -> torch.nn.Module:
@@ -74,8 +109,14 @@ class Leaf:
     segments: int
 
 
-_BLOCKS = [("embedding", r"embed_tokens|wte|wpe|embed_in"), ("head", r"lm_head|embed_out"), ("norm", r"norm|ln_"),
-           ("qk", r"[qk]_proj|#[qk]"), ("vo", r"v_proj|o_proj|#v|attn\.c_proj|attention\.dense"), ("ffn", r"mlp")]
+_BLOCKS = [
+    ("embedding", r"embed_tokens|wte|wpe|embed_in"),
+    ("head", r"lm_head|embed_out"),
+    ("norm", r"norm|ln_"),
+    ("qk", r"[qk]_proj|#[qk]"),
+    ("vo", r"v_proj|o_proj|#v|attn\.c_proj|attention\.dense"),
+    ("ffn", r"mlp"),
+]
 
 
 def _block(name: str) -> str:
@@ -155,12 +196,19 @@ def paper_lr(step: int, ratio: float, lr: float, min_lr: float, warmup: int, tot
 class TorchAdamW:
     """torch.optim.AdamW with a group per block type and decay."""
 
-    def __init__(self, twin: Twin, betas: tuple[float, float], eps: float, decay: float,
-                 ratios: dict[str, float]) -> None:
+    def __init__(
+        self, twin: Twin, betas: tuple[float, float], eps: float, decay: float, ratios: dict[str, float]
+    ) -> None:
         self.ratios = ratios
         keys = sorted({(leaf.block, leaf.decayed) for leaf in twin.leaves.values()})
-        groups = [{"params": [leaf.tensor for leaf in twin.leaves.values() if (leaf.block, leaf.decayed) == key],
-                   "weight_decay": decay if key[1] else 0.0, "block": key[0]} for key in keys]
+        groups = [
+            {
+                "params": [leaf.tensor for leaf in twin.leaves.values() if (leaf.block, leaf.decayed) == key],
+                "weight_decay": decay if key[1] else 0.0,
+                "block": key[0],
+            }
+            for key in keys
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
 
     def step(self, lr_of: Callable[[float], float]) -> None:
@@ -173,8 +221,9 @@ class TorchAdamW:
 class LoopAdamMini:
     """Adam-mini (arXiv 2406.16793) as a loop over segments, one at a time."""
 
-    def __init__(self, twin: Twin, betas: tuple[float, float], eps: float, decay: float,
-                 ratios: dict[str, float]) -> None:
+    def __init__(
+        self, twin: Twin, betas: tuple[float, float], eps: float, decay: float, ratios: dict[str, float]
+    ) -> None:
         self.twin, self.betas, self.eps, self.decay, self.ratios = twin, betas, eps, decay, ratios
         self.moments: dict[str, tuple[torch.Tensor, list]] = {}
         self.steps = 0

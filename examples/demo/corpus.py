@@ -1,4 +1,5 @@
 """Real text that every machine has: the source of Python's own standard library."""
+
 from __future__ import annotations
 
 import hashlib
@@ -38,9 +39,16 @@ def train_tokenizer(folder: Path) -> Path:
         lines = (line for text in texts(validation=False) for line in text.splitlines() if line.strip())
         sample = [line[:500] for number, line in enumerate(lines) if number % 8 == 0]
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample), model_prefix=str(model.with_suffix("")), vocab_size=VOCABULARY,
-            model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
-            user_defined_symbols=["\n"], minloglevel=2)
+            sentence_iterator=iter(sample),
+            model_prefix=str(model.with_suffix("")),
+            vocab_size=VOCABULARY,
+            model_type="bpe",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            user_defined_symbols=["\n"],
+            minloglevel=2,
+        )
     return model
 
 

@@ -1,4 +1,5 @@
 """A small pre-LN GPT, written as people write theirs: it knows nothing of block types."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                scale = (2 * config.n_layer)**-0.5 if name.endswith("c_proj.weight") else 1.0
+                scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

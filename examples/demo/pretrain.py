@@ -3,6 +3,7 @@
 What a user of DeepSpeed does is in ``train``: a ds_config, deepspeed.initialize, backward, step. The one line that makes
 the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,12 +20,9 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-import blockwise_lr.deepspeed  # registers BlockwiseAdamW, BlockwiseAdamMini and BlockwiseWarmupCosine
-
 from corpus import tokens
 from model import GPT, GPTConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 HERE = Path(__file__).parent
 LENGTH = 128
@@ -49,7 +47,7 @@ class Run:
 def batches(data: np.ndarray, steps: int, seed: int) -> np.ndarray:
     """(steps, BATCH, LENGTH + 1) token ids, drawn at random places; the same for every arm."""
     starts = np.random.default_rng(seed).integers(0, len(data) - LENGTH - 1, (steps, BATCH))
-    return np.stack([[data[s:s + LENGTH + 1] for s in row] for row in starts]).astype(np.int64)
+    return np.stack([[data[s : s + LENGTH + 1] for s in row] for row in starts]).astype(np.int64)
 
 
 def ds_config(optimizer: str, lr: float, steps: int, tensorboard: bool) -> dict:
@@ -78,17 +76,28 @@ def validate(engine: deepspeed.DeepSpeedEngine, held_out: torch.Tensor) -> float
     return float(loss) / dist.get_world_size()
 
 
-def train(optimizer: str, lr: float, data: np.ndarray, held_out: torch.Tensor, *, evaluations: int, tick,
-          tensorboard: bool = False) -> Run:
+def train(
+    optimizer: str,
+    lr: float,
+    data: np.ndarray,
+    held_out: torch.Tensor,
+    *,
+    evaluations: int,
+    tick,
+    tensorboard: bool = False,
+) -> Run:
     """Trains a fresh model on ``data`` (steps, BATCH, LENGTH + 1) and returns its curve."""
     torch.manual_seed(0)
     model = GPT(GPTConfig())
     # as BlockwiseAdamW does by default, AdamW leaves the norms undecayed
-    groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
-              {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
     config = ds_config(optimizer, lr, len(data), tensorboard)
-    engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(config),
-                                      model_parameters=groups if optimizer == "AdamW" else None)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=copy.deepcopy(config), model_parameters=groups if optimizer == "AdamW" else None
+    )
     run = Run(optimizer, lr)
     every = max(len(data) // evaluations, 1)
     for step, batch in enumerate(data, 1):
@@ -102,8 +111,12 @@ def train(optimizer: str, lr: float, data: np.ndarray, held_out: torch.Tensor, *
             run.steps.append(step)
             run.losses.append(validate(engine, held_out))
         tick(f"{optimizer} lr {lr:g}", run.losses[-1] if run.losses else None)
-    run.state_bytes = sum(value.numel() * value.element_size() for state in engine.optimizer.optimizer.state.values()
-                          for value in state.values() if isinstance(value, torch.Tensor))
+    run.state_bytes = sum(
+        value.numel() * value.element_size()
+        for state in engine.optimizer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     engine.destroy()
     return run
 
@@ -128,8 +141,13 @@ def main() -> None:
 
     full_runs = ("AdamW", "BlockwiseAdamW", "BlockwiseAdamMini")
     total = args.sweep_steps * sum(map(len, SWEEP.values())) + args.steps * len(full_runs)
-    with Progress(TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  disable=dist.get_rank() != 0) as progress:
+    with Progress(
+        TextColumn("{task.description:<42}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        disable=dist.get_rank() != 0,
+    ) as progress:
         task = progress.add_task("", total=total)
 
         def tick(what: str, loss: float | None) -> None:
@@ -137,14 +155,21 @@ def main() -> None:
             progress.update(task, advance=1, description=what + shown)
 
         short = batches(text, args.sweep_steps, seed=0)
-        sweep = [train(optimizer, lr, short, held_out, evaluations=1, tick=tick)
-                 for optimizer, lrs in SWEEP.items() for lr in lrs]
-        best = {optimizer: min((run for run in sweep if run.optimizer == optimizer), key=lambda run: run.losses[-1]).lr
-                for optimizer in SWEEP}
+        sweep = [
+            train(optimizer, lr, short, held_out, evaluations=1, tick=tick)
+            for optimizer, lrs in SWEEP.items()
+            for lr in lrs
+        ]
+        best = {
+            optimizer: min((run for run in sweep if run.optimizer == optimizer), key=lambda run: run.losses[-1]).lr
+            for optimizer in SWEEP
+        }
         best["BlockwiseAdamMini"] = best["BlockwiseAdamW"]
         data = batches(text, args.steps, seed=1)
-        runs = [train(optimizer, best[optimizer], data, held_out, evaluations=EVALUATIONS, tick=tick, tensorboard=True)
-                for optimizer in full_runs]
+        runs = [
+            train(optimizer, best[optimizer], data, held_out, evaluations=EVALUATIONS, tick=tick, tensorboard=True)
+            for optimizer in full_runs
+        ]
     if dist.get_rank() == 0:
         results = {"sweep": [asdict(run) for run in sweep], "runs": [asdict(run) for run in runs]}
         (args.out / "results.json").write_text(json.dumps(results, indent=1))

@@ -1,4 +1,5 @@
 """The demo's table and picture, from the results of its runs."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
+import matplotlib.pyplot as plt
 
 
 def steps_to(run: dict, loss: float) -> float | None:
@@ -28,14 +29,25 @@ def table(results: dict) -> Table:
     """One row per full run."""
     base = results["runs"][0]
     made = Table(title=f"GPT on Python's standard library, {base['steps'][-1]} steps, DeepSpeed ZeRO-2 on 2 processes")
-    for column in ("optimizer", "base lr", "validation loss", f"steps to {base['optimizer']}'s {base['losses'][-1]:.3f}",
-                   "seconds", "state per rank"):
+    for column in (
+        "optimizer",
+        "base lr",
+        "validation loss",
+        f"steps to {base['optimizer']}'s {base['losses'][-1]:.3f}",
+        "seconds",
+        "state per rank",
+    ):
         made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
     for run in results["runs"]:
         reached = steps_to(run, base["losses"][-1])
-        made.add_row(run["optimizer"], f"{run['lr']:g}", f"{run['losses'][-1]:.3f}",
-                     "not reached" if reached is None else f"{reached:.0f} ({reached / base['steps'][-1]:.0%})",
-                     f"{run['seconds']:.0f}", f"{run['state_bytes'] / 2**20:.2f} MiB")
+        made.add_row(
+            run["optimizer"],
+            f"{run['lr']:g}",
+            f"{run['losses'][-1]:.3f}",
+            "not reached" if reached is None else f"{reached:.0f} ({reached / base['steps'][-1]:.0%})",
+            f"{run['seconds']:.0f}",
+            f"{run['state_bytes'] / 2**20:.2f} MiB",
+        )
     return made
 
 
@@ -54,7 +66,9 @@ def picture(results: dict, file: Path) -> None:
     """Validation loss over steps, one curve per full run."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for run, color in zip(results["runs"], ("#888888", "#1f5fbf", "#d1671b")):
-        axes.plot(run["steps"], run["losses"], marker="o", ms=3, color=color, label=f"{run['optimizer']}, lr {run['lr']:g}")
+        axes.plot(
+            run["steps"], run["losses"], marker="o", ms=3, color=color, label=f"{run['optimizer']}, lr {run['lr']:g}"
+        )
     axes.axhline(results["runs"][0]["losses"][-1], color="#888888", lw=0.8, ls="--")
     low = min(min(run["losses"]) for run in results["runs"])
     axes.set_ylim(low - 0.1, low + 2.0)
@@ -75,5 +89,6 @@ def report(folder: Path) -> None:
     console.print(sweep_table(results))
     console.print(table(results))
     picture(results, folder / "curves.png")
-    console.print(f"Picture: {folder / 'curves.png'}   Learning rates per block: tensorboard --logdir "
-                  f"{folder / 'tensorboard'}")
+    console.print(
+        f"Picture: {folder / 'curves.png'}   Learning rates per block: tensorboard --logdir {folder / 'tensorboard'}"
+    )

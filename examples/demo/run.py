@@ -2,6 +2,7 @@
 
 AdamW at the best of three learning rates, BlockwiseAdamW at the best of three, and BlockwiseAdamMini at the latter's.
 """
+
 from __future__ import annotations
 
 import os
@@ -16,11 +17,34 @@ OUT = Path("runs/demo")
 
 def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                   "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR", "DS_LOG_LEVEL": "error"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-               str(Path(__file__).parent / "pretrain.py"), "--out", str(OUT), *sys.argv[1:]]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "DS_LOG_LEVEL": "error",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        str(Path(__file__).parent / "pretrain.py"),
+        "--out",
+        str(OUT),
+        *sys.argv[1:],
+    ]
     with (OUT / "log.txt").open("w") as log:
         code = subprocess.run(command, env=environment, stderr=log).returncode
     if code:

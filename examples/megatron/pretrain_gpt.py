@@ -1,7 +1,8 @@
 """A pretrain_gpt in Megatron's own style (megatron-core 0.19, which carries megatron.training); knows nothing of blocks.
 
-    torchrun --nproc_per_node 2 -m blockwise_lr.megatron pretrain_gpt.py --optimizer blockwise_adamw …
+torchrun --nproc_per_node 2 -m blockwise_lr.megatron pretrain_gpt.py --optimizer blockwise_adamw …
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -23,10 +24,19 @@ def datasets(samples: list[int]) -> tuple:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
-        random_seed=args.seed, sequence_length=args.seq_length, blend=blend, blend_per_split=blend_per_split,
-        split=args.split, tokenizer=build_tokenizer(args), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=False, create_attention_mask=True, path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files)
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=True,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+    )
     return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
 
 
@@ -50,8 +60,12 @@ def forward_step(data: Iterator[dict], model: torch.nn.Module) -> tuple:
 
 if __name__ == "__main__":
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
-    pretrain(pretrain_cfg_container_from_args(args, gpt_config_from_args(args)), datasets,
-             ModelType.encoder_or_decoder, forward_step)
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

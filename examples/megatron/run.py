@@ -3,6 +3,7 @@
 Megatron's real pretrain(), argument parser, tokenizer and datasets; our runner adds the optimizer. Arguments given here go
 to Megatron, for example ``--optimizer adam`` or ``--train-iters 500``.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,16 +19,75 @@ sys.path.insert(0, str(HERE.parent / "demo"))
 from corpus import tokens, train_tokenizer  # noqa: E402
 
 DOCUMENT = 2048  # tokens
-FLAGS = """
---tensor-model-parallel-size 2 --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128
---max-position-embeddings 128 --micro-batch-size 8 --global-batch-size 16 --train-iters 200 --lr-decay-style cosine
---lr 3e-4 --min-lr 1.5e-5 --lr-warmup-fraction 0.1 --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --split 95,5,0
---optimizer blockwise_adamw --block-lr-ratios embedding=10 qk=8 ffn=6 vo=4 norm=1 --untie-embeddings-and-output-weights
---log-interval 20 --eval-interval 100 --eval-iters 4 --tensorboard-log-interval 1 --tokenizer-type SentencePieceTokenizer
---transformer-impl local --distributed-backend gloo --use-cpu-initialization --no-masked-softmax-fusion
---no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion --no-persist-layer-norm
---attention-backend unfused --num-workers 0
-""".split()
+FLAGS = [
+    "--tensor-model-parallel-size",
+    "2",
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "128",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "128",
+    "--max-position-embeddings",
+    "128",
+    "--micro-batch-size",
+    "8",
+    "--global-batch-size",
+    "16",
+    "--train-iters",
+    "200",
+    "--lr-decay-style",
+    "cosine",
+    "--lr",
+    "3e-4",
+    "--min-lr",
+    "1.5e-5",
+    "--lr-warmup-fraction",
+    "0.1",
+    "--weight-decay",
+    "0.1",
+    "--adam-beta2",
+    "0.95",
+    "--clip-grad",
+    "1.0",
+    "--split",
+    "95,5,0",
+    "--optimizer",
+    "blockwise_adamw",
+    "--block-lr-ratios",
+    "embedding=10",
+    "qk=8",
+    "ffn=6",
+    "vo=4",
+    "norm=1",
+    "--untie-embeddings-and-output-weights",
+    "--log-interval",
+    "20",
+    "--eval-interval",
+    "100",
+    "--eval-iters",
+    "4",
+    "--tensorboard-log-interval",
+    "1",
+    "--tokenizer-type",
+    "SentencePieceTokenizer",
+    "--transformer-impl",
+    "local",
+    "--distributed-backend",
+    "gloo",
+    "--use-cpu-initialization",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+    "--attention-backend",
+    "unfused",
+    "--num-workers",
+    "0",
+]
 
 
 def indexed_dataset() -> Path:
@@ -41,7 +101,7 @@ def indexed_dataset() -> Path:
         text = tokens(OUT, validation=False)
         builder = IndexedDatasetBuilder(str(prefix.with_suffix(".bin")), dtype=text.dtype.type)
         for start in range(0, len(text) - DOCUMENT, DOCUMENT):
-            builder.add_document(torch.from_numpy(text[start:start + DOCUMENT].astype("int32")), [DOCUMENT])
+            builder.add_document(torch.from_numpy(text[start : start + DOCUMENT].astype("int32")), [DOCUMENT])
         builder.finalize(str(prefix.with_suffix(".idx")))
     return prefix
 
@@ -52,15 +112,39 @@ def main() -> int:
         return 1
     OUT.mkdir(parents=True, exist_ok=True)
     print(f"data and tokenizer in {OUT}; TensorBoard: tensorboard --logdir {OUT}/tensorboard", flush=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-               "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "blockwise_lr.megatron", "--on-cpu",
-               str(HERE / "pretrain_gpt.py"), *FLAGS, "--data-path", str(indexed_dataset()), "--data-cache-path",
-               str(OUT / "cache"), "--tokenizer-model", str(train_tokenizer(OUT)), "--tensorboard-dir",
-               str(OUT / "tensorboard"), *sys.argv[1:]]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+        "-m",
+        "blockwise_lr.megatron",
+        "--on-cpu",
+        str(HERE / "pretrain_gpt.py"),
+        *FLAGS,
+        "--data-path",
+        str(indexed_dataset()),
+        "--data-cache-path",
+        str(OUT / "cache"),
+        "--tokenizer-model",
+        str(train_tokenizer(OUT)),
+        "--tensorboard-dir",
+        str(OUT / "tensorboard"),
+        *sys.argv[1:],
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     shown = ("iteration ", "learning rates", "rror")
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run, \
-            (OUT / "log.txt").open("w") as log:
+    with (
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
+        (OUT / "log.txt").open("w") as log,
+    ):
         for line in run.stdout:
             log.write(line)
             if any(word in line for word in shown) and "...." not in line:

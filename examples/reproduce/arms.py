@@ -3,6 +3,7 @@
 The schedule is BlockwiseWarmupCosine for every arm: 10% warmup, then a cosine from each peak to ``floor`` x base
 learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -69,17 +70,27 @@ ARMS = {
 
 def learning_rate(k: int) -> float:
     """1e-3 times 2^(k/2), to three digits: what all grids are made of."""
-    return float(f"{1e-3 * 2**(k / 2):.3g}")
+    return float(f"{1e-3 * 2 ** (k / 2):.3g}")
 
 
 def build_optimizer(arm: Arm, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     """The arm's optimizer for a model, at a base learning rate."""
     if arm.optimizer == "AdamW":
         norms = 0.0 if not arm.decay_all else WEIGHT_DECAY
-        groups = [{"params": [p for p in model.parameters() if p.dim() > 1]},
-                  {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": norms}]
+        groups = [
+            {"params": [p for p in model.parameters() if p.dim() > 1]},
+            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": norms},
+        ]
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     optimizer = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}[arm.optimizer]
-    return optimizer(model.named_parameters(), lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-                     block_map=map_blocks(model), decay_norms_and_biases=arm.decay_all, min_lr=arm.floor * lr,
-                     **arm.options)
+    return optimizer(
+        model.named_parameters(),
+        lr=lr,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
+        block_map=map_blocks(model),
+        decay_norms_and_biases=arm.decay_all,
+        min_lr=arm.floor * lr,
+        **arm.options,
+    )

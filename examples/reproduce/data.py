@@ -3,6 +3,7 @@
 Code: the modules of Python's own standard library. English: the docstrings of PyTorch's modules, which are no part of
 the code. One file in twenty is held out, by a hash of its name; the same names are held out on both sides.
 """
+
 from __future__ import annotations
 
 import ast
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-
 from model import LENGTH, VOCABULARY
 
 _SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
@@ -34,8 +34,11 @@ def _docstrings(source: str) -> str:
             tree = ast.parse(source)
         except SyntaxError:
             return ""
-    found = [ast.get_docstring(node) for node in ast.walk(tree)
-             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = [
+        ast.get_docstring(node)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     return "\n\n".join(text for text in found if text)
 
 
@@ -61,9 +64,17 @@ def _tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
         lines = (line for text in documents(validation=False) for line in text.splitlines() if line.strip())
         sample = [line[:500] for number, line in enumerate(lines) if number % 8 == 0]
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample), model_prefix=str(model.with_suffix("")), vocab_size=VOCABULARY,
-            model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
-            user_defined_symbols=["\n"], minloglevel=2, num_threads=1)
+            sentence_iterator=iter(sample),
+            model_prefix=str(model.with_suffix("")),
+            vocab_size=VOCABULARY,
+            model_type="bpe",
+            byte_fallback=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            user_defined_symbols=["\n"],
+            minloglevel=2,
+            num_threads=1,
+        )
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
@@ -102,8 +113,9 @@ class Text:
         same for every arm and, token by token, for every batch size."""
         windows = (len(self.training) - 1) // LENGTH
         places = range(step * sequences, (step + 1) * sequences)
-        return torch.from_numpy(np.stack([_window(self.training, self._order(seed, n // windows)[n % windows])
-                                          for n in places]))
+        return torch.from_numpy(
+            np.stack([_window(self.training, self._order(seed, n // windows)[n % windows]) for n in places])
+        )
 
     def held_out(self, sequences: int) -> torch.Tensor:
         """(sequences, LENGTH + 1) token ids, always the same."""
@@ -111,4 +123,4 @@ class Text:
 
 
 def _window(tokens: np.ndarray, number: int) -> np.ndarray:
-    return tokens[number * LENGTH:(number + 1) * LENGTH + 1].astype(np.int64)
+    return tokens[number * LENGTH : (number + 1) * LENGTH + 1].astype(np.int64)

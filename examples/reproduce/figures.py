@@ -1,4 +1,5 @@
 """Redraws the tables of README.md and the pictures from the rows: ``python examples/reproduce/figures.py``."""
+
 from __future__ import annotations
 
 import argparse
@@ -11,13 +12,12 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend that needs no display)
-from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
-
-from model import RUNGS  # noqa: E402
-from plan import Rows, load_rows  # noqa: E402
-from results import Result, crossings, gains, interval, results, step_shares, steps_to  # noqa: E402
-from training import Run  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
+from model import RUNGS
+from plan import Rows, load_rows
+from results import Result, crossings, gains, interval, results, step_shares, steps_to
+from training import Run
 
 HERE = Path(__file__).parent
 BASE = "adamw"
@@ -44,8 +44,18 @@ def final_table(rows: Rows) -> str:
             finals = result.finals()
             spread = f"{max(finals) - min(finals):.3f}" if len(finals) > 1 else ""
             tried = f"{len(result.losses)}, best {'inside' if result.inside else '**at the edge so far**'}"
-            lines.append([cell, f"{result.steps:,}", arm, tried, f"{result.lr:g}", str(len(finals)),
-                          f"{np.mean(finals):.3f}", spread])
+            lines.append(
+                [
+                    cell,
+                    f"{result.steps:,}",
+                    arm,
+                    tried,
+                    f"{result.lr:g}",
+                    str(len(finals)),
+                    f"{np.mean(finals):.3f}",
+                    spread,
+                ]
+            )
     return _markdown(["cell", "steps", "arm", "rates tried", "best lr", "seeds", "final loss", "max - min"], lines)
 
 
@@ -59,11 +69,20 @@ def gain_table(rows: Rows) -> str:
             base = arms[BASE]
             share = "" if result.steps != base.steps else _plus_minus(step_shares(base, result), "{:.0%}".format)
             crossing = crossings(base, result)
-            lines.append([cell, f"{result.steps:,}", arm, str(len(gains(base, result))),
-                          _plus_minus(gains(base, result), "{:+.3f}".format), share,
-                          "" if not crossing else "never" if math.inf in crossing else f"{np.mean(crossing):.0%}"])
-    return _markdown(["cell", "steps", "arm", "seeds", "gain on AdamW (nats)", "steps to AdamW's loss",
-                      "below AdamW from"], lines)
+            lines.append(
+                [
+                    cell,
+                    f"{result.steps:,}",
+                    arm,
+                    str(len(gains(base, result))),
+                    _plus_minus(gains(base, result), "{:+.3f}".format),
+                    share,
+                    "" if not crossing else "never" if math.inf in crossing else f"{np.mean(crossing):.0%}",
+                ]
+            )
+    return _markdown(
+        ["cell", "steps", "arm", "seeds", "gain on AdamW (nats)", "steps to AdamW's loss", "below AdamW from"], lines
+    )
 
 
 def speed_table(rows: Rows) -> str:
@@ -75,8 +94,10 @@ def speed_table(rows: Rows) -> str:
             if twice is None or arm in (BASE, "adamw-twice"):
                 continue
             shared = [seed for seed in result.seeds if seed in twice.seeds]
-            speed = [steps_to(twice.seeds[seed], result.seeds[seed]["curve"]["validation"][-1]) / result.steps
-                     for seed in shared]
+            speed = [
+                steps_to(twice.seeds[seed], result.seeds[seed]["curve"]["validation"][-1]) / result.steps
+                for seed in shared
+            ]
             if speed:
                 lines.append([cell, arm, str(len(speed)), _plus_minus(speed, "{:.2f}".format)])
     return _markdown(["cell", "arm", "seeds", "AdamW's steps over the arm's"], lines) if lines else "No rows yet."
@@ -90,10 +111,21 @@ def cost_table(rows: Rows) -> str:
         groups.setdefault((list(RUNGS).index(run.rung), run.rung, run.batch, run.arm), []).append(row)
     lines = []
     for (_, rung, batch, arm), found in sorted(groups.items()):
+
         def median(key: str) -> float:
             return float(np.median([row[key] for row in found]))
-        lines.append([rung, f"{batch // 1024}k", arm, str(len(found)), f"{median('tokens_per_second'):,.0f}",
-                      f"{median('peak_memory_bytes') / 2**20:.0f}", f"{median('optimizer_state_bytes') / 2**20:.2f}"])
+
+        lines.append(
+            [
+                rung,
+                f"{batch // 1024}k",
+                arm,
+                str(len(found)),
+                f"{median('tokens_per_second'):,.0f}",
+                f"{median('peak_memory_bytes') / 2**20:.0f}",
+                f"{median('optimizer_state_bytes') / 2**20:.2f}",
+            ]
+        )
     return _markdown(["rung", "batch", "arm", "runs", "tokens/s", "peak memory (MiB)", "optimizer state (MiB)"], lines)
 
 
@@ -102,15 +134,18 @@ TABLES = {"final": final_table, "gain": gain_table, "speed": speed_table, "cost"
 
 def with_tables(text: str, rows: Rows) -> str:
     """A page with what lies between ``<!-- rows: NAME -->`` and ``<!-- end -->`` made anew from the rows."""
+
     def made(match: re.Match) -> str:
         return f"<!-- rows: {match[1]} -->\n{TABLES[match[1]](rows)}\n<!-- end -->"
+
     return re.sub(r"<!-- rows: (\w+) -->\n.*?<!-- end -->", made, text, flags=re.S)
 
 
 def _grid(cells: int) -> tuple[plt.Figure, list[plt.Axes]]:
     columns = min(cells, 3)
-    figure, axes = plt.subplots(-(-cells // columns), columns, figsize=(4.2 * columns, 3.2 * -(-cells // columns)),
-                                squeeze=False)
+    figure, axes = plt.subplots(
+        -(-cells // columns), columns, figsize=(4.2 * columns, 3.2 * -(-cells // columns)), squeeze=False
+    )
     for extra in axes.flat[cells:]:
         extra.axis("off")
     for one in axes.flat[:cells]:
@@ -136,8 +171,14 @@ def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
     for one, (cell, arms) in zip(axes, found.items()):
         for arm, result in arms.items():
             k = [k for k in sorted(result.losses) if math.isfinite(result.losses[k])]
-            one.plot([1e-3 * 2**(i / 2) for i in k], [result.losses[i] for i in k], marker="o", ms=3,
-                     color=COLORS.get(arm), label=arm)
+            one.plot(
+                [1e-3 * 2 ** (i / 2) for i in k],
+                [result.losses[i] for i in k],
+                marker="o",
+                ms=3,
+                color=COLORS.get(arm),
+                label=arm,
+            )
         one.set(xscale="log", title=cell, xlabel="base learning rate", ylabel="final validation loss")
         _log_ticks(one)
         one.legend(frameon=False, fontsize=7)
@@ -151,8 +192,12 @@ def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
         for arm, color in COLORS.items():
             rows = [row for row in arms[arm].seeds.values() if row["final"] is not None] if arm in arms else []
             if rows:
-                one.plot(rows[0]["curve"]["step"], np.mean([row["curve"]["validation"] for row in rows], axis=0),
-                         color=color, label=f"{arm}, lr {arms[arm].lr:g}")
+                one.plot(
+                    rows[0]["curve"]["step"],
+                    np.mean([row["curve"]["validation"] for row in rows], axis=0),
+                    color=color,
+                    label=f"{arm}, lr {arms[arm].lr:g}",
+                )
         low = min(min(result.finals()) for arm, result in arms.items() if arm in COLORS)
         one.set(title=cell, xlabel="step", ylabel="validation loss", ylim=(low - 0.05, low + 1.0))
         one.legend(frameon=False, fontsize=7)
@@ -169,12 +214,20 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
             mean, half = interval(gains(arms[BASE], arms["blockwise"]))
             if math.isfinite(mean):
                 lines.setdefault(f"{run.rung}, {run.tokens_per_parameter:g} tokens per parameter", []).append(
-                    (run.batch, arms[BASE].steps, mean, 0.0 if math.isnan(half) else half))
+                    (run.batch, arms[BASE].steps, mean, 0.0 if math.isnan(half) else half)
+                )
     for one, column, label in zip(axes, (0, 1), ("tokens of a batch", "steps")):
         for name, points in lines.items():
             points = sorted(points, key=lambda point: point[column])
-            one.errorbar([point[column] for point in points], [point[2] for point in points],
-                         [point[3] for point in points], marker="o", ms=4, capsize=3, label=name)
+            one.errorbar(
+                [point[column] for point in points],
+                [point[2] for point in points],
+                [point[3] for point in points],
+                marker="o",
+                ms=4,
+                capsize=3,
+                label=name,
+            )
         one.axhline(0, color="#888888", lw=0.8, ls="--")
         one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
         _log_ticks(one)

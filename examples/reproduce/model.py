@@ -1,4 +1,5 @@
 """The ladder's models: randomly initialized LLaMA models of transformers, from 0.3M to 10M matrix parameters."""
+
 from __future__ import annotations
 
 import torch
@@ -29,10 +30,19 @@ def build_model(rung: str, seed: int, embedding_std: float = 0.02) -> LlamaForCa
     input embedding, if another standard deviation is given."""
     width, layers, heads, ffn = RUNGS[rung]
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=ffn, max_position_embeddings=LENGTH, tie_word_embeddings=False,
-        use_cache=False))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            intermediate_size=ffn,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(embedding_std / 0.02)
     return model

@@ -5,6 +5,7 @@ An entry names a cell (rung, tokens per parameter, batch) and arms. Each arm sta
 ``refine``, the best's two neighbors at a factor of sqrt 2 are tried then; all that on seed 0. At the best of them all
 come the other seeds.
 """
+
 from __future__ import annotations
 
 import json

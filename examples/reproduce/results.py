@@ -1,4 +1,5 @@
 """What the rows say: best learning rates, gains and steps to another arm's loss, with 95% intervals over seeds."""
+
 from __future__ import annotations
 
 import math
@@ -7,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
 from arms import learning_rate
 from model import RUNGS
 from plan import Rows, final_loss

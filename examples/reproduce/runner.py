@@ -3,6 +3,7 @@
 Start as many as there are cores: each trains on one thread and claims what it runs. A stopped or killed one loses no
 more than the run it was at.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,10 +20,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from arms import ARMS  # noqa: E402  (the number of threads is read when torch is imported)
-from data import Text  # noqa: E402
-from plan import PLAN, Entry, load_plan, load_rows, next_runs, wanted  # noqa: E402
-from training import Run, train  # noqa: E402
+from arms import ARMS
+from data import Text
+from plan import PLAN, Entry, load_plan, load_rows, next_runs, wanted
+from training import Run, train
 
 HERE = Path(__file__).parent
 
@@ -56,8 +57,9 @@ def _train_to(file: Path, run: Run, text: Text) -> None:
 
 def _train_in_child(run: Run, text: Text, rows: Path) -> None:
     """A process for each run, so that its peak memory is its own."""
-    child = multiprocessing.get_context("fork").Process(target=_train_to, args=(rows / f"{run.key}.json", run, text),
-                                                        daemon=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=_train_to, args=(rows / f"{run.key}.json", run, text), daemon=True
+    )
     child.start()
     child.join()
     if child.exitcode:
@@ -107,8 +109,11 @@ def estimate(entries: list[Entry], rows: dict) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "status", "estimate"), help="run what is missing; show what that "
-                        "is; write each entry's estimated core-hours into the plan")
+    parser.add_argument(
+        "command",
+        choices=("run", "status", "estimate"),
+        help="run what is missing; show what that is; write each entry's estimated core-hours into the plan",
+    )
     parser.add_argument("--rows", type=Path, default=HERE / "rows", help="folder of the rows")
     parser.add_argument("--plan", type=Path, default=PLAN)
     parser.add_argument("--text", type=Path, default=Path("runs/reproduce"), help="folder for the encoded text")
@@ -127,8 +132,10 @@ def main() -> None:
     if args.command == "status":
         for entry, cost in zip(entries, hours):
             left = {arm: len(wanted(entry, arm, rows)) for arm in entry.arms}
-            print(f"{entry.cell:<16} {cost:6.2f} core-hours  " + "  ".join(
-                f"{arm}: {'done' if not count else f'{count} to run now'}" for arm, count in left.items()))
+            print(
+                f"{entry.cell:<16} {cost:6.2f} core-hours  "
+                + "  ".join(f"{arm}: {'done' if not count else f'{count} to run now'}" for arm, count in left.items())
+            )
         return
     plan = json.loads(args.plan.read_text())
     lines = [json.dumps({**entry, "core_hours": cost}) for entry, cost in zip(plan, hours)]

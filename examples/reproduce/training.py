@@ -1,4 +1,5 @@
 """One training run, from its description to its row."""
+
 from __future__ import annotations
 
 import math
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from arms import ARMS, CLIP, WARMUP, build_optimizer, learning_rate
-from blockwise_lr.schedules import BlockwiseWarmupCosine
 from data import Text
 from model import LENGTH, body_parameters, build_model
+
+from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 POINTS = 40  # of a curve
 MICRO = 32  # sequences of a forward pass; a batch of more is accumulated
@@ -102,14 +103,23 @@ def train(run: Run, text: Text) -> dict[str, Any]:
         if not math.isfinite(loss):
             break
     final = evaluate(model, text.held_out(FINAL))
-    return {"run": asdict(run), "lr": lr, "steps": steps, "tokens": steps * sequences * LENGTH,
-            "final": round(final, 5) if math.isfinite(final) else None,
-            "curve": {key: [value if math.isfinite(value) else None for value in values]
-                      for key, values in curve.items()},
-            "seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2),
-            "tokens_per_second": round((step + 1) * sequences * LENGTH / cpu_seconds),
-            "peak_memory_bytes": _peak_memory(), "optimizer_state_bytes": _state_bytes(optimizer),
-            "text": text.digest, "machine": machine(), "versions": versions(), "commit": commit()}
+    return {
+        "run": asdict(run),
+        "lr": lr,
+        "steps": steps,
+        "tokens": steps * sequences * LENGTH,
+        "final": round(final, 5) if math.isfinite(final) else None,
+        "curve": {key: [value if math.isfinite(value) else None for value in values] for key, values in curve.items()},
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu_seconds, 2),
+        "tokens_per_second": round((step + 1) * sequences * LENGTH / cpu_seconds),
+        "peak_memory_bytes": _peak_memory(),
+        "optimizer_state_bytes": _state_bytes(optimizer),
+        "text": text.digest,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
 
 
 def _peak_memory() -> int:
@@ -118,8 +128,12 @@ def _peak_memory() -> int:
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values()
-               if isinstance(value, torch.Tensor))
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -144,9 +158,12 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The checkout's commit, with a plus where files differ from it."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!rows")
         return git("rev-parse", "HEAD") + ("+" if changed else "")

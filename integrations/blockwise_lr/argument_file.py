@@ -4,6 +4,7 @@ Read are the flags that decide shapes; the rest of the file is passed over, exce
 another way, which are refused. Names are those of megatron.core.models.gpt.GPTModel in one process: Transformer Engine's,
 in which the norms lie in the linear layers after them, or those of ``--transformer-impl local``.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,8 +16,15 @@ import torch
 from .blocks import BlockError
 from .transformers.remote_code import Shapes, layers, skeleton
 
-_OTHER_MODELS = ("--multi-latent-attention", "--hybrid-layer-pattern", "--hybrid-override-pattern", "--mtp-num-layers",
-                 "--yaml-cfg", "--moe-layer-freq", "--spec")
+_OTHER_MODELS = (
+    "--multi-latent-attention",
+    "--hybrid-layer-pattern",
+    "--hybrid-override-pattern",
+    "--mtp-num-layers",
+    "--yaml-cfg",
+    "--moe-layer-freq",
+    "--spec",
+)
 
 
 def megatron_model(path: Path, vocabulary: int | None = None) -> torch.nn.Module:
@@ -32,15 +40,20 @@ def megatron_model(path: Path, vocabulary: int | None = None) -> torch.nn.Module
     words = shlex.split(path.read_text(), comments=True)
     other = [word for word in words if word.partition("=")[0] in _OTHER_MODELS]
     if other:
-        raise BlockError(f"{path}: {other[0]} describes a model that inspect cannot build from its flags; build it in "
-                         f"Python and give package.module:factory")
+        raise BlockError(
+            f"{path}: {other[0]} describes a model that inspect cannot build from its flags; build it in "
+            f"Python and give package.module:factory"
+        )
     flags = _parser(path).parse_known_args(words)[0]
     rows = flags.padded_vocab_size or flags.vocab_size or vocabulary
     if not rows:
-        raise BlockError(f"{path} does not say the vocabulary's size (it comes with the tokenizer); "
-                         f"give --vocabulary ROWS")
-    config = {"num_attention_heads": flags.num_attention_heads,
-              "num_query_groups": flags.num_query_groups if flags.group_query_attention else flags.num_attention_heads}
+        raise BlockError(
+            f"{path} does not say the vocabulary's size (it comes with the tokenizer); give --vocabulary ROWS"
+        )
+    config = {
+        "num_attention_heads": flags.num_attention_heads,
+        "num_query_groups": flags.num_query_groups if flags.group_query_attention else flags.num_attention_heads,
+    }
     model = skeleton(_shapes(flags, rows), config)
     model.blockwise_family = "megatron"
     return model
@@ -59,12 +72,26 @@ def _parser(path: Path) -> argparse.ArgumentParser:
     parser = _Parser(path)
     for name in ("num-layers", "hidden-size", "num-attention-heads"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("ffn-hidden-size", "moe-ffn-hidden-size", "num-query-groups", "kv-channels", "num-experts",
-                 "moe-shared-expert-intermediate-size", "vocab-size", "padded-vocab-size",
-                 "max-position-embeddings"):
+    for name in (
+        "ffn-hidden-size",
+        "moe-ffn-hidden-size",
+        "num-query-groups",
+        "kv-channels",
+        "num-experts",
+        "moe-shared-expert-intermediate-size",
+        "vocab-size",
+        "padded-vocab-size",
+        "max-position-embeddings",
+    ):
         parser.add_argument(f"--{name}", type=int)
-    for name in ("group-query-attention", "swiglu", "add-qkv-bias", "qk-layernorm", "moe-grouped-gemm",
-                 "untie-embeddings-and-output-weights"):
+    for name in (
+        "group-query-attention",
+        "swiglu",
+        "add-qkv-bias",
+        "qk-layernorm",
+        "moe-grouped-gemm",
+        "untie-embeddings-and-output-weights",
+    ):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--disable-bias-linear", action="store_false", dest="bias")
     parser.add_argument("--normalization", default="LayerNorm")
@@ -99,8 +126,9 @@ def _attention(flags: argparse.Namespace) -> Shapes:
     H, heads = flags.hidden_size, flags.num_attention_heads
     groups = flags.num_query_groups if flags.group_query_attention else heads
     d = flags.kv_channels or H // heads
-    shapes = _norm("input_layernorm." if flags.transformer_impl == "local" else "self_attention.linear_qkv.layer_norm_",
-                   flags)
+    shapes = _norm(
+        "input_layernorm." if flags.transformer_impl == "local" else "self_attention.linear_qkv.layer_norm_", flags
+    )
     shapes |= _linear("self_attention.linear_qkv.", (heads + 2 * groups) * d, H, flags.bias or flags.add_qkv_bias)
     shapes |= _linear("self_attention.linear_proj.", H, heads * d, flags.bias)
     if flags.qk_layernorm:

@@ -1,11 +1,12 @@
 """The command line: ``blockwise-lr inspect``, ``families`` and ``doctor``."""
+
 from __future__ import annotations
 
 import io
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,8 +15,12 @@ from rich.table import Table
 from .blocks import BlockError
 from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="One learning rate per Transformer block type.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="One learning rate per Transformer block type.",
+)
 EXIT_BAD_INPUT, EXIT_UNMAPPED = 2, 3
 
 
@@ -35,15 +40,19 @@ def _commands() -> None:
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="A Hugging Face config folder or config.json, a Megatron argument file, "
-                                                 "or package.module:factory.")],
-    rules: Annotated[Optional[Path], typer.Option(help="JSON file with a list of block rules of your own.")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face config folder or config.json, a Megatron argument file, or package.module:factory."
+        ),
+    ],
+    rules: Annotated[Path | None, typer.Option(help="JSON file with a list of block rules of your own.")] = None,
     lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
-    ratio: Annotated[Optional[list[str]], typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
-    vocabulary: Annotated[Optional[int], typer.Option(help="Rows of the embedding, for an argument file.")] = None,
+    ratio: Annotated[list[str] | None, typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
+    vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding, for an argument file.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
-    output: Annotated[Optional[Path], typer.Option(help="Where to write it; needed for svg and png.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write it; needed for svg and png.")] = None,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
     try:
@@ -55,8 +64,11 @@ def inspect(
         raise typer.Exit(EXIT_BAD_INPUT) from None
     _write(rows, form, output)
     if UNMAPPED in totals(rows):
-        typer.echo("blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
-                   '[{"match": "*.name.*", "block": "ffn"}]', err=True)
+        typer.echo(
+            "blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
+            '[{"match": "*.name.*", "block": "ffn"}]',
+            err=True,
+        )
         raise typer.Exit(EXIT_UNMAPPED)
 
 
@@ -95,8 +107,16 @@ def _print_rows(rows: list[Row], output: Path | None = None) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         style = "red" if row.block == UNMAPPED else None
-        table.add_row(row.parameter, " x ".join(map(str, row.shape)), row.where, row.block, f"{row.ratio:g}",
-                      f"{row.peak_lr:.3g}", f"{row.weight_decay:g}", style=style)
+        table.add_row(
+            row.parameter,
+            " x ".join(map(str, row.shape)),
+            row.where,
+            row.block,
+            f"{row.ratio:g}",
+            f"{row.peak_lr:.3g}",
+            f"{row.weight_decay:g}",
+            style=style,
+        )
     console.print(table)
     sums = Table("block", title="totals")
     sums.add_column("parameters", justify="right")
@@ -133,7 +153,8 @@ def families() -> None:
 @app.command()
 def doctor() -> None:
     """Show versions, patches, usable kernels, and whose Apex is installed."""
-    from . import __version__, doctor as report
+    from . import __version__
+    from . import doctor as report
 
     console = _console()
     found = Table("package", "version", title=f"blockwise-lr {__version__}")
@@ -145,8 +166,13 @@ def doctor() -> None:
     for column in ("patch", "for", "state", "changes", "why"):
         patches.add_column(column, overflow="fold")
     for patch, state in report.patches():
-        patches.add_row(patch.name, f"{patch.package} {patch.versions}", state,
-                        "\n".join(symbol.path.rpartition(":")[2] for symbol in patch.symbols), patch.why)
+        patches.add_row(
+            patch.name,
+            f"{patch.package} {patch.versions}",
+            state,
+            "\n".join(symbol.path.rpartition(":")[2] for symbol in patch.symbols),
+            patch.why,
+        )
     console.print(patches)
     kernels = Table("kernel", "usable")
     for name, state in report.kernels().items():

@@ -1,4 +1,5 @@
 """What ``blockwise-lr doctor`` reports: versions, patches, kernels, and whose Apex is installed."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -9,8 +10,16 @@ from packaging.specifiers import SpecifierSet
 
 from .patches import Patch, all_patches
 
-PACKAGES = ("torch", "deepspeed", "megatron-core", "transformers", "accelerate", "triton", "transformer-engine",
-            "sentencepiece")
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "megatron-core",
+    "transformers",
+    "accelerate",
+    "triton",
+    "transformer-engine",
+    "sentencepiece",
+)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,5 @@
 """What ``blockwise-lr inspect`` shows: which parameter is which block, with which learning rate and decay."""
+
 from __future__ import annotations
 
 import importlib
@@ -14,9 +15,9 @@ import torch
 
 from .argument_file import megatron_model
 from .blocks import BlockError, BlockMap, BlockType, ParamLayout, map_blocks
-from .optim.plan import StepClass
-from .optim.options import OptimizerOptions
-from .optim.settings import class_decay, group_lr
+from .plan.step_plan import StepClass
+from .rules.options import OptimizerOptions
+from .rules.param_groups import class_decay, group_lr
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def _hugging_face_model(path: Path) -> torch.nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise BlockError("reading a Hugging Face config needs transformers; install blockwise-lr[transformers]") from error
+        raise BlockError(
+            "reading a Hugging Face config needs transformers; install blockwise-lr[transformers]"
+        ) from error
     try:
         values = json.loads(path.read_text())
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
@@ -93,8 +96,14 @@ def _hugging_face_model(path: Path) -> torch.nn.Module:
         return architecture(config) if architecture else transformers.AutoModelForCausalLM.from_config(config)
 
 
-def inspect_model(model: torch.nn.Module, *, rules: Iterable[dict] | None = None, lr: float = 1e-3,
-                  weight_decay: float = 0.1, ratios: Mapping[str, float] | None = None) -> list[Row]:
+def inspect_model(
+    model: torch.nn.Module,
+    *,
+    rules: Iterable[dict] | None = None,
+    lr: float = 1e-3,
+    weight_decay: float = 0.1,
+    ratios: Mapping[str, float] | None = None,
+) -> list[Row]:
     """The rows of the table; a parameter that no rule knows has the block "UNMAPPED".
 
     Args:
@@ -111,8 +120,18 @@ def _rows(name: str, block_map: BlockMap, group: dict[str, Any]) -> list[Row]:
     for block, numel in layout.block_numel().items():
         of = StepClass(block, layout.kind)
         where = "all" if len(layout.blocks) == 1 else _where(layout, block)
-        rows.append(Row(name, layout.shape, where, UNMAPPED if name in block_map.unmapped else block.value,
-                        group["block_lr_ratios"][block.value], group_lr(group, block), class_decay(group, of), numel))
+        rows.append(
+            Row(
+                name,
+                layout.shape,
+                where,
+                UNMAPPED if name in block_map.unmapped else block.value,
+                group["block_lr_ratios"][block.value],
+                group_lr(group, block),
+                class_decay(group, of),
+                numel,
+            )
+        )
     return rows
 
 

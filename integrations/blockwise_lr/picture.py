@@ -1,4 +1,5 @@
 """A picture of a model, coloured by block type: what ``blockwise-lr inspect --format svg`` writes."""
+
 from __future__ import annotations
 
 import re
@@ -8,8 +9,17 @@ from pathlib import Path
 from .inspection import Row, totals
 
 # One hue per block type, darker for a higher learning rate in the paper's ratios; red is kept for what is unmapped.
-COLORS = {"embedding": "#1d4e89", "head": "#5b7fb4", "qk": "#00798c", "ffn": "#3fa34d", "vo": "#e6a117", 
-          "norm": "#b5b5b5", "router": "#8e5ea2", "ssm": "#c97b63", "UNMAPPED": "#d7263d"}
+COLORS = {
+    "embedding": "#1d4e89",
+    "head": "#5b7fb4",
+    "qk": "#00798c",
+    "ffn": "#3fa34d",
+    "vo": "#e6a117",
+    "norm": "#b5b5b5",
+    "router": "#8e5ea2",
+    "ssm": "#c97b63",
+    "UNMAPPED": "#d7263d",
+}
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 

@@ -6,6 +6,7 @@ bring files to disk (fsync) and write or compare checksums within the time; Deep
 medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, those of the least seconds,
 and of the processors' seconds, which other processes disturb less.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 BASE = "DeepSpeed AdamW"
-ARMS = {BASE: {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True}},
-        "BlockwiseAdamW": {"type": "BlockwiseAdamW", "params": {"lr": 1e-4}},
-        "BlockwiseAdamMini": {"type": "BlockwiseAdamMini", "params": {"lr": 1e-4}}}
+ARMS = {
+    BASE: {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.1, "torch_adam": True}},
+    "BlockwiseAdamW": {"type": "BlockwiseAdamW", "params": {"lr": 1e-4}},
+    "BlockwiseAdamMini": {"type": "BlockwiseAdamMini", "params": {"lr": 1e-4}},
+}
 
 
 def engines(stage: int, dtype: str) -> dict[str, Any]:
@@ -41,11 +44,24 @@ def engines(stage: int, dtype: str) -> dict[str, Any]:
     found = {}
     for name, optimizer in ARMS.items():
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-            vocab_size=8192, max_position_embeddings=64))
-        settings = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": {"stage": stage},
-                    "steps_per_print": 10**9, **({dtype: {"enabled": True}} if dtype != "fp32" else {})}
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                hidden_size=512,
+                intermediate_size=1376,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                vocab_size=8192,
+                max_position_embeddings=64,
+            )
+        )
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": optimizer,
+            "zero_optimization": {"stage": stage},
+            "steps_per_print": 10**9,
+            **({dtype: {"enabled": True}} if dtype != "fp32" else {}),
+        }
         engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)[0]
         ids = torch.randint(0, 8192, (1, 16))
         engine.backward(engine(ids, labels=ids).loss)
@@ -75,8 +91,10 @@ def measure(found: dict[str, Any], rounds: int, folder: Path) -> tuple[Times, Ti
         for name, engine in order:
             place = folder / name
             shutil.rmtree(place, ignore_errors=True)
-            seconds = (timed(lambda: engine.save_checkpoint(str(place), tag="a")),
-                       timed(lambda: engine.load_checkpoint(str(place), tag="a")))
+            seconds = (
+                timed(lambda: engine.save_checkpoint(str(place), tag="a")),
+                timed(lambda: engine.load_checkpoint(str(place), tag="a")),
+            )
             if number:  # the first warms up
                 saves[name].append(seconds[0])
                 loads[name].append(seconds[1])
@@ -92,10 +110,20 @@ def summary(saves: Times, loads: Times, sizes: dict[str, int]) -> list[dict[str,
             seconds, least = [wall for wall, _ in both], min(wall for wall, _ in times[BASE])
             ratios, cpu = ([own[i] / base[i] for own, base in zip(both, times[BASE])] for i in (0, 1))
             low, middle, high = statistics.quantiles(ratios, n=4)
-            found.append({"what": what, "arm": name, "seconds": statistics.median(seconds), "ratio": middle,
-                          "quartiles": [low, high], "least": min(seconds), "least_ratio": min(seconds) / least,
-                          "cpu_ratio": statistics.median(cpu),
-                          "MB": sizes[name] / 1e6, "size_ratio": sizes[name] / sizes[BASE]})
+            found.append(
+                {
+                    "what": what,
+                    "arm": name,
+                    "seconds": statistics.median(seconds),
+                    "ratio": middle,
+                    "quartiles": [low, high],
+                    "least": min(seconds),
+                    "least_ratio": min(seconds) / least,
+                    "cpu_ratio": statistics.median(cpu),
+                    "MB": sizes[name] / 1e6,
+                    "size_ratio": sizes[name] / sizes[BASE],
+                }
+            )
     return found
 
 
@@ -110,9 +138,18 @@ def show(entries: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for e in entries:
         low, high = e["quartiles"]
-        table.add_row(e["what"], e["arm"], f"{e['seconds']:.2f}", f"{e['ratio']:.2f}", f"{low:.2f}–{high:.2f}",
-                      f"{e['least']:.2f}", f"{e['least_ratio']:.2f}", f"{e['cpu_ratio']:.2f}",
-                      f"{e['MB']:.0f}", f"{e['size_ratio']:.2f}")
+        table.add_row(
+            e["what"],
+            e["arm"],
+            f"{e['seconds']:.2f}",
+            f"{e['ratio']:.2f}",
+            f"{low:.2f}–{high:.2f}",
+            f"{e['least']:.2f}",
+            f"{e['least_ratio']:.2f}",
+            f"{e['cpu_ratio']:.2f}",
+            f"{e['MB']:.0f}",
+            f"{e['size_ratio']:.2f}",
+        )
     Console(width=120).print(table)
 
 
@@ -127,14 +164,22 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}.items():
+    for key, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+    }.items():
         os.environ.setdefault(key, value)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = engines(args.stage, args.dtype)
         saves, loads = measure(found, args.rounds, Path(folder))
-        sizes = {name: sum(path.stat().st_size for path in (Path(folder) / name / "a").rglob("*") if path.is_file())
-                 for name in found}
+        sizes = {
+            name: sum(path.stat().st_size for path in (Path(folder) / name / "a").rglob("*") if path.is_file())
+            for name in found
+        }
     entries = summary(saves, loads, sizes)
     show(entries)
     args.json.parent.mkdir(parents=True, exist_ok=True)

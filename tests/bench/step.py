@@ -6,6 +6,7 @@ down slows all arms; every ratio is the median over rounds of an arm's time over
 with its quartiles. Arms share parameters, gradients and moments, so they touch the same memory; our optimizers have put
 it on huge pages, for all arms (BLOCKWISE_LR_HUGE_PAGES=0 shows the difference).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,8 +39,11 @@ SETTINGS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
 def layouts(numel: int) -> list[ParamLayout]:
     """A LLaMA-shaped model of about that many parameters, in the order a buffer holds them."""
-    q, k, v = (Piece(BlockType.QK, HEADS // KV_HEADS * HEAD, HEAD), Piece(BlockType.QK, HEAD, HEAD),
-               Piece(BlockType.VO, HEAD, 1))
+    q, k, v = (
+        Piece(BlockType.QK, HEADS // KV_HEADS * HEAD, HEAD),
+        Piece(BlockType.QK, HEAD, HEAD),
+        Piece(BlockType.VO, HEAD, 1),
+    )
     found = [ParamLayout("embedding", (VOCABULARY, HIDDEN), (Piece(BlockType.EMBEDDING, VOCABULARY),))]
     while sum(layout.numel for layout in found) < numel:
         layer = f"layers.{len(found) // 6}"
@@ -78,11 +82,14 @@ def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None]
     for layout in model:
         if offset + layout.numel > flat.numel():
             break
-        values = flat.data[offset:offset + layout.numel].view(layout.shape)
-        grads = flat.grad[offset:offset + layout.numel].view(layout.shape)
+        values = flat.data[offset : offset + layout.numel].view(layout.shape)
+        grads = flat.grad[offset : offset + layout.numel].view(layout.shape)
         sizes = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD] if layout.name.endswith("qkv") else [layout.shape[0]]
-        names = (["q_proj", "k_proj", "v_proj"] if len(sizes) == 3 else
-                 [layout.name.replace("gate_up", "mlp").replace("down", "mlp_down").replace("embedding", "embed")])
+        names = (
+            ["q_proj", "k_proj", "v_proj"]
+            if len(sizes) == 3
+            else [layout.name.replace("gate_up", "mlp").replace("down", "mlp_down").replace("embedding", "embed")]
+        )
         for name, value, grad in zip(names, values.split(sizes), grads.split(sizes)):
             p = torch.nn.Parameter(value)
             p.grad = grad
@@ -131,9 +138,10 @@ def _peers(flat: torch.Tensor) -> dict[str, Callable[[], torch.optim.Optimizer]]
     """DeepSpeed's and Apex's optimizers for the device, where they are installed and build."""
     found: dict[str, Callable[[], torch.optim.Optimizer]] = {}
     for name, module, attribute, cuda, extra in (
-            ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam", False, {"adamw_mode": True}),
-            ("DeepSpeed FusedAdam", "deepspeed.ops.adam", "FusedAdam", True, {}),
-            ("Apex FusedAdam", "apex.optimizers", "FusedAdam", True, {})):
+        ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam", False, {"adamw_mode": True}),
+        ("DeepSpeed FusedAdam", "deepspeed.ops.adam", "FusedAdam", True, {}),
+        ("Apex FusedAdam", "apex.optimizers", "FusedAdam", True, {}),
+    ):
         if cuda != flat.is_cuda:
             continue
         try:
@@ -168,8 +176,11 @@ def launches(step: Callable[[], None]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages()
-               if event.device_type == torch.autograd.DeviceType.CUDA and not event.key.startswith("Mem"))
+    return sum(
+        event.count
+        for event in profile.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.key.startswith("Mem")
+    )
 
 
 def _bytes_per_element(name: str) -> int:
@@ -186,26 +197,47 @@ def summary(numel: int, times: dict[str, list[float]], launched: dict[str, int])
     for name, seconds in times.items():
         ratios = sorted(t / base for t, base in zip(seconds, times[BASE]))
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        share = statistics.median([numel * _bytes_per_element(name) / t / (numel * 12 / triad)
-                                   for t, triad in zip(seconds, times["triad"])])
-        entries.append({"elements": numel, "arm": name, "ms": statistics.median(seconds) * 1e3, "ratio": middle,
-                        "quartiles": [low, high], "least_ms": min(seconds) * 1e3,
-                        "least_ratio": min(seconds) / min(times[BASE]), "GB_per_s": rates[name], "of_triad": share,
-                        "launches": launched.get(name)})
+        share = statistics.median(
+            [numel * _bytes_per_element(name) / t / (numel * 12 / triad) for t, triad in zip(seconds, times["triad"])]
+        )
+        entries.append(
+            {
+                "elements": numel,
+                "arm": name,
+                "ms": statistics.median(seconds) * 1e3,
+                "ratio": middle,
+                "quartiles": [low, high],
+                "least_ms": min(seconds) * 1e3,
+                "least_ratio": min(seconds) / min(times[BASE]),
+                "GB_per_s": rates[name],
+                "of_triad": share,
+                "launches": launched.get(name),
+            }
+        )
     return entries
 
 
 def show(entries: list[dict], console: Console) -> None:
-    table = Table(title=f"{entries[0]['elements'] / 1e6:.0f}M float32 elements, {torch.get_num_threads()} threads; "
-                        f"ratios to {BASE}")
+    table = Table(
+        title=f"{entries[0]['elements'] / 1e6:.0f}M float32 elements, {torch.get_num_threads()} threads; "
+        f"ratios to {BASE}"
+    )
     table.add_column("arm", no_wrap=True)
     for column in ("ms", "ratio", "quartiles", "least ms", "ratio", "GB/s", "of triad", "kernels"):
         table.add_column(column, justify="right", no_wrap=True)
     for e in entries:
         low, high = e["quartiles"]
-        table.add_row(e["arm"], f"{e['ms']:.1f}", f"{e['ratio']:.3f}", f"{low:.3f}–{high:.3f}",
-                      f"{e['least_ms']:.1f}", f"{e['least_ratio']:.3f}", f"{e['GB_per_s']:.1f}", f"{e['of_triad']:.0%}",
-                      "" if e["launches"] is None else str(e["launches"]))
+        table.add_row(
+            e["arm"],
+            f"{e['ms']:.1f}",
+            f"{e['ratio']:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            f"{e['least_ms']:.1f}",
+            f"{e['least_ratio']:.3f}",
+            f"{e['GB_per_s']:.1f}",
+            f"{e['of_triad']:.0%}",
+            "" if e["launches"] is None else str(e["launches"]),
+        )
     console.print(table)
 
 
@@ -218,8 +250,9 @@ def plan_times() -> list[dict]:
     for way in WAYS:
         began = time.perf_counter()
         plans = rank_plans(way)
-        found.append({"plans": f"70B, TP 8 x DP 512, {way}", "seconds": time.perf_counter() - began,
-                      "bytes": kept_bytes(*plans)})
+        found.append(
+            {"plans": f"70B, TP 8 x DP 512, {way}", "seconds": time.perf_counter() - began, "bytes": kept_bytes(*plans)}
+        )
     return found
 
 

@@ -1,4 +1,5 @@
 """The block types inside DeepSpeed's own mixture of experts, built for real."""
+
 import pytest
 from torch import nn
 
@@ -18,8 +19,9 @@ EXPERTS = {
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_every_part_has_its_block(expert, attribute, residual):
     model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({attribute: layer.MoE(8, EXPERTS[expert](), num_experts=2,
-                                                                      use_residual=residual)})])
+    model.layers = nn.ModuleList(
+        [nn.ModuleDict({attribute: layer.MoE(8, EXPERTS[expert](), num_experts=2, use_residual=residual)})]
+    )
     found = {name.removeprefix(f"layers.0.{attribute}."): layout for name, layout in map_blocks(model).items()}
     names = list(dict(EXPERTS[expert]().named_parameters()))
     norms = {"norm.weight", "norm.bias"} if expert == "norm_inside" else set()

@@ -2,6 +2,7 @@
 
 What is looked at is the input of the first attention's output projection: the values mixed by the attention weights.
 """
+
 import pytest
 import torch
 from blocks.fused_models import FUSED_MODELS
@@ -27,7 +28,8 @@ class Probe:
         self.edit = None
         self.fused.register_forward_hook(lambda module, args, out: self.edit(out.clone()) if self.edit else None)
         self.model.get_submodule(self.case.output).register_forward_pre_hook(
-            lambda module, args: setattr(self, "seen", args[0].detach().clone()))
+            lambda module, args: setattr(self, "seen", args[0].detach().clone())
+        )
 
     def outputs(self, role):
         """Output units of the fused module that the map calls by that role."""

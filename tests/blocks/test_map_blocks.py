@@ -1,11 +1,12 @@
 """BlockMap: names and shapes to block types, counted independently of the map."""
+
 import pytest
 import torch
 from torch import nn
+from twins import VOCABULARY, gpt2, gpt_neox, llama
 
 from blockwise_lr import BlockError, BlockType, map_blocks
 from blockwise_lr.blocks import UnmappedParameterError, lr_ratios
-from twins import VOCABULARY, gpt2, gpt_neox, llama
 
 
 def counts(model):
@@ -15,27 +16,43 @@ def counts(model):
 @pytest.mark.parametrize("tied", [False, True])
 def test_llama(tied):
     table = VOCABULARY * 32
-    wanted = {"embedding": table, "qk": 2 * (32 * 32 + 16 * 32), "vo": 2 * (16 * 32 + 32 * 32),
-              "ffn": 2 * 3 * 44 * 32, "norm": 5 * 32}
+    wanted = {
+        "embedding": table,
+        "qk": 2 * (32 * 32 + 16 * 32),
+        "vo": 2 * (16 * 32 + 32 * 32),
+        "ffn": 2 * 3 * 44 * 32,
+        "norm": 5 * 32,
+    }
     assert counts(llama(tied)) == {**wanted, **({} if tied else {"head": table})}
 
 
 def test_gpt2_columns_and_biases():
     model = gpt2()
     per_layer_norm = 4 * 24
-    assert counts(model) == {"embedding": (VOCABULARY + 32) * 24, "qk": 2 * (2 * 24 * 24 + 2 * 24),
-                             "vo": 2 * (2 * 24 * 24 + 2 * 24), "ffn": 2 * (2 * 24 * 96 + 96 + 24),
-                             "norm": 2 * per_layer_norm + 48}
+    assert counts(model) == {
+        "embedding": (VOCABULARY + 32) * 24,
+        "qk": 2 * (2 * 24 * 24 + 2 * 24),
+        "vo": 2 * (2 * 24 * 24 + 2 * 24),
+        "ffn": 2 * (2 * 24 * 96 + 96 + 24),
+        "norm": 2 * per_layer_norm + 48,
+    }
     layout = map_blocks(model)["transformer.h.0.attn.c_attn.weight"]
     assert layout.transposed
     assert [(a, b, piece.block.value, piece.unit) for a, b, piece in layout.spans()] == [
-        (0, 24, "qk", 6), (24, 48, "qk", 6), (48, 72, "vo", 1)]
+        (0, 24, "qk", 6),
+        (24, 48, "qk", 6),
+        (48, 72, "vo", 1),
+    ]
 
 
 def test_gpt_neox_rows_per_head():
     layout = map_blocks(gpt_neox())["gpt_neox.layers.1.attention.query_key_value.weight"]
     assert [(a, b, piece.role) for a, b, piece in layout.spans()[:4]] == [
-        (0, 8, "q"), (8, 16, "k"), (16, 24, "v"), (24, 32, "q")]
+        (0, 8, "q"),
+        (8, 16, "k"),
+        (16, 24, "v"),
+        (24, 32, "q"),
+    ]
     assert len(layout.spans()) == 12 and not layout.transposed
 
 
@@ -82,8 +99,13 @@ def test_unknown_names_stop_with_the_rule_to_add():
     model.mystery = nn.Linear(3, 5)
     with pytest.raises(UnmappedParameterError) as error:
         map_blocks(model)
-    for words in ("mystery.weight", "(5, 3)", "1 more: mystery.bias", "nearest rule",
-                  '{"match": "*.mystery.*", "block": "ffn"}'):
+    for words in (
+        "mystery.weight",
+        "(5, 3)",
+        "1 more: mystery.bias",
+        "nearest rule",
+        '{"match": "*.mystery.*", "block": "ffn"}',
+    ):
         assert words in str(error.value)
     rules = [{"match": "*.mystery.*", "block": "ffn"}]
     assert map_blocks(model, rules=rules)["mystery.bias"].blocks == (BlockType.FFN,)

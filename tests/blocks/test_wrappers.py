@@ -1,15 +1,19 @@
 """Names that PEFT's adapters and DDP make (torch.compile: test_map_blocks.py)."""
+
 import pytest
 import torch
-
-from blockwise_lr import map_blocks
 from ranks import pool
 from twins import gpt2, llama, make
 
+from blockwise_lr import map_blocks
+
 
 def blocks(block_map, part):
-    return {name.rpartition(part)[2]: tuple(str(b) for b in layout.blocks) for name, layout in block_map.items()
-            if part in name}
+    return {
+        name.rpartition(part)[2]: tuple(str(b) for b in layout.blocks)
+        for name, layout in block_map.items()
+        if part in name
+    }
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -18,12 +22,19 @@ def test_low_rank_adapters_are_the_block_of_their_weight():
     config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"], fan_in_fan_out=True)
     block_map = map_blocks(peft.get_peft_model(gpt2(), config))
     assert blocks(block_map, "h.0.") == {
-        "attn.c_attn.lora_A.default.weight": ("vo",), "attn.c_attn.lora_B.default.weight": ("qk", "vo"),
-        "attn.c_proj.lora_A.default.weight": ("vo",), "attn.c_proj.lora_B.default.weight": ("vo",),
-        "mlp.c_proj.lora_A.default.weight": ("ffn",), "mlp.c_proj.lora_B.default.weight": ("ffn",)}
+        "attn.c_attn.lora_A.default.weight": ("vo",),
+        "attn.c_attn.lora_B.default.weight": ("qk", "vo"),
+        "attn.c_proj.lora_A.default.weight": ("vo",),
+        "attn.c_proj.lora_B.default.weight": ("vo",),
+        "mlp.c_proj.lora_A.default.weight": ("ffn",),
+        "mlp.c_proj.lora_B.default.weight": ("ffn",),
+    }
     fused = next(layout for name, layout in block_map.items() if "h.0.attn.c_attn.lora_B" in name)
     assert not fused.transposed and [(a, b, p.role) for a, b, p in fused.spans()] == [
-        (0, 24, "q"), (24, 48, "k"), (48, 72, "v")]
+        (0, 24, "q"),
+        (24, 48, "k"),
+        (48, 72, "v"),
+    ]
     assert {str(b) for name in block_map if "ln_f" in name for b in block_map[name].blocks} == {"norm"}
 
 

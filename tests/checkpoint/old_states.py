@@ -3,6 +3,7 @@
 ``python tests/checkpoint/old_states.py FILE`` trains a small model with both optimizers and the paper's schedule, and keeps
 weights and states in the middle and the weights at the end. Later versions must go on from the middle to the same end.
 """
+
 from __future__ import annotations
 
 import copy
@@ -22,8 +23,11 @@ MIDDLE, END = 6, 10
 def build(kind: str) -> tuple[torch.nn.Module, Any, Any]:
     """Model, optimizer and schedule."""
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8,
-                                                                 bos_token_id=None, eos_token_id=None))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=None, eos_token_id=None
+        )
+    )
     optimizer = KINDS[kind](model.named_parameters(), lr=2e-3, block_map=map_blocks(model), kernel="reference")
     return model, optimizer, BlockwiseWarmupCosine(optimizer, 12, 3)
 
@@ -42,8 +46,11 @@ def saved(kind: str) -> dict[str, Any]:
     """States in the middle of a run, and its end."""
     model, optimizer, schedule = build(kind)
     train(model, optimizer, schedule, range(MIDDLE))
-    found = {"model": copy.deepcopy(model.state_dict()), "optimizer": copy.deepcopy(optimizer.state_dict()),
-             "schedule": schedule.state_dict()}
+    found = {
+        "model": copy.deepcopy(model.state_dict()),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "schedule": schedule.state_dict(),
+    }
     train(model, optimizer, schedule, range(MIDDLE, END))
     return {**found, "end": model.state_dict()}
 

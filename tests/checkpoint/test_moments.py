@@ -1,17 +1,19 @@
 """Second moments per segment to elements and back: exact, and averaged as written out by hand."""
+
 import pytest
 import torch
+from twins import MODELS, make
 
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 from blockwise_lr.checkpoint import MismatchError
-from blockwise_lr.checkpoint.moments import gather, means, segment_sums, spread
-from twins import MODELS, make
+from blockwise_lr.checkpoint.moments import expand_segments, segment_means, segment_sums, take_segments
 
 
 def optimizer_for(kind, **settings):
     model = make(kind)
-    return model, BlockwiseAdamMini(model.named_parameters(), block_map=map_blocks(model), kernel="reference",
-                                    **settings)
+    return model, BlockwiseAdamMini(
+        model.named_parameters(), block_map=map_blocks(model), kernel="reference", **settings
+    )
 
 
 @pytest.mark.parametrize("bias_segments", ["element", "vector"])
@@ -21,11 +23,14 @@ def test_there_and_back_is_exact(kind, bias_segments):
     for p in model.parameters():
         plan = optimizer.plan_of(p)
         moments = torch.rand(plan.slots)
-        elements = spread(moments, plan)
-        assert torch.equal(gather(elements, plan), moments)
+        elements = expand_segments(moments, plan)
+        assert torch.equal(take_segments(elements, plan), moments)
         assert len(elements.unique()) == len(moments.unique())  # every segment has elements, and no element is left out
-        assert torch.equal(means(segment_sums(elements, plan), plan, plan.whole)
-                           + means(segment_sums(elements, plan), plan, plan.cut), moments)
+        assert torch.equal(
+            segment_means(segment_sums(elements, plan), plan, plan.local)
+            + segment_means(segment_sums(elements, plan), plan, plan.shared),
+            moments,
+        )
 
 
 def averaged(kind, name, value):
@@ -33,7 +38,9 @@ def averaged(kind, name, value):
     parameter = model.get_parameter(name)
     plan = optimizer.plan_of(parameter)
     sums = segment_sums(value.reshape(-1), plan)
-    return spread(means(sums, plan, plan.whole) + means(sums, plan, plan.cut), plan).view_as(value)
+    return expand_segments(
+        segment_means(sums, plan, plan.local) + segment_means(sums, plan, plan.shared), plan
+    ).view_as(value)
 
 
 def test_means_of_gpt2s_fused_columns():
@@ -86,4 +93,6 @@ def test_a_segment_shaped_state_continues_as_adamw():
     for before, after in zip(mini.param_groups[0]["params"], adamw.param_groups[0]["params"]):
         elements = adamw.state[after]["exp_avg_sq"]
         assert elements.shape == after.shape
-        assert torch.equal(elements.reshape(-1), spread(mini.state[before]["exp_avg_sq"], mini.plan_of(before)))
+        assert torch.equal(
+            elements.reshape(-1), expand_segments(mini.state[before]["exp_avg_sq"], mini.plan_of(before))
+        )

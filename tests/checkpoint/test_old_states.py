@@ -1,4 +1,5 @@
 """States that earlier versions saved are loaded and go on to the end they had there."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,5 @@
 """The ready configs: taken by DeepSpeed's own config class and Megatron's own parser, and every parameter mapped."""
+
 import argparse
 import json
 from pathlib import Path
@@ -14,8 +15,17 @@ MODELS = sorted(CONFIGS.glob("models/*.json"))
 DEEPSPEED = sorted(CONFIGS.glob("deepspeed/*.json"))
 MEGATRON = sorted(CONFIGS.glob("megatron/*.args"))
 # parameters in units of 1e9, from the name of the file or the model's report
-SIZES = {"gpt2-124m": 0.124, "llama-0.13b": 0.134, "llama-0.25b": 0.237, "llama-0.5b": 0.522, "llama-1.1b": 1.175,
-         "llama-2b": 2.05, "llama-3-8b": 8.03, "llama-3-70b": 70.6, "mixtral-8x7b": 46.7}
+SIZES = {
+    "gpt2-124m": 0.124,
+    "llama-0.13b": 0.134,
+    "llama-0.25b": 0.237,
+    "llama-0.5b": 0.522,
+    "llama-1.1b": 1.175,
+    "llama-2b": 2.05,
+    "llama-3-8b": 8.03,
+    "llama-3-70b": 70.6,
+    "mixtral-8x7b": 46.7,
+}
 PAPER = {block.value: ratio for block, ratio in PAPER_RATIOS.items()}
 
 
@@ -62,7 +72,8 @@ def test_megatron_files_agree_with_the_other_two(path):
     assert int(value["--num-layers"]) == model.get("num_hidden_layers", model.get("n_layer"))
     assert int(value["--num-attention-heads"]) == model.get("num_attention_heads", model.get("n_head"))
     assert int(value.get("--num-query-groups", value["--num-attention-heads"])) == model.get(
-        "num_key_value_heads", model.get("n_head"))
+        "num_key_value_heads", model.get("n_head")
+    )
     settings = json.loads(next(CONFIGS.glob(f"deepspeed/{path.stem}.zero*.json")).read_text())
     optimizer, schedule = settings["optimizer"]["params"], settings["scheduler"]["params"]
     assert float(value["--lr"]) == optimizer["lr"] and float(value["--min-lr"]) == optimizer["min_lr"]
@@ -70,7 +81,7 @@ def test_megatron_files_agree_with_the_other_two(path):
     assert int(value["--lr-warmup-iters"]) == schedule["warmup_num_steps"]
     assert int(value["--global-batch-size"]) == settings["train_batch_size"]
     start = words.index("--block-lr-ratios") + 1
-    ratios = dict(word.split("=") for word in words[start:start + len(PAPER)])
+    ratios = dict(word.split("=") for word in words[start : start + len(PAPER)])
     assert {block: float(ratio) for block, ratio in ratios.items()} == PAPER
 
 

@@ -3,6 +3,7 @@
 What every start would do first, importing, building and loading, is done here at import, so that a start takes half a
 second.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -17,10 +18,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.comm.torch import build_shm_op
-
-import blockwise_lr.deepspeed
 from deepspeed_door.engines import start, train
 from twins import make
+
+import blockwise_lr.deepspeed
 
 MODEL, SAVE_EVERY = "llama", 2
 make(MODEL)
@@ -31,8 +32,14 @@ def join(rank: int, ranks: int, port: int, seconds: float) -> None:
     """Joins the other ranks; collectives give up after so many seconds."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the server, and so the test run
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=seconds))
 
 
@@ -58,8 +65,9 @@ def run(rank: int, ranks: int, port: int, events: Any, folder: str, settings: di
     dist.destroy_process_group()
 
 
-def fail_before_the_first_step(rank: int, ranks: int, port: int, events: Any, settings: dict, how: str,
-                               seconds: float) -> None:
+def fail_before_the_first_step(
+    rank: int, ranks: int, port: int, events: Any, settings: dict, how: str, seconds: float
+) -> None:
     """Rank 1 alone is misconfigured, dies, or builds its engine and falls silent; the others go on.
 
     Sends (name of the error, its text), or ("trained", "").

@@ -1,4 +1,5 @@
 """Trains the small models through real DeepSpeed engines; runs in the rank processes."""
+
 from __future__ import annotations
 
 import logging
@@ -6,8 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from twins import REFERENCES, RATIOS, Twin, make, paper_lr, token_ids
+from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids
 
 LR, MIN_LR, WARMUP, DECAY, BETAS, CLIP, ACCUMULATION = 2e-3, 1e-4, 3, 0.1, (0.9, 0.95), 0.5, 2
 # Key biases have no gradient but rounding noise (softmax ignores what is the same for all keys), which Adam with a tiny
@@ -15,16 +15,42 @@ LR, MIN_LR, WARMUP, DECAY, BETAS, CLIP, ACCUMULATION = 2e-3, 1e-4, 3, 0.1, (0.9,
 EPS = 1e-5
 
 
-def config(kind: str, stage: int, *, dtype: str = "fp32", optimizer: dict | None = None, zero: dict | None = None,
-           steps: int = 10, scheduler: dict | None = None, **top: Any) -> dict:
+def config(
+    kind: str,
+    stage: int,
+    *,
+    dtype: str = "fp32",
+    optimizer: dict | None = None,
+    zero: dict | None = None,
+    steps: int = 10,
+    scheduler: dict | None = None,
+    **top: Any,
+) -> dict:
     """A ds_config with gradient clipping and accumulation."""
-    entry = {"type": kind, "params": {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY,
-                                      "kernel": "reference", **(optimizer or {})}}
-    schedule = {"type": "BlockwiseWarmupCosine",
-                "params": {"total_num_steps": steps, "warmup_num_steps": WARMUP, "min_lr": MIN_LR}}
-    made = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": ACCUMULATION,
-            "gradient_clipping": CLIP, "optimizer": entry, "scheduler": scheduler or schedule,
-            "zero_optimization": {"stage": stage, **(zero or {})}, **top}
+    entry = {
+        "type": kind,
+        "params": {
+            "lr": LR,
+            "betas": list(BETAS),
+            "eps": EPS,
+            "weight_decay": DECAY,
+            "kernel": "reference",
+            **(optimizer or {}),
+        },
+    }
+    schedule = {
+        "type": "BlockwiseWarmupCosine",
+        "params": {"total_num_steps": steps, "warmup_num_steps": WARMUP, "min_lr": MIN_LR},
+    }
+    made = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "optimizer": entry,
+        "scheduler": scheduler or schedule,
+        "zero_optimization": {"stage": stage, **(zero or {})},
+        **top,
+    }
     if dtype != "fp32":
         made[dtype] = {"enabled": True, **({"initial_scale_power": 8} if dtype == "fp16" else {}), **top.get(dtype, {})}
     return made
@@ -33,6 +59,7 @@ def config(kind: str, stage: int, *, dtype: str = "fp32", optimizer: dict | None
 def start(model: torch.nn.Module, settings: dict, **arguments: Any) -> Any:
     """deepspeed.initialize, quietly."""
     import deepspeed
+
     import blockwise_lr.deepspeed  # noqa: F401  the one line a user adds
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
@@ -73,8 +100,16 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def reference(model_kind: str, kind: str, steps: int, ranks: int, *, dtype: torch.dtype = torch.float32,
-              ratios: dict[str, float] = RATIOS, decay: float = DECAY) -> dict[str, torch.Tensor]:
+def reference(
+    model_kind: str,
+    kind: str,
+    steps: int,
+    ranks: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ratios: dict[str, float] = RATIOS,
+    decay: float = DECAY,
+) -> dict[str, torch.Tensor]:
     """The weights of the unfused twin after the same steps in one process."""
     twin = Twin(model_kind, make(model_kind))
     optimizer = REFERENCES[kind](twin, BETAS, EPS, decay, ratios)

@@ -1,8 +1,8 @@
 """Ranks that would not train alike are refused on every rank with one sentence, before anything hangs."""
+
 import pytest
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import LR, config, start
 from ranks import pool
 from twins import make
@@ -27,7 +27,7 @@ def on_one_rank(kind, stage, change):
         arguments["optimizer"] = our_object(model, block_lr_ratios={"qk": 7.0 if odd else 8.0})
     elif change == "functions":
         settings.pop("optimizer"), settings.pop("scheduler")
-        arguments["optimizer"] = lambda params: (torch.optim.AdamW(params, lr=LR) if odd else our_object(model))
+        arguments["optimizer"] = lambda params: torch.optim.AdamW(params, lr=LR) if odd else our_object(model)
     elif change == "generators":
         arguments["model_parameters"] = (p for p in model.parameters() if p.dim() > 1 or not odd)
     elif change == "group settings":
@@ -77,33 +77,54 @@ def on_one_rank(kind, stage, change):
     start(model, settings, **arguments)
 
 
-@pytest.mark.parametrize("kind, stage, change, words", [
-    (ADAMW, 2, "ratios", ["optimizer.params.block_lr_ratios is unset on rank 0 and", '"qk": 2.0', "on rank 1"]),
-    (MINI, 1, "betas", ["optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.9, 0.99] on rank 1"]),
-    (ADAMW, 0, "weight_decay", ["optimizer.params.weight_decay is 0.1 on rank 0 and 0.3 on rank 1"]),
-    (MINI, 3, "lr", ["optimizer.params.lr is 0.002 on rank 0 and 0.0001 on rank 1"]),
-    (ADAMW, 1, "class", ["the optimizer is BlockwiseAdamW of the ds_config on rank 0 and BlockwiseAdamMini"]),
-    (ADAMW, 1, "deepspeed's AdamW", ["BlockwiseAdamW of the ds_config on rank 0 and adamw of the ds_config on rank 1"]),
-    (MINI, 2, "object", ["BlockwiseAdamMini of the ds_config on rank 0 and an object of class AdamW on rank 1"]),
-    (MINI, 2, "unknown class", ["BlockwiseAdamX of the ds_config on rank 1"]),
-    (ADAMW, 1, "objects", ["block_lr_ratios of param group 0", '"qk": 8.0', '"qk": 7.0']),
-    (ADAMW, 1, "functions", ["the optimizer is of class BlockwiseAdamW on rank 0 and of class AdamW on rank 1"]),
-    (ADAMW, 2, "generators", ["the parameters of param group 0 is 21 parameters", "16 parameters", "same param groups"]),
-    (ADAMW, 2, "group settings", ["weight_decay of param group 0 is 0.1 on rank 0 and 0.2 on rank 1"]),
-    (ADAMW, 1, "scheduler", ['scheduler.type is "BlockwiseWarmupCosine" on rank 0 and "WarmupLR" on rank 1']),
-    (ADAMW, 1, "scheduler params", ["scheduler.params.warmup_num_steps is 3.0 on rank 0 and 5.0 on rank 1"]),
-    (ADAMW, 1, "no scheduler", ['scheduler.type is "BlockwiseWarmupCosine" on rank 0 and null on rank 1']),
-    (ADAMW, 1, "clipping", ["gradient_clipping is 0.5 on rank 0 and 2.0 on rank 1"]),
-    (ADAMW, 1, "stage", ["zero_optimization.stage is 1.0 on rank 0 and 2.0 on rank 1"]),
-    (ADAMW, 1, "nvme", ["offload_optimizer to nvme"]),
-    (ADAMW, 2, "frozen", ["parameter 15 of the model is model.layers.1.mlp.up_proj.weight (44, 32) float32, trained on "
-                          "rank 0", "frozen on rank 1", "before deepspeed.initialize"]),
-    (MINI, 3, "dtype", ["model.norm.weight (32,) float32, trained on rank 0", "bfloat16, trained on rank 1"]),
-    (ADAMW, 1, "shape", ["up_proj.weight (44, 32) float32, trained on rank 0 and", "(40, 32)"]),
-    (ADAMW, 0, "name", ["up_proj.weight", "is model.layers.0.mlp"]),
-    (MINI, 3, "order", ["parameter 5 of the model is model.layers.0.mlp.gate_proj.weight", "up_proj.weight"]),
-    (ADAMW, 2, "layers", ["parameter 10 of the model is model.layers.1.self_attn.q_proj.weight", "on rank 1"]),
-])
+@pytest.mark.parametrize(
+    "kind, stage, change, words",
+    [
+        (ADAMW, 2, "ratios", ["optimizer.params.block_lr_ratios is unset on rank 0 and", '"qk": 2.0', "on rank 1"]),
+        (MINI, 1, "betas", ["optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.9, 0.99] on rank 1"]),
+        (ADAMW, 0, "weight_decay", ["optimizer.params.weight_decay is 0.1 on rank 0 and 0.3 on rank 1"]),
+        (MINI, 3, "lr", ["optimizer.params.lr is 0.002 on rank 0 and 0.0001 on rank 1"]),
+        (ADAMW, 1, "class", ["the optimizer is BlockwiseAdamW of the ds_config on rank 0 and BlockwiseAdamMini"]),
+        (
+            ADAMW,
+            1,
+            "deepspeed's AdamW",
+            ["BlockwiseAdamW of the ds_config on rank 0 and adamw of the ds_config on rank 1"],
+        ),
+        (MINI, 2, "object", ["BlockwiseAdamMini of the ds_config on rank 0 and an object of class AdamW on rank 1"]),
+        (MINI, 2, "unknown class", ["BlockwiseAdamX of the ds_config on rank 1"]),
+        (ADAMW, 1, "objects", ["block_lr_ratios of param group 0", '"qk": 8.0', '"qk": 7.0']),
+        (ADAMW, 1, "functions", ["the optimizer is of class BlockwiseAdamW on rank 0 and of class AdamW on rank 1"]),
+        (
+            ADAMW,
+            2,
+            "generators",
+            ["the parameters of param group 0 is 21 parameters", "16 parameters", "same param groups"],
+        ),
+        (ADAMW, 2, "group settings", ["weight_decay of param group 0 is 0.1 on rank 0 and 0.2 on rank 1"]),
+        (ADAMW, 1, "scheduler", ['scheduler.type is "BlockwiseWarmupCosine" on rank 0 and "WarmupLR" on rank 1']),
+        (ADAMW, 1, "scheduler params", ["scheduler.params.warmup_num_steps is 3.0 on rank 0 and 5.0 on rank 1"]),
+        (ADAMW, 1, "no scheduler", ['scheduler.type is "BlockwiseWarmupCosine" on rank 0 and null on rank 1']),
+        (ADAMW, 1, "clipping", ["gradient_clipping is 0.5 on rank 0 and 2.0 on rank 1"]),
+        (ADAMW, 1, "stage", ["zero_optimization.stage is 1.0 on rank 0 and 2.0 on rank 1"]),
+        (ADAMW, 1, "nvme", ["offload_optimizer to nvme"]),
+        (
+            ADAMW,
+            2,
+            "frozen",
+            [
+                "parameter 15 of the model is model.layers.1.mlp.up_proj.weight (44, 32) float32, trained on rank 0",
+                "frozen on rank 1",
+                "before deepspeed.initialize",
+            ],
+        ),
+        (MINI, 3, "dtype", ["model.norm.weight (32,) float32, trained on rank 0", "bfloat16, trained on rank 1"]),
+        (ADAMW, 1, "shape", ["up_proj.weight (44, 32) float32, trained on rank 0 and", "(40, 32)"]),
+        (ADAMW, 0, "name", ["up_proj.weight", "is model.layers.0.mlp"]),
+        (MINI, 3, "order", ["parameter 5 of the model is model.layers.0.mlp.gate_proj.weight", "up_proj.weight"]),
+        (ADAMW, 2, "layers", ["parameter 10 of the model is model.layers.1.self_attn.q_proj.weight", "on rank 1"]),
+    ],
+)
 def test_a_rank_that_differs_is_refused_on_every_rank(kind, stage, change, words):
     errors = pool(2).run(on_one_rank, kind, stage, change, errors=True)
     assert len({str(error) for error in errors}) == 1
@@ -119,6 +140,7 @@ def test_ranks_are_named_in_ranges():
 
 def scheduler_errors(kind):
     """A client's scheduler function that fails on the last rank."""
+
     def make_scheduler(optimizer):
         if dist.get_rank() == dist.get_world_size() - 1:
             raise KeyError("no such milestone")

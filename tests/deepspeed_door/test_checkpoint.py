@@ -1,10 +1,10 @@
 """Saving and loading through DeepSpeed: to the bit on the same layout, at any other through universal checkpoints."""
+
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import make, worst_difference
@@ -35,6 +35,7 @@ def resumed(kind, model, stage, options, folder, universal=False):
 
     if options.get("dtype") == "fp16":
         from deepspeed.accelerator import get_accelerator
+
         get_accelerator().is_fp16_supported = lambda: True  # torch computes in half on any CPU; DeepSpeed asks for AMX
     engine = start(make(model), config(kind, stage, steps=TOTAL, **options))
     train(engine, 3)
@@ -55,30 +56,33 @@ def resumed(kind, model, stage, options, folder, universal=False):
     return wanted, found, all(torch.equal(wanted_weights[name], found_weights[name]) for name in wanted_weights), scales
 
 
-@pytest.mark.parametrize("kind, model, stage, ranks, options, universal", [
-    (ADAMW, "gpt2", 0, 2, {}, False),
-    (MINI, "llama", 0, 2, {}, False),
-    (MINI, "gpt2", 0, 2, {"dtype": "bf16"}, False),
-    (ADAMW, "gpt2", 1, 2, {"dtype": "bf16"}, False),
-    (MINI, "gpt_neox", 1, 2, {}, False),
-    (MINI, "llama", 1, 2, BF16_OPTIMIZER, False),
-    (ADAMW, "gpt2", 1, 2, BF16_OPTIMIZER, True),
-    (MINI, "llama", 2, 2, FP16, False),
-    (MINI, "gpt2", 2, 2, FP16, True),
-    (MINI, "llama_tied", 2, 3, {}, False),
-    (MINI, "gpt2", 2, 2, {"zero": OFFLOAD}, False),
-    (ADAMW, "gpt_neox", 3, 2, {"zero": OFFLOAD}, False),
-    (MINI, "gpt2", 3, 3, {}, False),
-    (MINI, "llama", 3, 2, {"zero": SUB_GROUPS, "dtype": "bf16"}, False),
-    (ADAMW, "llama", 3, 2, FP16, True),
-])
+@pytest.mark.parametrize(
+    "kind, model, stage, ranks, options, universal",
+    [
+        (ADAMW, "gpt2", 0, 2, {}, False),
+        (MINI, "llama", 0, 2, {}, False),
+        (MINI, "gpt2", 0, 2, {"dtype": "bf16"}, False),
+        (ADAMW, "gpt2", 1, 2, {"dtype": "bf16"}, False),
+        (MINI, "gpt_neox", 1, 2, {}, False),
+        (MINI, "llama", 1, 2, BF16_OPTIMIZER, False),
+        (ADAMW, "gpt2", 1, 2, BF16_OPTIMIZER, True),
+        (MINI, "llama", 2, 2, FP16, False),
+        (MINI, "gpt2", 2, 2, FP16, True),
+        (MINI, "llama_tied", 2, 3, {}, False),
+        (MINI, "gpt2", 2, 2, {"zero": OFFLOAD}, False),
+        (ADAMW, "gpt_neox", 3, 2, {"zero": OFFLOAD}, False),
+        (MINI, "gpt2", 3, 3, {}, False),
+        (MINI, "llama", 3, 2, {"zero": SUB_GROUPS, "dtype": "bf16"}, False),
+        (ADAMW, "llama", 3, 2, FP16, True),
+    ],
+)
 def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, universal, tmp_path):
     for wanted, found, equal, scales in pool(ranks).run(resumed, kind, model, stage, options, str(tmp_path), universal):
         assert wanted == found
         assert equal
         assert scales[0] == scales[1]
         if options is FP16:
-            assert scales[0]["cur_scale"] > 2 ** 8 and scales[0]["cur_iter"] == 3
+            assert scales[0]["cur_scale"] > 2**8 and scales[0]["cur_iter"] == 3
 
 
 # ---- other layouts
@@ -126,17 +130,20 @@ def saving(options, ranks):
     return {**options, "gradient_accumulation_steps": SEQUENCES // ranks}
 
 
-@pytest.mark.parametrize("kind, model, source, ranks, target, new_ranks, options", [
-    (MINI, "llama", 1, 4, 1, 2, {}),
-    (MINI, "gpt2", 2, 4, 2, 3, {}),
-    (ADAMW, "gpt_neox", 1, 4, 1, 3, {}),
-    (ADAMW, "gpt2", 2, 4, 1, 2, {}),
-    (MINI, "gpt2", 1, 2, 3, 2, {}),
-    (ADAMW, "llama", 1, 2, 3, 3, {"zero": SUB_GROUPS}),
-    (MINI, "llama", 3, 4, 3, 2, {"zero": SUB_GROUPS}),
-    (MINI, "gpt_neox", 3, 3, 1, 2, {}),
-    (MINI, "llama_tied", 3, 2, 2, 4, {"zero": OFFLOAD}),
-])
+@pytest.mark.parametrize(
+    "kind, model, source, ranks, target, new_ranks, options",
+    [
+        (MINI, "llama", 1, 4, 1, 2, {}),
+        (MINI, "gpt2", 2, 4, 2, 3, {}),
+        (ADAMW, "gpt_neox", 1, 4, 1, 3, {}),
+        (ADAMW, "gpt2", 2, 4, 1, 2, {}),
+        (MINI, "gpt2", 1, 2, 3, 2, {}),
+        (ADAMW, "llama", 1, 2, 3, 3, {"zero": SUB_GROUPS}),
+        (MINI, "llama", 3, 4, 3, 2, {"zero": SUB_GROUPS}),
+        (MINI, "gpt_neox", 3, 3, 1, 2, {}),
+        (MINI, "llama_tied", 3, 2, 2, 4, {"zero": OFFLOAD}),
+    ],
+)
 def test_universal_checkpoints_continue_anywhere(kind, model, source, ranks, target, new_ranks, options, tmp_path):
     from blockwise_lr.deepspeed.universal import convert
 
@@ -196,13 +203,22 @@ def pipeline(kind, stage, seed):
 
     torch.manual_seed(seed)
     module = PipelineModule(
-        [TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16), LayerSpec(Layer), LayerSpec(Layer),
-         TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16, forward_fn=lambda layer, x: x @ layer.weight.T)],
-        num_stages=2, partition_method="uniform",
-        loss_fn=lambda out, ids: torch.nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten()))
+        [
+            TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16),
+            LayerSpec(Layer),
+            LayerSpec(Layer),
+            TiedLayerSpec("embed_tokens", torch.nn.Embedding, 61, 16, forward_fn=lambda layer, x: x @ layer.weight.T),
+        ],
+        num_stages=2,
+        partition_method="uniform",
+        loss_fn=lambda out, ids: torch.nn.functional.cross_entropy(out.flatten(0, 1), ids.flatten()),
+    )
     rules = [{"match": "*_proj*", "block": "ffn"}]
-    return start(module, config(kind, stage, steps=TOTAL, optimizer={"block_rules": rules}),
-                 model_parameters=list(module.parameters()))
+    return start(
+        module,
+        config(kind, stage, steps=TOTAL, optimizer={"block_rules": rules}),
+        model_parameters=list(module.parameters()),
+    )
 
 
 def pipeline_resumed(kind, stage, folder):
@@ -212,7 +228,7 @@ def pipeline_resumed(kind, stage, folder):
     ids = torch.randint(0, 61, (TOTAL, 2, 2, 6), generator=torch.Generator().manual_seed(1))
 
     def go_on(engine, first, steps):
-        batches = iter([(part, part) for step in ids[first:first + steps] for part in step])
+        batches = iter([(part, part) for step in ids[first : first + steps] for part in step])
         return [float(engine.train_batch(batches)) for _ in range(steps)]
 
     found = []

@@ -1,4 +1,5 @@
 """Killed at random points, mid-step and mid-save, a run goes on from its newest complete checkpoint to the bit."""
+
 import hashlib
 import json
 import random
@@ -8,14 +9,13 @@ import statistics
 import time
 from collections import Counter
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import pytest
+import ranks
+from deepspeed_door.engines import config
 
 from blockwise_lr.checkpoint import Manifest, newest_complete, verify
-from blockwise_lr.checkpoint.survey import survey
-from deepspeed_door.engines import config
-import ranks
+from blockwise_lr.checkpoint.survey import scan_checkpoints
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 RANKS, STEPS, KILLS_EACH, SEED = 2, 12, 5, 20260
@@ -91,8 +91,11 @@ def losses(folder):
 
 def files(folder):
     """Path -> SHA-256 of the files in a folder's complete checkpoints."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for tag in survey(folder).tags
-            for path in (folder / tag).iterdir()}
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for tag in scan_checkpoints(folder).tags
+        for path in (folder / tag).iterdir()
+    }
 
 
 def uninterrupted(server, folder, settings):
@@ -103,8 +106,10 @@ def uninterrupted(server, folder, settings):
     whole = Run(server, run, str(folder), settings, STEPS)
     assert whole.end() == [0, 0]
     events = whole.events[0]
-    seconds = {kind: statistics.median(after[2] - before[2] for before, after in zip(events, events[1:])
-                                       if before[0] == kind) for kind in ("step", "save")}
+    seconds = {
+        kind: statistics.median(after[2] - before[2] for before, after in zip(events, events[1:]) if before[0] == kind)
+        for kind in ("step", "save")
+    }
     found = losses(folder)
     assert len(found) == RANKS * STEPS and all(len(values) == 1 for values in found.values())
     return found, seconds
@@ -128,10 +133,10 @@ def start_and_kill(server, folder, settings, victim, kind, count, delay):
     assert started.events[victim][0][1] == (Manifest.read(folder / newest).steps if newest else 0)
     after = files(folder)
     assert {path: after.get(path) for path in before} == before  # what was complete is as it was
-    for tag in survey(folder).tags:
+    for tag in scan_checkpoints(folder).tags:
         verify(folder / tag)
     latest = folder / "latest"
-    assert not latest.exists() or latest.read_text() in survey(folder).tags
+    assert not latest.exists() or latest.read_text() in scan_checkpoints(folder).tags
     return started.events[victim][-1] if codes[victim] == -signal.SIGKILL else None
 
 
@@ -148,8 +153,9 @@ def test_twenty_kills_change_no_bit(server, tmp_path):
                 folder = tmp_path / f"killed-{number}-{kills}"
                 folder.mkdir()
             kind = ("save", "step")[kills % 2]
-            plan = dict(victim=rng.randrange(RANKS), kind=kind, count=rng.choice([1, 2]),
-                        delay=rng.uniform(0, seconds[kind]))
+            plan = dict(
+                victim=rng.randrange(RANKS), kind=kind, count=rng.choice([1, 2]), delay=rng.uniform(0, seconds[kind])
+            )
             print(f"{name}: {plan}")
             last = start_and_kill(server, folder, settings, **plan)
             if last is None:  # it was through: from the beginning again
@@ -158,7 +164,9 @@ def test_twenty_kills_change_no_bit(server, tmp_path):
             kills += 1
             tag = f"global_step{last[1] + 1}"
             landed[last[0]] += 1
-            landed["incomplete"] += last[0] == "save" and (folder / tag).exists() and tag not in survey(folder).tags
+            landed["incomplete"] += (
+                last[0] == "save" and (folder / tag).exists() and tag not in scan_checkpoints(folder).tags
+            )
             assert losses(folder).items() <= wanted.items()
         assert Run(server, run, str(folder), settings, STEPS).end() == [0, 0]
         assert losses(folder) == wanted
@@ -172,10 +180,10 @@ def test_a_rank_that_fails_before_the_first_step_leaves_none_hanging(how, server
 
     started, seconds = Run(server, fail_before_the_first_step, config(MINI, 2), how, SECONDS), SECONDS + 15
     started.wait_for(0, "error", 1, seconds)
-    (name, message), = started.events[0]
+    ((name, message),) = started.events[0]
     assert name != "trained"
     if how == "misconfigured":
-        assert "block_lr_ratios is unset on rank 0 and {\"qk\": -1.0} on rank 1" in message
+        assert 'block_lr_ratios is unset on rank 0 and {"qk": -1.0} on rank 1' in message
     if how == "silent":
         assert f"{1000 * SECONDS}ms" in message
     started.processes[0].join(seconds)

@@ -1,4 +1,5 @@
 """Damaged, incomplete, exchanged and newer checkpoint files: one clear error on every rank, and nothing is touched."""
+
 import hashlib
 import json
 import os
@@ -9,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-from blockwise_lr.checkpoint import CheckpointError, newest_complete, verify
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import make
+
+from blockwise_lr.checkpoint import CheckpointError, newest_complete, verify
 
 KIND, TOTAL = "BlockwiseAdamMini", 10
 
@@ -55,8 +56,9 @@ def folder(original, tmp_path):
 
 
 def contents(folder):
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*"))
-            if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 SHARD_0, SHARD_1 = (f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))
@@ -88,8 +90,9 @@ def remove(tag):
 
 
 def leave_incomplete(tag):
-    from blockwise_lr.checkpoint.manifest import begin
-    begin(tag)
+    from blockwise_lr.checkpoint.manifest import mark_incomplete
+
+    mark_incomplete(tag)
 
 
 def edit_the_manifest(tag):
@@ -102,16 +105,19 @@ def make_newer(tag):
     (tag / "blockwise_lr.json").write_text(json.dumps({**content, "format": 99}))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (truncate, [SHARD_1, "was saved with"]),
-    (flip_a_bit, [MODEL, "other contents than were saved"]),
-    (exchange, [SHARD_0]),
-    (take_from_another_step, [SHARD_0, "other contents"]),
-    (remove, [f"{SHARD_0} is missing"]),
-    (leave_incomplete, ["is incomplete", "did not finish"]),
-    (edit_the_manifest, ["blockwise_lr.json is damaged", "load another checkpoint"]),
-    (make_newer, ["format 99", "install the version that wrote it"]),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (truncate, [SHARD_1, "was saved with"]),
+        (flip_a_bit, [MODEL, "other contents than were saved"]),
+        (exchange, [SHARD_0]),
+        (take_from_another_step, [SHARD_0, "other contents"]),
+        (remove, [f"{SHARD_0} is missing"]),
+        (leave_incomplete, ["is incomplete", "did not finish"]),
+        (edit_the_manifest, ["blockwise_lr.json is damaged", "load another checkpoint"]),
+        (make_newer, ["format 99", "install the version that wrote it"]),
+    ],
+)
 def test_damage_is_refused_on_every_rank(damage, words, folder):
     damage(folder / "global_step2")
     before = contents(folder)
@@ -304,8 +310,9 @@ def test_shards_that_overwrite_each_other_are_not_saved():
     from blockwise_lr.checkpoint.manifest import Layout
     from blockwise_lr.deepspeed.checkpoint import _joined_layouts
 
-    one, other = (Layout(sharding="ZeRO-1 or 2", precision="bf16", ranks=2, flats={SHARD_0: digest})
-                  for digest in ("a", "b"))
+    one, other = (
+        Layout(sharding="ZeRO-1 or 2", precision="bf16", ranks=2, flats={SHARD_0: digest}) for digest in ("a", "b")
+    )
     with pytest.raises(CheckpointError, match=f"rank 1 writes the state of its own shards to {SHARD_0}"):
         _joined_layouts([one, other])
     assert _joined_layouts([one, one]).flats == {SHARD_0: "a"}

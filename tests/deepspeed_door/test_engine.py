@@ -1,10 +1,10 @@
 """What an engine with our optimizer offers and costs: collectives, memory, learning rates, the user's own groups."""
+
 import glob
 
 import pytest
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import CLIP, DECAY, LR, MIN_LR, WARMUP, config, start, train, weights
 from ranks import pool
 from twins import RATIOS, Twin, make, paper_lr, token_ids, worst_difference
@@ -14,8 +14,10 @@ ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 
 def two_groups(model):
     """The usual split of a user's own groups, with weight decays of their own."""
-    return [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
-            {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.01}]
+    return [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.01},
+    ]
 
 
 def collectives(kind, stage, zero, grouped):
@@ -33,8 +35,10 @@ def collectives(kind, stage, zero, grouped):
     return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
 
 
-@pytest.mark.parametrize("stage, zero, grouped", [(1, {}, False), (2, {}, False), (2, {}, True), (3, {}, False),
-                                                  (3, {"sub_group_size": 3000}, False)])
+@pytest.mark.parametrize(
+    "stage, zero, grouped",
+    [(1, {}, False), (2, {}, False), (2, {}, True), (3, {}, False), (3, {"sub_group_size": 3000}, False)],
+)
 def test_collectives_do_not_grow_with_block_types(stage, zero, grouped):
     torch_count = pool(2).run(collectives, "AdamW", stage, zero, grouped)
     assert torch_count[0] > 2
@@ -55,8 +59,8 @@ def test_nothing_is_reduced_when_nothing_is_cut():
 
 
 def groups_case(stage):
-    from twins import REFERENCES
     from deepspeed_door.engines import ACCUMULATION, BETAS, EPS
+    from twins import REFERENCES
 
     model = make("llama")
     engine = start(model, config(ADAMW, stage), model_parameters=two_groups(model))
@@ -114,14 +118,26 @@ def state_bytes(kind, stage):
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=1376, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2,
-        vocab_size=1000, tie_word_embeddings=False))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1376,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            vocab_size=1000,
+            tie_word_embeddings=False,
+        )
+    )
     engine = start(model, config(kind, stage))
     train(engine, 1)
     optimizer = engine.basic_optimizer
-    total = sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values()
-                if isinstance(t, torch.Tensor))
+    total = sum(
+        t.numel() * t.element_size()
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    )
     engine.destroy()
     return total
 

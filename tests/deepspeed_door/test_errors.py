@@ -1,8 +1,8 @@
 """Bad input stops the start with one sentence that says what, where and how to mend it, on every rank alike."""
+
 import importlib.metadata
 
 import pytest
-
 from deepspeed_door.engines import LR, config, start
 from ranks import pool
 from twins import make
@@ -17,26 +17,38 @@ def refused(change, model="llama"):
     network = make(model)
     if change.get("unknown"):
         import torch
+
         network.model.mystery = torch.nn.Linear(3, 5)
     start(network, settings)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"optimizer": {"block_lr_ratios": {"embeddings": 10}}}, ["block_lr_ratios", "'embeddings'", "use one of embedding"]),
-    ({"optimizer": {"block_lr_ratios": {"qk": -8}}}, ["block_lr_ratios['qk'] is -8", "above 0"]),
-    ({"optimizer": {"block_lr_ratios": {"qk": float("nan")}}}, ["block_lr_ratios['qk'] is nan", "above 0"]),
-    ({"optimizer": {"block_weight_decay": {"vo": -1}}}, ["block_weight_decay['vo'] is -1", "0 or above"]),
-    ({"optimizer": {"min_lr": 2 * LR}}, ["min_lr", "up to lr"]),
-    ({"optimizer": {"lr": "fast"}}, ["lr is 'fast'", "write the number without quotes"]),
-    ({"optimizer": {"momentum": 0.9}}, ["unknown parameter 'momentum'", "block_lr_ratios"]),
-    ({"optimizer": {"block_rules": [{"match": "*.adapter.*", "block": "ffn"}]}},
-     ["'*.adapter.*' matches no trainable parameter"]),
-    ({"optimizer": {"block_rules": [{"match": "*", "block": "mlp"}]}}, ["unknown block type 'mlp'", "use one of"]),
-    ({"optimizer": {"block_rules": [{"match": "*"}]}}, ['give either "block" or "split"']),
-    ({"scheduler": {"min_lr": 1.0}}, ["min_lr is 1.0", "up to lr"]),
-    ({"scheduler": {"warmup_num_steps": 11}}, ["warm up in fewer steps"]),
-    ({"unknown": True}, ["model.mystery.weight", "(5, 3)", "nearest rule", '{"match": "*.mystery.*", "block": "ffn"}']),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"optimizer": {"block_lr_ratios": {"embeddings": 10}}},
+            ["block_lr_ratios", "'embeddings'", "use one of embedding"],
+        ),
+        ({"optimizer": {"block_lr_ratios": {"qk": -8}}}, ["block_lr_ratios['qk'] is -8", "above 0"]),
+        ({"optimizer": {"block_lr_ratios": {"qk": float("nan")}}}, ["block_lr_ratios['qk'] is nan", "above 0"]),
+        ({"optimizer": {"block_weight_decay": {"vo": -1}}}, ["block_weight_decay['vo'] is -1", "0 or above"]),
+        ({"optimizer": {"min_lr": 2 * LR}}, ["min_lr", "up to lr"]),
+        ({"optimizer": {"lr": "fast"}}, ["lr is 'fast'", "write the number without quotes"]),
+        ({"optimizer": {"momentum": 0.9}}, ["unknown parameter 'momentum'", "block_lr_ratios"]),
+        (
+            {"optimizer": {"block_rules": [{"match": "*.adapter.*", "block": "ffn"}]}},
+            ["'*.adapter.*' matches no trainable parameter"],
+        ),
+        ({"optimizer": {"block_rules": [{"match": "*", "block": "mlp"}]}}, ["unknown block type 'mlp'", "use one of"]),
+        ({"optimizer": {"block_rules": [{"match": "*"}]}}, ['give either "block" or "split"']),
+        ({"scheduler": {"min_lr": 1.0}}, ["min_lr is 1.0", "up to lr"]),
+        ({"scheduler": {"warmup_num_steps": 11}}, ["warm up in fewer steps"]),
+        (
+            {"unknown": True},
+            ["model.mystery.weight", "(5, 3)", "nearest rule", '{"match": "*.mystery.*", "block": "ffn"}'],
+        ),
+    ],
+)
 def test_bad_settings_are_refused_on_every_rank(change, words):
     errors = pool(2).run(refused, change, errors=True)
     assert len({str(error) for error in errors}) == 1

@@ -1,7 +1,7 @@
 """DeepSpeed's switches for ZeRO, precision and offload: each trains right, or is refused before the first step."""
+
 import pytest
 import torch
-
 from deepspeed_door.engines import config, start
 from deepspeed_door.test_parity import beside_torch, end_to_end
 from ranks import pool
@@ -13,16 +13,34 @@ RIGHT = {
     "overlap_comm": (2, {"zero": {"overlap_comm": True, "contiguous_gradients": True, **SMALL}}),
     "overlap_comm, stage 1": (1, {"zero": {"overlap_comm": True, **SMALL}}),
     "contiguous_gradients, reduce_scatter off": (2, {"zero": {"contiguous_gradients": False, "reduce_scatter": False}}),
-    "use_multi_rank_bucket_allreduce off": (2, {"zero": {"use_multi_rank_bucket_allreduce": False,
-                                                         "ignore_unused_parameters": False}}),
-    "zero_allow_untested_optimizer": (1, {"zero_allow_untested_optimizer": True, "communication_data_type": "fp32",
-                                          "prescale_gradients": True, "gradient_predivide_factor": 2.0}),
-    "param_persistence_threshold 0, overlap_comm": (3, {"zero": {"stage3_param_persistence_threshold": 0,
-                                                                 "overlap_comm": True}}),
+    "use_multi_rank_bucket_allreduce off": (
+        2,
+        {"zero": {"use_multi_rank_bucket_allreduce": False, "ignore_unused_parameters": False}},
+    ),
+    "zero_allow_untested_optimizer": (
+        1,
+        {
+            "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",
+            "prescale_gradients": True,
+            "gradient_predivide_factor": 2.0,
+        },
+    ),
+    "param_persistence_threshold 0, overlap_comm": (
+        3,
+        {"zero": {"stage3_param_persistence_threshold": 0, "overlap_comm": True}},
+    ),
     "leaf_module": (3, {"zero": {"leaf_module": {"classes": ["LlamaMLP"]}, "stage3_param_persistence_threshold": 0}}),
-    "offload_param and offload_optimizer": (3, {"zero": {"offload_param": {"device": "cpu"},
-                                                         "offload_optimizer": {"device": "cpu"},
-                                                         "stage3_param_persistence_threshold": 0}}),
+    "offload_param and offload_optimizer": (
+        3,
+        {
+            "zero": {
+                "offload_param": {"device": "cpu"},
+                "offload_optimizer": {"device": "cpu"},
+                "stage3_param_persistence_threshold": 0,
+            }
+        },
+    ),
     "zero_hpz_partition_size": (3, {"zero": {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}}),
     "reduce_scatter off, stage 3": (3, {"zero": {"reduce_scatter": False, "contiguous_gradients": False}}),
 }
@@ -35,13 +53,17 @@ def test_a_switch_of_zero_changes_no_weight(feature, kind):
     assert max(pool(2).run(end_to_end, kind, "llama", stage, 6, options)) < 1e-5
 
 
-@pytest.mark.parametrize("stage, dtype, options", [
-    (2, "fp32", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-    (3, "fp32", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
-    (1, "bf16", {"bf16": {"immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
-    (1, "bf16", {"bf16": {"immediate_grad_update": False}, "data_types": {"grad_accum_dtype": "fp32"}}),
-    (2, "bf16", {"communication_data_type": "fp32"}),
-], ids=str)
+@pytest.mark.parametrize(
+    "stage, dtype, options",
+    [
+        (2, "fp32", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        (3, "fp32", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        (1, "bf16", {"bf16": {"immediate_grad_update": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+        (1, "bf16", {"bf16": {"immediate_grad_update": False}, "data_types": {"grad_accum_dtype": "fp32"}}),
+        (2, "bf16", {"communication_data_type": "fp32"}),
+    ],
+    ids=str,
+)
 def test_low_precision_switches_equal_torch_adamw_inside_deepspeed(stage, dtype, options):
     assert max(pool(2).run(beside_torch, stage, dtype, False, options)) < 1e-6
 
@@ -51,17 +73,31 @@ def started(kind, stage, options):
 
 
 @pytest.mark.parametrize("kind", [ADAMW, MINI])
-@pytest.mark.parametrize("stage, options, words", [
-    (1, {"zero": {"zenflow": {"topk_ratio": 0.1, "update_interval": 2}, "offload_optimizer": {"device": "cpu"}}},
-     "zero_optimization.zenflow"),
-    (3, {"zero": {"offload_optimizer": {"device": "cpu", "super_offload": True}}}, "offload_optimizer.super_offload"),
-    (3, {"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "set \"ratio\": 1.0"),
-    (3, {"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}}, "use \"device\": \"cpu\""),
-    (1, {"zero": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
-    (2, {"dtype": "bf16", "bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
-    (2, {"dtype": "bf16", "bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
-     "bf16.bf16_master_weights_and_grads"),
-], ids=str)
+@pytest.mark.parametrize(
+    "stage, options, words",
+    [
+        (
+            1,
+            {"zero": {"zenflow": {"topk_ratio": 0.1, "update_interval": 2}, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.zenflow",
+        ),
+        (
+            3,
+            {"zero": {"offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            "offload_optimizer.super_offload",
+        ),
+        (3, {"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, 'set "ratio": 1.0'),
+        (3, {"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}}, 'use "device": "cpu"'),
+        (1, {"zero": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
+        (2, {"dtype": "bf16", "bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
+        (
+            2,
+            {"dtype": "bf16", "bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}},
+            "bf16.bf16_master_weights_and_grads",
+        ),
+    ],
+    ids=str,
+)
 def test_what_another_optimizer_would_step_is_refused(kind, stage, options, words):
     errors = pool(2).run(started, kind, stage, options, errors=True)
     assert len({str(error) for error in errors}) == 1
@@ -72,7 +108,6 @@ def made_under_zero_init(kind, uneven):
     """A model made sharded trains as one that was made whole; with another order on one rank all ranks refuse it."""
     import deepspeed
     import torch.distributed as dist
-
     from deepspeed_door.engines import reference, train, weights
     from twins import MODELS, worst_difference
 

@@ -1,5 +1,6 @@
 """Ranks that see different folders, pointers that lead nowhere, broken neighbours, full disks: one clear error on every
 rank, or the next intact checkpoint; never a hang, and never a new start beside a complete checkpoint."""
+
 import hashlib
 import json
 import os
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-
-from blockwise_lr.checkpoint import CheckpointError, Manifest, newest_complete, verify
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import make
+
+from blockwise_lr.checkpoint import CheckpointError, Manifest, newest_complete, verify
 
 KIND, TOTAL = "BlockwiseAdamW", 10
 MODEL, SHARD_1 = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -43,8 +44,14 @@ def folder(original, tmp_path):
 
 def state(engine):
     """What a refused load must leave as it was, but for the weights."""
-    return (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps,
-            engine.lr_scheduler.state_dict(), [group["lr"] for group in engine.basic_optimizer.param_groups])
+    return (
+        engine.global_steps,
+        engine.global_samples,
+        engine.micro_steps,
+        engine.skipped_steps,
+        engine.lr_scheduler.state_dict(),
+        [group["lr"] for group in engine.basic_optimizer.param_groups],
+    )
 
 
 def attempt(act, folders, options=None):
@@ -114,13 +121,16 @@ def test_the_first_rank_has_to_see_all_files_as_they_were_written(folder):
     assert newest_complete(folder) == "two"
 
 
-@pytest.mark.parametrize("other, words", [
-    ("another save", ["rank 1 sees another checkpoint", "file system that all nodes share"]),
-    ("no manifest", ["rank 1 sees another checkpoint", "'two' without a manifest"]),
-    ("absent", ["rank 1 of 2", "there is no checkpoint"]),
-    ("another latest", ["rank 1 sees another checkpoint", "'one' saved at"]),
-    ("a file less", [f"{MODEL} is missing as rank 1 sees it"]),
-])
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        ("another save", ["rank 1 sees another checkpoint", "file system that all nodes share"]),
+        ("no manifest", ["rank 1 sees another checkpoint", "'two' without a manifest"]),
+        ("absent", ["rank 1 of 2", "there is no checkpoint"]),
+        ("another latest", ["rank 1 sees another checkpoint", "'one' saved at"]),
+        ("a file less", [f"{MODEL} is missing as rank 1 sees it"]),
+    ],
+)
 def test_a_load_from_different_folders_is_refused(other, words, folder, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(folder, own)
@@ -153,10 +163,15 @@ def test_a_rank_that_finds_nothing_does_not_start_anew(folder, tmp_path):
 # ---- pointers
 
 
-@pytest.mark.parametrize("content, words", [
-    ("", "is empty"), ("gone", "names 'gone', which is not there"), (b"\xff\xfe", "cannot be read"),
-    (None, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "is empty"),
+        ("gone", "names 'gone', which is not there"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
 def test_a_pointer_that_leads_nowhere_says_what_there_is(content, words, folder):
     (folder / "latest").unlink()
     if content is None:
@@ -193,6 +208,7 @@ def instead(make_it):
         path = tag / "blockwise_lr.json"
         path.unlink()
         make_it(path)
+
     return damage
 
 
@@ -200,6 +216,7 @@ def escaping(name):
     def damage(tag):
         files = json.loads((tag / "blockwise_lr.json").read_text())["files"]
         write_manifest(tag, files={**files, name: {"size": 0, "rank": 0}})
+
     return damage
 
 
@@ -264,9 +281,14 @@ def test_a_folder_without_manifests_is_no_new_start(folder):
 
 def test_manifests_of_format_1_are_read(folder):
     content = json.loads((folder / "two" / "blockwise_lr.json").read_text())
-    files = {name: {"size": entry["size"], "rank": entry["rank"],
-                    "sha256": hashlib.sha256((folder / "two" / name).read_bytes()).hexdigest()}
-             for name, entry in content["files"].items()}
+    files = {
+        name: {
+            "size": entry["size"],
+            "rank": entry["rank"],
+            "sha256": hashlib.sha256((folder / "two" / name).read_bytes()).hexdigest(),
+        }
+        for name, entry in content["files"].items()
+    }
     layout = {key: content["layout"][key] for key in ("sharding", "precision", "ranks")}
     for key in ("token", "sha256"):
         del content[key]
@@ -312,7 +334,8 @@ def test_a_module_that_does_not_fit_is_refused_before_anything_is_loaded(folder)
 def load_other_scheduler(engine, folder):
     schedulers, optimizer = torch.optim.lr_scheduler, engine.basic_optimizer
     engine.lr_scheduler = schedulers.SequentialLR(
-        optimizer, [schedulers.LinearLR(optimizer), schedulers.ConstantLR(optimizer)], [2])
+        optimizer, [schedulers.LinearLR(optimizer), schedulers.ConstantLR(optimizer)], [2]
+    )
     before = state(engine)
     try:
         return load(engine, folder)
@@ -369,12 +392,15 @@ def save_what_does_not_pickle(engine, folder):
     return engine.save_checkpoint(folder, tag="three", client_state={"mine": lambda: None})
 
 
-@pytest.mark.parametrize("act, words", [
-    (save_on_a_full_disk, ["zero_pp_rank_0_mp_rank_00_optim_states.pt: No space left on device", "bytes are free"]),
-    (save_with_a_limit, ["three", "File too large", "bytes are free"]),
-    (save_below_a_file, ["cannot make the folder", "latest/three: Not a directory"]),
-    (save_what_does_not_pickle, ["cannot write", MODEL, "client_state"]),
-])
+@pytest.mark.parametrize(
+    "act, words",
+    [
+        (save_on_a_full_disk, ["zero_pp_rank_0_mp_rank_00_optim_states.pt: No space left on device", "bytes are free"]),
+        (save_with_a_limit, ["three", "File too large", "bytes are free"]),
+        (save_below_a_file, ["cannot make the folder", "latest/three: Not a directory"]),
+        (save_what_does_not_pickle, ["cannot write", MODEL, "client_state"]),
+    ],
+)
 def test_a_write_that_fails_on_all_ranks_says_where_and_why(act, words, folder):
     answers = pool(2).run(attempt, act, [str(folder)])
     assert answers[0][0] == answers[1][0] and all(word in answers[0][0] for word in words), answers[0][0]

@@ -1,10 +1,10 @@
 """A checkpoint that contradicts the run is refused on every rank alike, with what differs and what to pass; other
 optimizers' states continue on request."""
+
 import logging
 
 import pytest
 import torch
-
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import make
@@ -24,8 +24,10 @@ def saved(kind, stage, folder, optimizer=None, model="llama"):
 
 
 def states(engine):
-    return [{key: value.clone() for key, value in engine.basic_optimizer.state[tensor].items()}
-            for tensor, _ in engine.basic_optimizer.shards.flats]
+    return [
+        {key: value.clone() for key, value in engine.basic_optimizer.state[tensor].items()}
+        for tensor, _ in engine.basic_optimizer.shards.flats
+    ]
 
 
 def refusal(kind, stage, folder, optimizer=None, model="llama", seed=5):
@@ -43,10 +45,14 @@ def refusal(kind, stage, folder, optimizer=None, model="llama", seed=5):
 
 
 CHANGES = {
-    "block_lr_ratios": ({"block_lr_ratios": {"qk": 4, "embedding": 9}},
-                        ["block_lr_ratios: embedding 10.0 -> 9.0", "qk 8.0 -> 4.0"]),
-    "block_map": ({"block_rules": [{"match": "*.mlp.up_proj.*", "block": "vo"}]},
-                  ["block_map: model.layers.0.mlp.up_proj.weight ffn -> vo, model.layers.1.mlp.up_proj.weight"]),
+    "block_lr_ratios": (
+        {"block_lr_ratios": {"qk": 4, "embedding": 9}},
+        ["block_lr_ratios: embedding 10.0 -> 9.0", "qk 8.0 -> 4.0"],
+    ),
+    "block_map": (
+        {"block_rules": [{"match": "*.mlp.up_proj.*", "block": "vo"}]},
+        ["block_map: model.layers.0.mlp.up_proj.weight ffn -> vo, model.layers.1.mlp.up_proj.weight"],
+    ),
     "weight_decay": ({"weight_decay": 0.3}, ["weight_decay: 0.1 -> 0.3"]),
     "betas": ({"betas": [0.9, 0.99]}, ["betas: [0.9, 0.95] -> [0.9, 0.99]"]),
 }
@@ -109,7 +115,7 @@ def reference_means(model, states_of_ranks, stage):
     elements = torch.cat([state[0]["exp_avg_sq"] for state in states_of_ranks])
     means, offset = {}, 0
     for name, p in model.named_parameters():
-        value = elements[offset:offset + p.numel()].view(p.shape).double()
+        value = elements[offset : offset + p.numel()].view(p.shape).double()
         offset += p.numel()
         means[name] = value.reshape(segment_shape(name, p)).mean(1)
     return torch.cat(list(means.values())).float()
@@ -143,8 +149,12 @@ def test_adam_mini_continues_as_adamw_with_expanded_segments(tmp_path):
 
 def loaded_and_saved(kind, stage, folder):
     """Loads a universal checkpoint of another optimizer and saves what came of it."""
-    engine = start(make("llama", seed=5), config(kind, stage, steps=TOTAL, checkpoint={"load_universal": True},
-                                                 optimizer={"accept_mismatch": ["optimizer"]}))
+    engine = start(
+        make("llama", seed=5),
+        config(
+            kind, stage, steps=TOTAL, checkpoint={"load_universal": True}, optimizer={"accept_mismatch": ["optimizer"]}
+        ),
+    )
     engine.load_checkpoint(folder, tag="universal", load_lr_scheduler_states=False)
     engine.save_checkpoint(folder, tag="again")
     engine.destroy()
@@ -163,8 +173,10 @@ def test_another_optimizer_continues_at_another_layout(source, target, tmp_path)
     convert(str(tmp_path / "again"), str(tmp_path / "universal again"))
     for name, p in make("llama").named_parameters():
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            before, after = (UniversalFolder(str(tmp_path / folder)).values(name, key, p.numel())
-                             for folder in ("universal", "universal again"))
+            before, after = (
+                UniversalFolder(str(tmp_path / folder)).values(name, key, p.numel())
+                for folder in ("universal", "universal again")
+            )
             if key == "exp_avg_sq" and target == MINI:
                 rows = before.double().reshape(segment_shape(name, p))
                 wanted = rows.mean(1, keepdim=True).expand_as(rows).reshape(-1).float()
@@ -182,8 +194,10 @@ def plain_adamw(folder, stage):
     train(engine, 3)
     engine.save_checkpoint(folder, tag="three")
     tensors = [group["params"][0] for group in engine.basic_optimizer.param_groups]
-    found = [{key: engine.basic_optimizer.state[tensor][key].clone() for key in ("exp_avg", "exp_avg_sq")}
-             for tensor in tensors]
+    found = [
+        {key: engine.basic_optimizer.state[tensor][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        for tensor in tensors
+    ]
     engine.destroy()
     return found
 
@@ -193,8 +207,9 @@ def test_a_plain_adamw_checkpoint_continues_with_ratios_faded_in(fade, wanted, t
     before = pool(2).run(plain_adamw, str(tmp_path), 1)
     message = pool(2).run(refusal, ADAMW, 1, str(tmp_path))[0][0]
     assert "one without a blockwise_lr record, taken for AdamW -> BlockwiseAdamW" in message
-    answers = pool(2).run(continued, ADAMW, 1, str(tmp_path), {"accept_mismatch": ["optimizer"],
-                                                               "ratio_fade_steps": fade})
+    answers = pool(2).run(
+        continued, ADAMW, 1, str(tmp_path), {"accept_mismatch": ["optimizer"], "ratio_fade_steps": fade}
+    )
     for (found, rates, lines), old in zip(answers, before):
         assert torch.equal(found[0]["exp_avg_sq"], old[0]["exp_avg_sq"])
         assert torch.equal(found[0]["exp_avg"], old[0]["exp_avg"])
@@ -211,7 +226,9 @@ def test_schedulers_of_schedulers_are_put_back_too():
 
     schedulers = torch.optim.lr_scheduler
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
-    scheduler = schedulers.SequentialLR(optimizer, [schedulers.LinearLR(optimizer), schedulers.ConstantLR(optimizer)], [2])
+    scheduler = schedulers.SequentialLR(
+        optimizer, [schedulers.LinearLR(optimizer), schedulers.ConstantLR(optimizer)], [2]
+    )
     engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=optimizer, lr_scheduler=scheduler, global_steps=3)
     before = str(scheduler.state_dict()), optimizer.param_groups[0]["lr"]
     with pytest.raises(ZeroDivisionError), counters_kept(engine):

@@ -1,16 +1,17 @@
 """A checkpoint belongs to the order in which flat tensors hold the parameters: another one is refused on every rank
 before anything is loaded, and what reorders them is converted rightly."""
+
 import json
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-
-from blockwise_lr.checkpoint import CheckpointError, Manifest
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import make, worst_difference
+
+from blockwise_lr.checkpoint import CheckpointError, Manifest
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 ROUND_ROBIN = {"round_robin_gradients": True}
@@ -55,8 +56,17 @@ def state(engine):
 
 def loaded(folder, kind, stage, zero=None, order="", dtype="fp32", tag=None, universal=False, **arguments):
     """(error of a load, whether everything is as before, weights after it)."""
-    engine = start(model(order, seed=5), config(kind, stage, steps=TOTAL, zero=zero, dtype=dtype,
-                                                **({"checkpoint": {"load_universal": True}} if universal else {})))
+    engine = start(
+        model(order, seed=5),
+        config(
+            kind,
+            stage,
+            steps=TOTAL,
+            zero=zero,
+            dtype=dtype,
+            **({"checkpoint": {"load_universal": True}} if universal else {}),
+        ),
+    )
     train(engine, 1)
     before, was = weights(engine), state(engine)
     try:
@@ -77,15 +87,18 @@ def refused(*arguments, **settings):
     return answers[0][0]
 
 
-@pytest.mark.parametrize("kind, stage, dtype, before, after", [
-    (MINI, 1, "fp32", {}, {"order": "swapped"}),
-    (ADAMW, 2, "fp32", {}, {"order": "turned"}),
-    (ADAMW, 3, "bf16", {"order": "swapped"}, {}),
-    (ADAMW, 0, "bf16", {}, {"order": "swapped"}),
-    (ADAMW, 2, "fp32", {"zero": ROUND_ROBIN}, {}),
-    (MINI, 1, "fp32", {}, {"zero": ROUND_ROBIN}),
-    (ADAMW, 3, "fp32", {"zero": {"sub_group_size": 3000}}, {"zero": {"sub_group_size": 9000}}),
-])
+@pytest.mark.parametrize(
+    "kind, stage, dtype, before, after",
+    [
+        (MINI, 1, "fp32", {}, {"order": "swapped"}),
+        (ADAMW, 2, "fp32", {}, {"order": "turned"}),
+        (ADAMW, 3, "bf16", {"order": "swapped"}, {}),
+        (ADAMW, 0, "bf16", {}, {"order": "swapped"}),
+        (ADAMW, 2, "fp32", {"zero": ROUND_ROBIN}, {}),
+        (MINI, 1, "fp32", {}, {"zero": ROUND_ROBIN}),
+        (ADAMW, 3, "fp32", {"zero": {"sub_group_size": 3000}}, {"zero": {"sub_group_size": 9000}}),
+    ],
+)
 def test_another_order_is_refused_and_changes_nothing(kind, stage, dtype, before, after, tmp_path):
     pool(2).run(saved, str(tmp_path), kind, stage, before.get("zero"), before.get("order", ""), dtype)
     message = refused(str(tmp_path), kind, stage, after.get("zero"), after.get("order", ""), dtype)
@@ -127,15 +140,19 @@ def test_checkpoints_without_a_record_of_their_order_load_where_it_is_the_same(h
         assert message is None and worst_difference(after, wanted) == 0
 
 
-@pytest.mark.parametrize("kind, stage, zero, target, order", [
-    (MINI, 2, ROUND_ROBIN, 1, ""),
-    (ADAMW, 1, ROUND_ROBIN, 3, "swapped"),
-    (MINI, 2, ROUND_ROBIN, 2, "turned"),
-    (MINI, 3, {"sub_group_size": 3000}, 2, "swapped"),
-])
+@pytest.mark.parametrize(
+    "kind, stage, zero, target, order",
+    [
+        (MINI, 2, ROUND_ROBIN, 1, ""),
+        (ADAMW, 1, ROUND_ROBIN, 3, "swapped"),
+        (MINI, 2, ROUND_ROBIN, 2, "turned"),
+        (MINI, 3, {"sub_group_size": 3000}, 2, "swapped"),
+    ],
+)
 def test_any_order_is_converted_rightly(kind, stage, zero, target, order, tmp_path):
-    from blockwise_lr.deepspeed.universal import convert
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from blockwise_lr.deepspeed.universal import convert
 
     wanted, same = pool(2).run(saved, str(tmp_path), kind, stage, zero)[0]
     assert same, "DeepSpeed's safe_get_full_fp32_param tells other values than the module holds"
@@ -148,12 +165,22 @@ def test_any_order_is_converted_rightly(kind, stage, zero, target, order, tmp_pa
 
 
 def test_deepspeeds_own_converter_gets_round_robin_right_too(tmp_path):
-    from blockwise_lr.deepspeed.universal import UniversalFolder
     from deepspeed.checkpoint.ds_to_universal import main
 
+    from blockwise_lr.deepspeed.universal import UniversalFolder
+
     wanted, _ = pool(2).run(saved, str(tmp_path), ADAMW, 2, ROUND_ROBIN)[0]
-    main(Namespace(input_folder=str(tmp_path / "two"), output_folder=str(tmp_path / "any"), num_extract_workers=1,
-                   num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))
+    main(
+        Namespace(
+            input_folder=str(tmp_path / "two"),
+            output_folder=str(tmp_path / "any"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+    )
     source = UniversalFolder(str(tmp_path / "any"))
     assert all(torch.equal(source.values(name, "fp32", p.numel()), p.flatten()) for name, p in wanted.items())
 

@@ -1,10 +1,10 @@
 """DeepSpeed's other kinds of parallelism (MoE, Ulysses, AutoTP): right beside plain optimizers, or refused."""
+
 import logging
 
 import pytest
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, config
 from ranks import pool
 from twins import RATIOS, TorchAdamW, Twin, make, paper_lr, token_ids, worst_difference
@@ -87,8 +87,13 @@ def plain_groups(model):
     for name, p in model.named_parameters():
         block = next(block for part, block in BLOCKS.items() if part in name)
         bare = block == "norm" or name.endswith("bias")
-        group = {"params": [p], "lr": LR * RATIOS.get(block, 1.0), "weight_decay": 0.0 if bare else DECAY, "name": name,
-                 "bias": name.endswith("bias") and block != "norm"}
+        group = {
+            "params": [p],
+            "lr": LR * RATIOS.get(block, 1.0),
+            "weight_decay": 0.0 if bare else DECAY,
+            "name": name,
+            "bias": name.endswith("bias") and block != "norm",
+        }
         if "experts" in name:
             group.update(moe=True, name=p.group_name)
         found.append(group)
@@ -96,9 +101,16 @@ def plain_groups(model):
 
 
 def settings_of(kind, stage, model, parallel):
-    made = config(kind, stage, gradient_accumulation_steps=1, optimizer={"block_lr_ratios": {"router": 1.0}},
-                  scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": LR, "warmup_max_lr": LR,
-                                                            "warmup_num_steps": 2, "warmup_type": "linear"}})
+    made = config(
+        kind,
+        stage,
+        gradient_accumulation_steps=1,
+        optimizer={"block_lr_ratios": {"router": 1.0}},
+        scheduler={
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": LR, "warmup_max_lr": LR, "warmup_num_steps": 2, "warmup_type": "linear"},
+        },
+    )
     if parallel.get("ep_size"):
         made["optimizer"]["params"]["block_rules"] = RULES
         made["gradient_clipping"] = 0.0  # DeepSpeed's own norms of MoE differ between its stages
@@ -118,8 +130,9 @@ def sequence_mpu():
 
 def engine_of(kind, stage, parallel):
     import deepspeed
-    import blockwise_lr.deepspeed  # noqa: F401
     from deepspeed.utils import groups
+
+    import blockwise_lr.deepspeed  # noqa: F401
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
@@ -132,8 +145,10 @@ def engine_of(kind, stage, parallel):
         arguments["mpu"] = sequence_mpu()
     settings = settings_of(kind, stage, model, parallel)
     if kind in ("AdamW", "RowMini"):
-        arguments["optimizer"] = {"AdamW": lambda g: torch.optim.AdamW(g, betas=BETAS, eps=EPS),
-                                  "RowMini": lambda g: RowMini(g, {})}[kind](plain_groups(model))
+        arguments["optimizer"] = {
+            "AdamW": lambda g: torch.optim.AdamW(g, betas=BETAS, eps=EPS),
+            "RowMini": lambda g: RowMini(g, {}),
+        }[kind](plain_groups(model))
     return deepspeed.initialize(model=model, config=settings, **arguments)[0]
 
 
@@ -169,8 +184,9 @@ ULYSSES = {"ulysses": "mpu"}
 
 
 @pytest.mark.parametrize("kind", [ADAMW, MINI])
-@pytest.mark.parametrize("stage, parallel", [(0, MOE[1]), (1, MOE[0]), (2, MOE[1]), (0, ULYSSES), (2, ULYSSES),
-                                             (3, ULYSSES)], ids=str)
+@pytest.mark.parametrize(
+    "stage, parallel", [(0, MOE[1]), (1, MOE[0]), (2, MOE[1]), (0, ULYSSES), (2, ULYSSES), (3, ULYSSES)], ids=str
+)
 def test_moe_and_ulysses_train_as_a_plain_optimizer(kind, stage, parallel):
     assert max(pool(2).run(beside_plain, kind, stage, parallel)) < 1e-5
 
@@ -193,9 +209,19 @@ def resumed(kind, stage, parallel, folder):
     return worst_difference(plain(engine), wanted)
 
 
-@pytest.mark.parametrize("kind, stage, parallel", [
-    (ADAMW, 1, MOE[1]), (MINI, 2, MOE[1]), (MINI, 1, MOE[0]), (MINI, 0, MOE[1]), (MINI, 2, ULYSSES), (ADAMW, 3, ULYSSES),
-    (MINI, 0, ULYSSES)], ids=str)
+@pytest.mark.parametrize(
+    "kind, stage, parallel",
+    [
+        (ADAMW, 1, MOE[1]),
+        (MINI, 2, MOE[1]),
+        (MINI, 1, MOE[0]),
+        (MINI, 0, MOE[1]),
+        (MINI, 2, ULYSSES),
+        (ADAMW, 3, ULYSSES),
+        (MINI, 0, ULYSSES),
+    ],
+    ids=str,
+)
 def test_moe_and_ulysses_resume_to_the_bit(kind, stage, parallel, tmp_path):
     assert pool(2).run(resumed, kind, stage, parallel, str(tmp_path)) == [0.0, 0.0]
 
@@ -220,9 +246,20 @@ def even_llama(seed=0):
     import transformers
 
     torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            max_position_embeddings=32,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
 
 
 def by_one_process():
@@ -283,11 +320,14 @@ def test_autotp_resumes(tmp_path):
     assert max(pool(2).run(tensor_parallel, 1, str(tmp_path))) < 1e-5
 
 
-@pytest.mark.parametrize("kind, model, words", [
-    (MINI, "llama", ["BlockwiseAdamMini does not support tensor_parallel.autotp_size", "use BlockwiseAdamW"]),
-    (ADAMW, "llama", ["a tensor-parallel slice is lm_head.weight (31, 32) on rank 0 and lm_head.weight (30, 32)"]),
-    (ADAMW, "gpt_neox", ["query_key_value.weight holds several block types (qk, vo)", "separate weights"]),
-])
+@pytest.mark.parametrize(
+    "kind, model, words",
+    [
+        (MINI, "llama", ["BlockwiseAdamMini does not support tensor_parallel.autotp_size", "use BlockwiseAdamW"]),
+        (ADAMW, "llama", ["a tensor-parallel slice is lm_head.weight (31, 32) on rank 0 and lm_head.weight (30, 32)"]),
+        (ADAMW, "gpt_neox", ["query_key_value.weight holds several block types (qk, vo)", "separate weights"]),
+    ],
+)
 def test_autotp_is_refused_where_slices_are_not_what_the_map_says(kind, model, words):
     errors = pool(2).run(autotp_start, kind, model, errors=True)
     assert len({str(error) for error in errors}) == 1

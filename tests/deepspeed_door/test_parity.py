@@ -1,7 +1,7 @@
 """Law 1: any ZeRO stage, number of ranks and layout trains as one process with torch's AdamW per block type does."""
+
 import pytest
 import torch
-
 from deepspeed_door.engines import config, reference, trained
 from ranks import pool
 from twins import worst_difference
@@ -19,38 +19,44 @@ def end_to_end(kind, model, stage, steps, options):
     return worst_difference(found, reference(model, kind, steps, dist.get_world_size()))
 
 
-@pytest.mark.parametrize("model, stage, ranks, options", [
-    ("llama", 0, 1, {}),
-    ("gpt2", 0, 2, {}),
-    ("gpt_neox", 1, 1, {}),
-    ("llama", 1, 2, {}),
-    ("gpt2", 1, 4, {}),
-    ("llama_tied", 2, 1, {}),
-    ("gpt_neox", 2, 2, {}),
-    ("llama", 2, 4, {}),
-    ("llama", 2, 2, {"zero": OFFLOAD}),
-    ("gpt2", 3, 1, {}),
-    ("gpt2", 3, 2, {"zero": SUB_GROUPS}),
-    ("llama_tied", 3, 4, {}),
-    ("gpt_neox", 3, 4, {"zero": {**SUB_GROUPS, **OFFLOAD}}),
-])
+@pytest.mark.parametrize(
+    "model, stage, ranks, options",
+    [
+        ("llama", 0, 1, {}),
+        ("gpt2", 0, 2, {}),
+        ("gpt_neox", 1, 1, {}),
+        ("llama", 1, 2, {}),
+        ("gpt2", 1, 4, {}),
+        ("llama_tied", 2, 1, {}),
+        ("gpt_neox", 2, 2, {}),
+        ("llama", 2, 4, {}),
+        ("llama", 2, 2, {"zero": OFFLOAD}),
+        ("gpt2", 3, 1, {}),
+        ("gpt2", 3, 2, {"zero": SUB_GROUPS}),
+        ("llama_tied", 3, 4, {}),
+        ("gpt_neox", 3, 4, {"zero": {**SUB_GROUPS, **OFFLOAD}}),
+    ],
+)
 def test_adamw_equals_torch_with_a_group_per_block(model, stage, ranks, options):
     assert max(pool(ranks).run(end_to_end, ADAMW, model, stage, 10, options)) < 1e-5
 
 
-@pytest.mark.parametrize("model, stage, ranks, options", [
-    ("llama", 0, 2, {}),
-    ("gpt_neox", 1, 2, {}),
-    ("llama_tied", 1, 3, {}),
-    ("gpt2", 1, 4, {}),
-    ("llama", 2, 3, {}),
-    ("gpt2", 2, 2, {"zero": OFFLOAD}),
-    ("gpt_neox", 2, 4, {}),
-    ("llama", 3, 1, {}),
-    ("llama_tied", 3, 2, {}),
-    ("gpt2", 3, 3, {}),
-    ("llama", 3, 4, {"zero": SUB_GROUPS}),
-])
+@pytest.mark.parametrize(
+    "model, stage, ranks, options",
+    [
+        ("llama", 0, 2, {}),
+        ("gpt_neox", 1, 2, {}),
+        ("llama_tied", 1, 3, {}),
+        ("gpt2", 1, 4, {}),
+        ("llama", 2, 3, {}),
+        ("gpt2", 2, 2, {"zero": OFFLOAD}),
+        ("gpt_neox", 2, 4, {}),
+        ("llama", 3, 1, {}),
+        ("llama_tied", 3, 2, {}),
+        ("gpt2", 3, 3, {}),
+        ("llama", 3, 4, {"zero": SUB_GROUPS}),
+    ],
+)
 def test_adam_mini_equals_the_paper_loop(model, stage, ranks, options):
     assert max(pool(ranks).run(end_to_end, MINI, model, stage, 20, options)) < 1e-5
 
@@ -66,17 +72,20 @@ def low_precision(kind, model, stage, dtype, options):
     return worst_difference({n: found[n] - start[n] for n in found}, {n: wanted[n] - start[n] for n in found})
 
 
-@pytest.mark.parametrize("kind, model, stage, dtype, options", [
-    (ADAMW, "llama", 0, "bf16", {}),
-    (ADAMW, "llama", 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
-    (ADAMW, "gpt_neox", 2, "bf16", {}),
-    (ADAMW, "llama", 3, "bf16", {}),
-    (ADAMW, "gpt2", 2, "fp16", {}),
-    (MINI, "llama", 1, "bf16", {}),
-    (MINI, "gpt2", 1, "fp16", {}),
-    # without ZeRO, DeepSpeed 0.19.8 divides fp16 gradients by a loss scale that it has not put on the loss
-    (MINI, "gpt2", 0, "fp16", {"fp16": {"loss_scale": 1}}),
-])
+@pytest.mark.parametrize(
+    "kind, model, stage, dtype, options",
+    [
+        (ADAMW, "llama", 0, "bf16", {}),
+        (ADAMW, "llama", 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),
+        (ADAMW, "gpt_neox", 2, "bf16", {}),
+        (ADAMW, "llama", 3, "bf16", {}),
+        (ADAMW, "gpt2", 2, "fp16", {}),
+        (MINI, "llama", 1, "bf16", {}),
+        (MINI, "gpt2", 1, "fp16", {}),
+        # without ZeRO, DeepSpeed 0.19.8 divides fp16 gradients by a loss scale that it has not put on the loss
+        (MINI, "gpt2", 0, "fp16", {"fp16": {"loss_scale": 1}}),
+    ],
+)
 def test_low_precision_follows_the_twin(kind, model, stage, dtype, options):
     """Rounding differs (the twin adds micro batches in fp32), so this bounds the drift; the next test is the sharp one."""
     assert max(pool(1).run(low_precision, kind, model, stage, dtype, options)) < 0.05
@@ -87,7 +96,7 @@ def beside_torch(stage, dtype, ratio_one, options=None):
 
     With other groups ZeRO cuts elsewhere, and a norm of gradients that differs in its last bit flips roundings to bf16.
     """
-    from deepspeed_door.engines import DECAY, EPS, LR, BETAS, start, train, weights
+    from deepspeed_door.engines import BETAS, DECAY, EPS, LR, start, train, weights
     from twins import RATIOS, Twin, make
 
     plain = {"type": "WarmupLR", "params": {"warmup_max_lr": LR, "warmup_num_steps": 3, "warmup_type": "linear"}}
@@ -96,23 +105,60 @@ def beside_torch(stage, dtype, ratio_one, options=None):
     keys = sorted({("" if ratio_one else leaf.block, leaf.decayed) for leaf in leaves.values()})
 
     def groups(model):
-        return [{"params": [p for n, p in model.named_parameters()
-                            if ("" if ratio_one else leaves[n].block, leaves[n].decayed) == key]} for key in keys]
+        return [
+            {
+                "params": [
+                    p
+                    for n, p in model.named_parameters()
+                    if ("" if ratio_one else leaves[n].block, leaves[n].decayed) == key
+                ]
+            }
+            for key in keys
+        ]
 
     model = make("llama")
-    engine = start(model, config(ADAMW, stage, dtype=dtype, scheduler=plain, **(options or {}), optimizer={
-        "block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}}), model_parameters=groups(model))
+    engine = start(
+        model,
+        config(
+            ADAMW,
+            stage,
+            dtype=dtype,
+            scheduler=plain,
+            **(options or {}),
+            optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}},
+        ),
+        model_parameters=groups(model),
+    )
     train(engine, 10)
     ours = weights(engine)
     engine.destroy()
     model = make("llama")
-    with_rates = [{**group, "lr": ratios.get(key[0], 1.0) * LR, "weight_decay": DECAY if key[1] else 0.0}
-                  for group, key in zip(groups(model), keys)]
-    settings = config("AdamW", stage, dtype=dtype, **(options or {}), scheduler={
-        "type": "WarmupLR", "params": {"warmup_min_lr": 0.0, "warmup_max_lr": [g["lr"] for g in with_rates],
-                                       "warmup_num_steps": 3, "warmup_type": "linear"}})
-    settings["optimizer"]["params"] = {"lr": LR, "betas": list(BETAS), "eps": EPS, "torch_adam": True,
-                                       "adam_w_mode": True}
+    with_rates = [
+        {**group, "lr": ratios.get(key[0], 1.0) * LR, "weight_decay": DECAY if key[1] else 0.0}
+        for group, key in zip(groups(model), keys)
+    ]
+    settings = config(
+        "AdamW",
+        stage,
+        dtype=dtype,
+        **(options or {}),
+        scheduler={
+            "type": "WarmupLR",
+            "params": {
+                "warmup_min_lr": 0.0,
+                "warmup_max_lr": [g["lr"] for g in with_rates],
+                "warmup_num_steps": 3,
+                "warmup_type": "linear",
+            },
+        },
+    )
+    settings["optimizer"]["params"] = {
+        "lr": LR,
+        "betas": list(BETAS),
+        "eps": EPS,
+        "torch_adam": True,
+        "adam_w_mode": True,
+    }
     engine = start(model, settings, model_parameters=with_rates)
     train(engine, 10)
     found = weights(engine)
@@ -120,9 +166,17 @@ def beside_torch(stage, dtype, ratio_one, options=None):
     return worst_difference(ours, found)
 
 
-@pytest.mark.parametrize("stage, dtype, ranks, ratio_one", [
-    (0, "fp32", 2, True), (1, "bf16", 2, True), (2, "fp32", 2, False), (2, "bf16", 2, False), (3, "fp32", 2, True),
-    (3, "bf16", 2, False)])
+@pytest.mark.parametrize(
+    "stage, dtype, ranks, ratio_one",
+    [
+        (0, "fp32", 2, True),
+        (1, "bf16", 2, True),
+        (2, "fp32", 2, False),
+        (2, "bf16", 2, False),
+        (3, "fp32", 2, True),
+        (3, "bf16", 2, False),
+    ],
+)
 def test_equals_torch_adamw_inside_deepspeed(stage, dtype, ranks, ratio_one):
     """With all ratios 1 it is torch's AdamW, and DeepSpeed's own scheduler keeps the ratios."""
     assert max(pool(ranks).run(beside_torch, stage, dtype, ratio_one)) < 1e-6

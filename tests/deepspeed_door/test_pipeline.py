@@ -1,13 +1,22 @@
 """DeepSpeed's PipelineModule: two stages of two data-parallel ranks, beside plain optimizers, saved and resumed."""
+
 import logging
 
 import pytest
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import BETAS, EPS
-from deepspeed_door.test_parallel import (ADAMW, BLOCKS, MINI, VOCABULARY, WIDTH, Expert, RowMini, plain_groups,
-                                          settings_of)
+from deepspeed_door.test_parallel import (
+    ADAMW,
+    BLOCKS,
+    MINI,
+    VOCABULARY,
+    WIDTH,
+    Expert,
+    RowMini,
+    plain_groups,
+    settings_of,
+)
 from ranks import pool
 from twins import worst_difference
 
@@ -32,19 +41,28 @@ class Named:
 
 def engine_of(kind, stage, change=None):
     import deepspeed
-    import blockwise_lr.deepspeed  # noqa: F401
     from deepspeed.pipe import LayerSpec, PipelineModule
     from deepspeed.utils import groups
+
+    import blockwise_lr.deepspeed  # noqa: F401
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo")
     groups.mpu = groups.mesh_device = None
     torch.manual_seed(0)
     odd = change is not None and dist.get_rank() == 3
-    module = PipelineModule([LayerSpec(torch.nn.Embedding, VOCABULARY, WIDTH), LayerSpec(Expert), LayerSpec(Expert),
-                             LayerSpec(torch.nn.LayerNorm, WIDTH),
-                             LayerSpec(torch.nn.Linear, WIDTH, VOCABULARY, bias=odd and change == "model")],
-                            num_stages=2, loss_fn=loss_of, partition_method="uniform")
+    module = PipelineModule(
+        [
+            LayerSpec(torch.nn.Embedding, VOCABULARY, WIDTH),
+            LayerSpec(Expert),
+            LayerSpec(Expert),
+            LayerSpec(torch.nn.LayerNorm, WIDTH),
+            LayerSpec(torch.nn.Linear, WIDTH, VOCABULARY, bias=odd and change == "model"),
+        ],
+        num_stages=2,
+        loss_fn=loss_of,
+        partition_method="uniform",
+    )
     for name, p in module.named_parameters():
         torch.manual_seed(sum(map(ord, name)))
         torch.nn.init.normal_(p, 0, 0.2)
@@ -64,7 +82,9 @@ def train(engine, first, last):
     copy = engine.grid.get_data_parallel_rank()
     for number in range(first, last):
         seeds = [10 * number + 2 * part + copy for part in range(2)]
-        batches = [torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        batches = [
+            torch.randint(0, VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
         engine.train_batch(iter([(ids, ids) for ids in batches]))
 
 
@@ -98,10 +118,13 @@ def test_a_pipeline_trains_as_a_plain_optimizer_and_resumes(kind, stage, tmp_pat
         assert worst < 1e-5 and resumed == 0.0
 
 
-@pytest.mark.parametrize("change, words", [
-    ("model", ["is missing on rank 2 and 4.bias (24,) float32, trained on rank 3"]),
-    ("ratios", ["block_lr_ratios is", "on ranks 0-2 and", "on rank 3"]),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("model", ["is missing on rank 2 and 4.bias (24,) float32, trained on rank 3"]),
+        ("ratios", ["block_lr_ratios is", "on ranks 0-2 and", "on rank 3"]),
+    ],
+)
 def test_stages_may_differ_and_their_copies_may_not(change, words):
     errors = pool(4).run(engine_of, ADAMW, 1, change, errors=True)
     assert len({str(error) for error in errors}) == 1

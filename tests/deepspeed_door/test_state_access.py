@@ -1,14 +1,18 @@
 """deepspeed.utils' functions that get and set optimizer states, parameter by parameter."""
+
 import pytest
 import torch
-
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
 from twins import RATIOS, Twin, make
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
-LAYOUTS = [(1, {}), (2, {"zero": {"offload_optimizer": {"device": "cpu"}}}), (3, {}),
-           (1, {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}})]
+LAYOUTS = [
+    (1, {}),
+    (2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    (3, {}),
+    (1, {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}),
+]
 
 
 def loop_moments(steps, ranks, kind="llama"):
@@ -35,8 +39,10 @@ def loop_moments(steps, ranks, kind="llama"):
 def states_of(engine):
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    return {name: tuple(safe_get_full_optimizer_state(p, key).clone() for key in ("exp_avg", "exp_avg_sq"))
-            for name, p in engine.module.named_parameters()}
+    return {
+        name: tuple(safe_get_full_optimizer_state(p, key).clone() for key in ("exp_avg", "exp_avg_sq"))
+        for name, p in engine.module.named_parameters()
+    }
 
 
 def got(stage, options):
@@ -49,8 +55,7 @@ def got(stage, options):
     found = states_of(engine)
     engine.destroy()
     wanted = loop_moments(2, dist.get_world_size())
-    assert found.keys() == wanted.keys() and all(f.shape == w.shape for n in found
-                                                 for f, w in zip(found[n], wanted[n]))
+    assert found.keys() == wanted.keys() and all(f.shape == w.shape for n in found for f, w in zip(found[n], wanted[n]))
     return before, max(float((f - w).norm() / w.norm()) for n in found for f, w in zip(found[n], wanted[n]))
 
 
@@ -94,15 +99,18 @@ def set_and_refused(kind, stage, options):
     return same, finite, texts
 
 
-@pytest.mark.parametrize("kind, stage, options", [*((MINI, *layout) for layout in LAYOUTS), (ADAMW, 3, {}),
-                                                  (ADAMW, 2, {})])
+@pytest.mark.parametrize(
+    "kind, stage, options", [*((MINI, *layout) for layout in LAYOUTS), (ADAMW, 3, {}), (ADAMW, 2, {})]
+)
 def test_setting_a_state_is_exact_or_refused_on_every_rank(kind, stage, options):
     answers = pool(2).run(set_and_refused, kind, stage, options)
     assert answers[0] == answers[1]
     same, finite, texts = answers[0]
     assert same and finite
     wanted = ["exp_avg_sq of model.layers.0.mlp.up_proj.weight was given values that differ within a segment"]
-    for text, words in zip(texts, (wanted if kind == MINI else []) + ["elements and has", "no state 'momentum_buffer'"]):
+    for text, words in zip(
+        texts, (wanted if kind == MINI else []) + ["elements and has", "no state 'momentum_buffer'"]
+    ):
         assert words in text
     assert len(texts) == (3 if kind == MINI else 2)
 
@@ -110,8 +118,11 @@ def test_setting_a_state_is_exact_or_refused_on_every_rank(kind, stage, options)
 def local_forms():
     """ZeRO-3's local forms: what they get is this rank's part of the full state, and can be set again."""
     import torch.distributed as dist
-    from deepspeed.utils import (safe_get_full_optimizer_state, safe_get_local_optimizer_state,
-                                 safe_set_local_optimizer_state)
+    from deepspeed.utils import (
+        safe_get_full_optimizer_state,
+        safe_get_local_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
 
     engine = start(make("gpt2"), config(MINI, 3, steps=4))
     train(engine, 1)
@@ -120,7 +131,7 @@ def local_forms():
         for key in ("exp_avg", "exp_avg_sq"):
             full, local = safe_get_full_optimizer_state(p, key), safe_get_local_optimizer_state(p, key)
             padded = torch.zeros(local.numel() * dist.get_world_size())
-            padded[:full.numel()] = full.flatten()
+            padded[: full.numel()] = full.flatten()
             right = right and torch.equal(local, padded.chunk(dist.get_world_size())[dist.get_rank()])
             safe_set_local_optimizer_state(p, 3 * local, key)
             right = right and torch.equal(safe_get_full_optimizer_state(p, key), 3 * full)

@@ -1,4 +1,5 @@
 """The demo's parts, and a few real steps of it on two processes."""
+
 import json
 import os
 import subprocess
@@ -17,15 +18,20 @@ def finished(tmp_path_factory):
     """A folder in which a very short demo has run, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, str(EXAMPLES / "run.py"), "--steps", "16", "--sweep-steps", "2"], cwd=folder,
-                          capture_output=True, text=True, env=environment, timeout=250)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "run.py"), "--steps", "16", "--sweep-steps", "2"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "runs" / "demo", done.stdout
 
 
 def test_text_goes_through_the_tokenizer_and_back(finished):
     import sentencepiece
-
     from corpus import VOCABULARY, texts, tokens
 
     folder, _ = finished

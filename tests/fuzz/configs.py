@@ -1,4 +1,5 @@
 """Random ds_configs: good ones with what they mean, and ones with a fault and the words its error must have."""
+
 from __future__ import annotations
 
 import random
@@ -13,7 +14,17 @@ FAULTS: dict[str, list[Any]] = {
     "eps": NOT_A_NUMBER,
     "weight_decay": NOT_A_NUMBER,
     "betas": [0.9, None, [0.9], [0.9, 1.0], [0.9, -0.1], ["0.9", 0.95], "0.9", [], {"a": 1, "b": 2}, [0.9, 0.9, 0.9]],
-    "block_lr_ratios": [{"qk": -1}, {"qkv": 1.0}, {"qk": "8"}, {"qk": 0}, {"": 1.0}, [1], "paper", {"qk": None}, {"qk": True}],
+    "block_lr_ratios": [
+        {"qk": -1},
+        {"qkv": 1.0},
+        {"qk": "8"},
+        {"qk": 0},
+        {"": 1.0},
+        [1],
+        "paper",
+        {"qk": None},
+        {"qk": True},
+    ],
     "block_weight_decay": [{"qk": -1}, {"norms": 1.0}, {"vo": "0.1"}, [1], 0.1, {"vo": float("nan")}],
     "decay_norms_and_biases": NOT_TRUE_OR_FALSE,
     "block_strict": NOT_TRUE_OR_FALSE,
@@ -21,10 +32,20 @@ FAULTS: dict[str, list[Any]] = {
     "kernel": ["cuda", None, 3, "", ["cpp"]],
     "accept_mismatch": [["lrs"], 3, {"lr": 1}, [["lr"]], [None]],
     "ratio_fade_steps": [-1, 1.5, True, "3", None],
-    "block_rules": [{"match": "*"}, "*", 3, [3], [{"match": "*", "block": "mlp"}], [{"match": "nothing.*", "block": "ffn"}],
-                    [{"block": "ffn"}], [{"match": "*", "block": "ffn", "split": ["q", "k", "v"]}],
-                    [{"match": "*lm_head*{", "block": "ffn"}], [{"match": 3, "block": "ffn"}],
-                    [{"match": "*", "block": "ffn", "batch_dims": -1}], [{"match": "*norm*", "block": "ffn", "batch_dims": 7}]],
+    "block_rules": [
+        {"match": "*"},
+        "*",
+        3,
+        [3],
+        [{"match": "*", "block": "mlp"}],
+        [{"match": "nothing.*", "block": "ffn"}],
+        [{"block": "ffn"}],
+        [{"match": "*", "block": "ffn", "split": ["q", "k", "v"]}],
+        [{"match": "*lm_head*{", "block": "ffn"}],
+        [{"match": 3, "block": "ffn"}],
+        [{"match": "*", "block": "ffn", "batch_dims": -1}],
+        [{"match": "*norm*", "block": "ffn", "batch_dims": 7}],
+    ],
     "momentum": [0.9],
     "block_lr_ratio": [{"qk": 1.0}],
 }
@@ -35,8 +56,15 @@ SCHEDULE_FAULTS: dict[str, list[Any]] = {
     "last_batch_iteration": [-5, 0.5, True, "0"],
 }
 # what may differ between ranks, and the word that names it
-UNLIKE = {"lr": 1e-3, "betas": [0.5, 0.9], "weight_decay": 0.7, "eps": 1e-4, "block_lr_ratios": {"vo": 3.0},
-          "block_weight_decay": {"ffn": 0.3}, "decay_norms_and_biases": True}
+UNLIKE = {
+    "lr": 1e-3,
+    "betas": [0.5, 0.9],
+    "weight_decay": 0.7,
+    "eps": 1e-4,
+    "block_lr_ratios": {"vo": 3.0},
+    "block_weight_decay": {"ffn": 0.3},
+    "decay_norms_and_biases": True,
+}
 
 
 @dataclass
@@ -65,8 +93,14 @@ def draw(seed: int) -> Drawn:
     rng = random.Random(seed)
     stage = rng.randrange(4)
     kind = rng.choice(["BlockwiseAdamW", "BlockwiseAdamMini"])
-    drawn = Drawn(rng.choice(["llama", "llama_tied", "gpt2", "gpt_neox"]), kind, stage, _optimizer(rng, kind),
-                  _schedule(rng), _zero(rng, stage))
+    drawn = Drawn(
+        rng.choice(["llama", "llama_tied", "gpt2", "gpt_neox"]),
+        kind,
+        stage,
+        _optimizer(rng, kind),
+        _schedule(rng),
+        _zero(rng, stage),
+    )
     fate = rng.random()
     if fate < 0.25:
         key = rng.choice([*FAULTS])
@@ -84,10 +118,18 @@ def draw(seed: int) -> Drawn:
 
 
 def _optimizer(rng: random.Random, kind: str) -> dict[str, Any]:
-    ratios = {block: rng.choice([0.5, 1, 2.0, 7.5]) for block in ("embedding", "head", "qk", "vo", "ffn", "norm")
-              if rng.random() < 0.4}
-    found = {"lr": LR, "betas": rng.choice([[0.9, 0.95], [0.8, 0.99], [0.0, 0.9]]), "eps": 1e-5,
-             "weight_decay": rng.choice([0, 0.1, 0.5]), "kernel": rng.choice(["reference", "cpp", "auto"])}
+    ratios = {
+        block: rng.choice([0.5, 1, 2.0, 7.5])
+        for block in ("embedding", "head", "qk", "vo", "ffn", "norm")
+        if rng.random() < 0.4
+    }
+    found = {
+        "lr": LR,
+        "betas": rng.choice([[0.9, 0.95], [0.8, 0.99], [0.0, 0.9]]),
+        "eps": 1e-5,
+        "weight_decay": rng.choice([0, 0.1, 0.5]),
+        "kernel": rng.choice(["reference", "cpp", "auto"]),
+    }
     if ratios or rng.random() < 0.3:
         found["block_lr_ratios"] = ratios
     if rng.random() < 0.3:
@@ -109,11 +151,16 @@ def _schedule(rng: random.Random) -> dict[str, Any] | None:
 
 def _zero(rng: random.Random, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for key, values, stages in (("round_robin_gradients", [True], (1, 2)), ("overlap_comm", [True, False], (1, 2, 3)),
-                                ("contiguous_gradients", [False], (1, 2)), ("reduce_scatter", [False], (1, 2)),
-                                ("sub_group_size", [300, 2000], (3,)), ("reduce_bucket_size", [500, 5000], (1, 2, 3)),
-                                ("offload_optimizer", [{"device": "cpu"}], (1, 2, 3)),
-                                ("stage3_param_persistence_threshold", [0, 100], (3,))):
+    for key, values, stages in (
+        ("round_robin_gradients", [True], (1, 2)),
+        ("overlap_comm", [True, False], (1, 2, 3)),
+        ("contiguous_gradients", [False], (1, 2)),
+        ("reduce_scatter", [False], (1, 2)),
+        ("sub_group_size", [300, 2000], (3,)),
+        ("reduce_bucket_size", [500, 5000], (1, 2, 3)),
+        ("offload_optimizer", [{"device": "cpu"}], (1, 2, 3)),
+        ("stage3_param_persistence_threshold", [0, 100], (3,)),
+    ):
         if stage in stages and rng.random() < 0.3:
             found[key] = rng.choice(values)
     return found

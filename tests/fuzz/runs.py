@@ -1,4 +1,5 @@
 """Starts an engine with a random configuration and trains it beside the unfused twin; runs in the rank processes."""
+
 from __future__ import annotations
 
 import logging
@@ -6,7 +7,6 @@ import math
 
 import torch
 import torch.distributed as dist
-
 from deepspeed_door.engines import config, start, train, weights
 from fuzz.configs import LR, STEPS, Drawn
 from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids, worst_difference
@@ -42,8 +42,9 @@ def reference(drawn: Drawn) -> dict[str, torch.Tensor]:
     if drawn.optimizer.get("decay_norms_and_biases"):
         for leaf in twin.leaves.values():
             leaf.decayed = True
-    optimizer = REFERENCES[drawn.kind](twin, tuple(drawn.optimizer["betas"]), drawn.optimizer["eps"],
-                                       drawn.optimizer["weight_decay"], ratios)
+    optimizer = REFERENCES[drawn.kind](
+        twin, tuple(drawn.optimizer["betas"]), drawn.optimizer["eps"], drawn.optimizer["weight_decay"], ratios
+    )
     ranks = dist.get_world_size()
     for number, batch in enumerate(token_ids(STEPS, accumulation, ranks), 1):
         for ids in batch.flatten(0, 1):
@@ -76,7 +77,9 @@ def verdict(drawn: Drawn, answers: list[tuple[str, str | float]]) -> str | None:
         text = texts.pop()
         if not drawn.words:
             return f"refused without a fault: {text}"
-        if not text.startswith(("BlockError: ", "UnmappedParameterError: ")) or not all(word in text for word in drawn.words):
+        if not text.startswith(("BlockError: ", "UnmappedParameterError: ")) or not all(
+            word in text for word in drawn.words
+        ):
             return f"an error that does not name {drawn.words}: {text}"
         return None if len(text) < 1500 else f"an error of {len(text)} characters"
     if kinds == {"trained"}:

@@ -2,12 +2,12 @@
 
 A few run with the suite; ``make fuzz`` runs 1,000 (``BLOCKWISE_LR_FUZZ`` says how many, ``BLOCKWISE_LR_FUZZ_SEED`` from
 where)."""
+
 import os
 
 import pytest
 from fuzz import runs
 from fuzz.configs import draw
-
 from ranks import pool
 
 COUNT = int(os.environ.get("BLOCKWISE_LR_FUZZ", 16))
@@ -19,6 +19,9 @@ AT_ONCE = 8
 def test_random_configurations(first):
     configs = [draw(seed) for seed in range(first, min(first + AT_ONCE, FIRST + COUNT))]
     answers = pool(2).run(runs.outcomes, configs)
-    wrong = {seed: (text, drawn) for seed, drawn, of_ranks in zip(range(first, first + AT_ONCE), configs, zip(*answers))
-             if (text := runs.verdict(drawn, list(of_ranks))) is not None}
+    wrong = {
+        seed: (text, drawn)
+        for seed, drawn, of_ranks in zip(range(first, first + AT_ONCE), configs, zip(*answers))
+        if (text := runs.verdict(drawn, list(of_ranks))) is not None
+    }
     assert not wrong, "\n".join(f"seed {seed}: {text}\n    {drawn}" for seed, (text, drawn) in wrong.items())

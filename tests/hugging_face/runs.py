@@ -1,4 +1,5 @@
 """Runs of the real Trainer and of Accelerate on the CPU; they run in the rank processes."""
+
 from __future__ import annotations
 
 import logging
@@ -6,7 +7,6 @@ import os
 from typing import Any
 
 import torch
-
 from twins import VOCABULARY, make
 
 STEPS, SAVE_AT = 6, 3
@@ -28,11 +28,18 @@ class Tokens(torch.utils.data.Dataset):
 
 def ds_config(kind: str, stage: int, **top: Any) -> dict[str, Any]:
     """A ds_config whose batch sizes and step counts the Trainer fills in ("auto")."""
-    return {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto", "zero_optimization": {"stage": stage},
-            "optimizer": {"type": kind, "params": dict(OPTIMIZER)},
-            "scheduler": {"type": "BlockwiseWarmupCosine",
-                          "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}}, **top}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": kind, "params": dict(OPTIMIZER)},
+        "scheduler": {
+            "type": "BlockwiseWarmupCosine",
+            "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"},
+        },
+        **top,
+    }
 
 
 def _fresh_state() -> None:
@@ -46,8 +53,9 @@ def _fresh_state() -> None:
     GradientState._reset_state()
 
 
-def train(folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", resume: bool = False,
-          model: str = "llama") -> dict[str, Any]:
+def train(
+    folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", resume: bool = False, model: str = "llama"
+) -> dict[str, Any]:
     """Trains with the Trainer, saving after SAVE_AT steps.
 
     Args:
@@ -67,15 +75,27 @@ def train(folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", res
     logging.disable(logging.WARNING)
     _fresh_state()
     arguments = transformers.TrainingArguments(
-        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        save_steps=SAVE_AT, logging_steps=1, use_cpu=deepspeed is None, deepspeed=deepspeed, seed=5, report_to=[],
-        disable_tqdm=True, warmup_steps=2, learning_rate=OPTIMIZER["lr"], max_grad_norm=0.5,
-        adam_beta2=OPTIMIZER["betas"][1], weight_decay=OPTIMIZER["weight_decay"])
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_steps=SAVE_AT,
+        logging_steps=1,
+        use_cpu=deepspeed is None,
+        deepspeed=deepspeed,
+        seed=5,
+        report_to=[],
+        disable_tqdm=True,
+        warmup_steps=2,
+        learning_rate=OPTIMIZER["lr"],
+        max_grad_norm=0.5,
+        adam_beta2=OPTIMIZER["betas"][1],
+        weight_decay=OPTIMIZER["weight_decay"],
+    )
     settings = {} if deepspeed else {"optimizer_cls_and_kwargs": (getattr(door, kind + "Factory"), dict(OPTIMIZER))}
     trainer = transformers.Trainer(model=make(model), args=arguments, train_dataset=Tokens(), **settings)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVE_AT}" if resume else None)
-    optimizer = (blockwise_lr.deepspeed.optimizer_of(trainer.model_wrapped) if deepspeed
-                 else trainer.optimizer.optimizer)
+    optimizer = blockwise_lr.deepspeed.optimizer_of(trainer.model_wrapped) if deepspeed else trainer.optimizer.optimizer
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     return {"losses": losses, "lrs": optimizer.block_lrs()[0], "optimizer": type(optimizer).__name__}
 

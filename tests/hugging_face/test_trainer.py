@@ -1,17 +1,21 @@
 """The real Trainer and Accelerate on two ranks: with DeepSpeed, and without; stopped and resumed."""
+
 import pytest
 from hugging_face import runs
-
 from ranks import pool
 from twins import RATIOS, paper_lr
 
 
-@pytest.mark.parametrize("deepspeed, kind", [
-    (runs.ds_config("BlockwiseAdamW", 2), "BlockwiseAdamW"),
-    (runs.ds_config("BlockwiseAdamMini", 3), "BlockwiseAdamMini"),
-    (None, "BlockwiseAdamW"),
-    (None, "BlockwiseAdamMini"),
-], ids=["ZeRO-2 AdamW", "ZeRO-3 Adam-mini", "DDP AdamW", "DDP Adam-mini"])
+@pytest.mark.parametrize(
+    "deepspeed, kind",
+    [
+        (runs.ds_config("BlockwiseAdamW", 2), "BlockwiseAdamW"),
+        (runs.ds_config("BlockwiseAdamMini", 3), "BlockwiseAdamMini"),
+        (None, "BlockwiseAdamW"),
+        (None, "BlockwiseAdamMini"),
+    ],
+    ids=["ZeRO-2 AdamW", "ZeRO-3 Adam-mini", "DDP AdamW", "DDP Adam-mini"],
+)
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, deepspeed, kind):
     whole = pool(2).run(runs.train, str(tmp_path), deepspeed, kind)[0]
     resumed = pool(2).run(runs.train, str(tmp_path), deepspeed, kind, True)[0]
@@ -33,7 +37,12 @@ def test_accelerate_saves_and_resumes(tmp_path, stage):
 
 def test_accelerate_steps_the_schedule_once_an_optimizer_step_and_saves_it(tmp_path):
     seen = pool(1).run(runs.accelerate_alone, str(tmp_path))[0]
-    wanted = [{block: paper_lr(step, ratio, runs.OPTIMIZER["lr"], runs.OPTIMIZER["lr"] / 20, 2, runs.STEPS)
-               for block, ratio in RATIOS.items()} for step in range(1, runs.STEPS + 1)]
+    wanted = [
+        {
+            block: paper_lr(step, ratio, runs.OPTIMIZER["lr"], runs.OPTIMIZER["lr"] / 20, 2, runs.STEPS)
+            for block, ratio in RATIOS.items()
+        }
+        for step in range(1, runs.STEPS + 1)
+    ]
     assert seen["run"] == [pytest.approx(rates) for rates in wanted]
-    assert seen["resumed"][:runs.STEPS - runs.SAVE_AT] == [pytest.approx(rates) for rates in wanted[runs.SAVE_AT:]]
+    assert seen["resumed"][: runs.STEPS - runs.SAVE_AT] == [pytest.approx(rates) for rates in wanted[runs.SAVE_AT :]]

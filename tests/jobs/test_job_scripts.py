@@ -1,4 +1,5 @@
 """The Slurm job scripts: shellcheck, and what they would start, with stand-ins for Slurm's own commands."""
+
 import os
 import shutil
 import subprocess
@@ -27,8 +28,14 @@ def run(script, arguments, folder):
     for name, body in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "printf 'n1\\nn2\\n'"), ("blockwise-lr", "true")):
         (tools / name).write_text(f"#!/bin/sh\n{body}\n")
         (tools / name).chmod(0o755)
-    environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20007",
-                   "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8", "VENV": str(folder / "venv")}
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "20007",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "VENV": str(folder / "venv"),
+    }
     (folder / "venv" / "bin").mkdir(parents=True)
     (folder / "venv" / "bin" / "activate").write_text("")
     return subprocess.run(["bash", str(script), *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -38,8 +45,21 @@ def test_deepspeed_starts_the_users_script_on_every_node(tmp_path):
     done = run(ROOT / "examples/slurm/deepspeed.sbatch", ["train.py", "--deepspeed_config", "a b.json"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "torchrun", "--nnodes", "2", "--nproc_per_node", "8", "--rdzv_id", "20007", "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", "n1:20007", "train.py", "--deepspeed_config", "a b.json"]
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "8",
+        "--rdzv_id",
+        "20007",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "n1:20007",
+        "train.py",
+        "--deepspeed_config",
+        "a b.json",
+    ]
 
 
 def test_megatron_reads_the_argument_file(tmp_path):
@@ -48,8 +68,14 @@ def test_megatron_reads_the_argument_file(tmp_path):
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
     start = words.index("-m")
-    assert words[start:] == ["-m", "blockwise_lr.megatron", "Megatron-LM/pretrain_gpt.py",
-                             *(ROOT / file).read_text().split(), "--data-path", "my corpus"]
+    assert words[start:] == [
+        "-m",
+        "blockwise_lr.megatron",
+        "Megatron-LM/pretrain_gpt.py",
+        *(ROOT / file).read_text().split(),
+        "--data-path",
+        "my corpus",
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 Run by test_compiled.py in a process of its own, since the test process has the interpreted kernel.
 """
+
 import json
 import re
 import sys
@@ -11,8 +12,11 @@ from triton.compiler import ASTSource, compile
 
 from blockwise_lr.kernels import triton as kernel
 
-NUMBERS = {"numbers": "*fp32", "classes": "i32",
-           **dict.fromkeys(("rest1", "beta2", "rest2", "eps", "inverse_root"), "fp32")}
+NUMBERS = {
+    "numbers": "*fp32",
+    "classes": "i32",
+    **dict.fromkeys(("rest1", "beta2", "rest2", "eps", "inverse_root"), "fp32"),
+}
 WORK = {"owner": "*i32", "table": "*i64"}
 SIZES = {"BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS, "FIELDS": kernel._FIELDS}
 
@@ -22,8 +26,12 @@ def memory_instructions(function, types: dict[str, str], capability: int, **cons
     constants |= {name: size for name, size in SIZES.items() if name in function.arg_names}
     places = {name: (function.arg_names.index(name),) for name in function.arg_names}
     aligned = {places[name]: [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
-    source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"),
-                       {places[name]: value for name, value in constants.items()}, aligned)
+    source = ASTSource(
+        function,
+        types | dict.fromkeys(constants, "constexpr"),
+        {places[name]: value for name, value in constants.items()},
+        aligned,
+    )
     text = compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
     return sorted(set(re.findall(r"(?:ld|st)\.global[.\w]*|cvt\.rn\.bf16[.\w]*", text)))
 
@@ -36,8 +44,8 @@ def main() -> None:
         found[f"{at} adamw"] = memory_instructions(kernel._adamw, tensors | NUMBERS, capability, COPY=True)
         for own in (True, False):
             found[f"{at} adam_mini {own}"] = memory_instructions(
-                kernel._adam_mini, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own,
-                COPY=True)
+                kernel._adam_mini, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own, COPY=True
+            )
         found[f"{at} sums"] = memory_instructions(kernel._sums, {"g": gradient, "sums": "*fp32"} | WORK, capability)
     json.dump(found, sys.stdout)
 

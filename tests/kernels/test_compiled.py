@@ -1,4 +1,5 @@
 """The Triton kernel compiles for GPUs, also where there is none."""
+
 import json
 import os
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 def test_the_gpu_kernel_compiles_and_moves_four_elements_at_a_time(tmp_path):
     pytest.importorskip("triton.backends.nvidia")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("compiled.py"))], env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compiled.py"))], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, instructions in json.loads(done.stdout).items():
         wide = "v2" if "sums" in name and "*fp32" not in name else "v4"  # four elements at a time

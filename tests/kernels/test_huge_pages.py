@@ -1,4 +1,5 @@
 """Huge pages under the optimizers' tensors, where the machine has them."""
+
 import mmap
 import os
 import re
@@ -11,8 +12,11 @@ from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 from blockwise_lr.kernels import huge_pages
 
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-COLLAPSES = (ENABLED.exists() and "[never]" not in ENABLED.read_text()
-             and tuple(int(n) for n in re.findall(r"\d+", os.uname().release)[:2]) >= (6, 1))
+COLLAPSES = (
+    ENABLED.exists()
+    and "[never]" not in ENABLED.read_text()
+    and tuple(int(n) for n in re.findall(r"\d+", os.uname().release)[:2]) >= (6, 1)
+)
 ROWS, WIDTH = 16384, 512
 BYTES = ROWS * WIDTH * 4  # 32 MiB
 
@@ -58,5 +62,6 @@ def test_the_switch_turns_it_off(monkeypatch):
 
 
 def test_what_cannot_move_stays():
-    huge_pages.use_huge_pages(torch.ones(3), torch.empty(0), torch.empty(4_000_000, device="meta"),
-                              torch.ones(4_000_000).share_memory_())
+    huge_pages.use_huge_pages(
+        torch.ones(3), torch.empty(0), torch.empty(4_000_000, device="meta"), torch.ones(4_000_000).share_memory_()
+    )

@@ -2,6 +2,7 @@
 
 The Triton kernel runs in its interpreter where there is no GPU.
 """
+
 import os
 import random
 import subprocess
@@ -9,12 +10,12 @@ import sys
 
 import pytest
 import torch
+from random_layouts import random_layouts
 
 from blockwise_lr.blocks import BlockType, ParamLayout, Piece
 from blockwise_lr.kernels import ReferenceKernel, StepValues, kernel_for
-from blockwise_lr.optim.plan import adam_mini_plan, adamw_plan, slot_numel
-from blockwise_lr.optim.shards import Fragment
-from random_layouts import random_layouts
+from blockwise_lr.plan.shards import Fragment
+from blockwise_lr.plan.step_plan import element_plan, segment_plan, slot_numel
 
 DEVICES = {"cpp": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
 REFERENCE = ReferenceKernel()
@@ -45,13 +46,23 @@ def tensors(numel, seed, dtype=torch.float32):
     # torch's own pow rounds otherwise at the edges of its threads' shares, so the inputs keep to multiplication
     scale = 2.0 ** torch.randint(-20, 10, (numel,), generator=generator)
     param, grad = torch.randn(numel, generator=generator), torch.randn(numel, generator=generator) * scale
-    return param, grad.clamp(-6e4, 6e4).to(dtype), torch.randn(numel, generator=generator), torch.rand(
-        numel, generator=generator)
+    return (
+        param,
+        grad.clamp(-6e4, 6e4).to(dtype),
+        torch.randn(numel, generator=generator),
+        torch.rand(numel, generator=generator),
+    )
 
 
 def values(plan, step=3):
-    return StepValues(tuple(0.01 * (i + 1) for i in range(len(plan.classes))),
-                      tuple(0.1 * i for i in range(len(plan.classes))), 0.9, 0.95, 1e-8, step)
+    return StepValues(
+        tuple(0.01 * (i + 1) for i in range(len(plan.classes))),
+        tuple(0.1 * i for i in range(len(plan.classes))),
+        0.9,
+        0.95,
+        1e-8,
+        step,
+    )
 
 
 def device_of(kernel):
@@ -60,7 +71,7 @@ def device_of(kernel):
 
 def adamw(kernel, case, dtype=torch.float32, tweak=None, out=None):
     numel, fragments, used = case
-    plan = adamw_plan(numel, fragments, used)
+    plan = element_plan(numel, fragments, used)
     param, grad, first, second = tensors(numel, 5, dtype)
     if tweak is not None:
         tweak(grad)
@@ -71,7 +82,7 @@ def adamw(kernel, case, dtype=torch.float32, tweak=None, out=None):
 
 def adam_mini(kernel, case, dtype=torch.float32, tweak=None, out=None):
     numel, fragments, used = case
-    plan = adam_mini_plan(numel, fragments, used, parts={"plain": 2})
+    plan = segment_plan(numel, fragments, used, parts={"plain": 2})
     param, grad, first, _ = tensors(numel, 5, dtype)
     if tweak is not None:
         tweak(grad)
@@ -79,10 +90,10 @@ def adam_mini(kernel, case, dtype=torch.float32, tweak=None, out=None):
     param, grad, first, second = (t.to(device_of(kernel)) for t in (param, grad, first, second))
     kernel.adam_mini(param, grad, first, second, plan, values(plan), out)
     sums = torch.zeros(plan.slots, device=device_of(kernel))
-    kernel.sum_squares(grad, plan.cut, sums)
-    slots, sizes = (torch.from_numpy(a).to(device_of(kernel)) for a in slot_numel(plan.cut))
+    kernel.sum_squares(grad, plan.shared, sums)
+    slots, sizes = (torch.from_numpy(a).to(device_of(kernel)) for a in slot_numel(plan.shared))
     second[slots] = 0.95 * second[slots] + 0.05 * sums[slots] / sizes
-    kernel.adam_mini_cut(param, grad, first, second, plan, values(plan), out)
+    kernel.adam_mini_presummed(param, grad, first, second, plan, values(plan), out)
     return param.cpu(), first.cpu(), second.cpu()
 
 
@@ -122,7 +133,7 @@ def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(ker
         assert all(torch.equal(a, b) for a, b in zip(found, step(kernel, case)))
         held = torch.zeros(numel, dtype=torch.bool)
         for fragment in fragments:
-            held[fragment.offset:fragment.offset + fragment.numel] = True
+            held[fragment.offset : fragment.offset + fragment.numel] = True
         assert torch.equal(out.cpu()[held], rounded(kernel, found[0])[held])
         assert (out.cpu()[~held] == 7).all()
 
@@ -142,8 +153,7 @@ def test_nan_inf_and_denormals_go_where_torch_lets_them(kernel, step, value):
         found, wanted = step(kernel, case, tweak=spoil(value, 37)), step(REFERENCE, case, tweak=spoil(value, 37))
         for a, b in zip(found, wanted):
             assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
-        close([a[b.isfinite()].double() for a, b in zip(found, wanted)],
-              [b[b.isfinite()].double() for b in wanted])
+        close([a[b.isfinite()].double() for a, b in zip(found, wanted)], [b[b.isfinite()].double() for b in wanted])
 
 
 @pytest.mark.parametrize("step", [adamw, adam_mini])
@@ -151,8 +161,9 @@ def test_results_do_not_depend_on_run_or_threads(kernel, step):
     scale = 1 if device_of(kernel).type == "cpu" and kernel.name == "triton" else 10  # the interpreter is slow
     rows, width, columns = 60 * scale, 70 * scale, 120 * scale
     layout = ParamLayout("big", (rows, width), (Piece(QK, rows, 5 * scale),))
-    wide = ParamLayout("wide", (40 * scale, columns), (Piece(QK, 80 * scale, 10 * scale), Piece(VO, 40 * scale, 1)),
-                       transposed=True)
+    wide = ParamLayout(
+        "wide", (40 * scale, columns), (Piece(QK, 80 * scale, 10 * scale), Piece(VO, 40 * scale, 1)), transposed=True
+    )
     first, second = layout.numel - 100, wide.numel - 30
     case = (first + second, [Fragment("big", 100, first, 0), Fragment("wide", 0, second, first)], [layout, wide])
     threads, runs = torch.get_num_threads(), []
@@ -166,8 +177,9 @@ def test_results_do_not_depend_on_run_or_threads(kernel, step):
 
 
 def test_many_tiles_and_several_steps_of_a_real_optimizer():
-    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
     from twins import make
+
+    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
     for kind in (BlockwiseAdamW, BlockwiseAdamMini):
         results = []
@@ -184,8 +196,9 @@ def test_many_tiles_and_several_steps_of_a_real_optimizer():
 
 
 def test_optimizers_write_bfloat16_copies_for_those_who_ask():
-    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
     from twins import make
+
+    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
     for kind in (BlockwiseAdamW, BlockwiseAdamMini):
         for kernel in ("reference", "auto"):
@@ -205,8 +218,10 @@ def test_optimizers_write_bfloat16_copies_for_those_who_ask():
 
 
 def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
-    script = ("import logging, torch; logging.basicConfig(); from blockwise_lr.kernels import kernel_for\n"
-              "print([kernel_for(torch.device('cpu')).name for _ in range(3)])")
+    script = (
+        "import logging, torch; logging.basicConfig(); from blockwise_lr.kernels import kernel_for\n"
+        "print([kernel_for(torch.device('cpu')).name for _ in range(3)])"
+    )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "['reference', 'reference', 'reference']", done.stderr

@@ -1,4 +1,5 @@
 """Saves and loads the tiny Megatron models through Megatron's own checkpoint functions; runs in the rank processes."""
+
 from __future__ import annotations
 
 import functools
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from megatron_door.layouts import LENGTH, Layout, build_chunks, gather_full, load_full, megatron
-from megatron_door.training import (NAMES, _forward, batches, make_optimizer, make_scheduler, masters, start_model, wrap)
+from megatron_door.training import NAMES, _forward, batches, make_optimizer, make_scheduler, masters, start_model, wrap
 from megatron_door.twin import MegatronTwin
 
 SAVED_AT, TOTAL = 3, 8
@@ -70,8 +70,13 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
                 parts.save(folder)
             parts.update(SAVED_AT, TOTAL)
             weights, apart = gather_full(chunks, first, masters(parts.optimizer, chunks) if job.layout.bf16 else None)
-            return {"weights": weights, "apart": apart, "rates": parts.rates(), "moments": moments,
-                    "fingerprint": parts.fingerprint()}
+            return {
+                "weights": weights,
+                "apart": apart,
+                "rates": parts.rates(),
+                "moments": moments,
+                "fingerprint": parts.fingerprint(),
+            }
         except CheckpointError as error:
             return {"error": f"{type(error).__name__}: {error}"}
         finally:
@@ -103,8 +108,14 @@ class _Parts:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
             get_forward_backward_func()(
-                forward_step_func=_forward, data_iterator=[iter(ids.split(1)) for _ in self.wrapped], model=self.wrapped,
-                num_microbatches=len(ids), seq_length=LENGTH, micro_batch_size=1, forward_only=False)
+                forward_step_func=_forward,
+                data_iterator=[iter(ids.split(1)) for _ in self.wrapped],
+                model=self.wrapped,
+                num_microbatches=len(ids),
+                seq_length=LENGTH,
+                micro_batch_size=1,
+                forward_only=False,
+            )
             self.optimizer.step()
             self.scheduler.step(1)
 
@@ -113,9 +124,12 @@ class _Parts:
 
     def second_moments(self) -> dict[str, torch.Tensor]:
         """Parameter name -> exp_avg_sq of what this rank steps of it."""
-        return {part.optimizer.fragments_of(p)[0].name: state["exp_avg_sq"].clone()
-                for part in self.optimizer.chained_optimizers if self.job.kind in NAMES
-                for p, state in part.optimizer.state.items()}
+        return {
+            part.optimizer.fragments_of(p)[0].name: state["exp_avg_sq"].clone()
+            for part in self.optimizer.chained_optimizers
+            if self.job.kind in NAMES
+            for p, state in part.optimizer.state.items()
+        }
 
     def fingerprint(self) -> str | None:
         inner = self.optimizer.chained_optimizers[0].optimizer
@@ -148,12 +162,15 @@ class _Parts:
         metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
         if self.job.layout.distributed:
             metadata["distrib_optim_sharding_type"] = self.job.form
-        models = {f"model{number}": chunk.sharded_state_dict(metadata=metadata)
-                  for number, chunk in enumerate(self.chunks)}
+        models = {
+            f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(self.chunks)
+        }
         merged = models if len(models) > 1 else models["model0"]
-        return {**models, "optimizer": self.optimizer.sharded_state_dict(merged, is_loading=is_loading,
-                                                                          metadata=metadata),
-                "scheduler": self.scheduler.state_dict()}
+        return {
+            **models,
+            "optimizer": self.optimizer.sharded_state_dict(merged, is_loading=is_loading, metadata=metadata),
+            "scheduler": self.scheduler.state_dict(),
+        }
 
     def _save_legacy(self, folder: str) -> None:
         """As megatron.training does with --ckpt-format torch: a file per model-parallel rank, by data-parallel rank 0."""
@@ -211,5 +228,7 @@ def _writers_allowed() -> Iterator[None]:
 def _model_rank() -> str:
     from megatron.core import parallel_state
 
-    return (f"{parallel_state.get_tensor_model_parallel_rank()}-{parallel_state.get_pipeline_model_parallel_rank()}-"
-            f"{parallel_state.get_expert_model_parallel_rank()}")
+    return (
+        f"{parallel_state.get_tensor_model_parallel_rank()}-{parallel_state.get_pipeline_model_parallel_rank()}-"
+        f"{parallel_state.get_expert_model_parallel_rank()}"
+    )

@@ -1,4 +1,5 @@
 """Tiny real Megatron models under any parallel layout, on gloo; runs in the rank processes."""
+
 from __future__ import annotations
 
 import sys
@@ -15,35 +16,87 @@ from blockwise_lr.megatron.mapping import global_names
 VOCABULARY, LENGTH, LAYERS, HEADS = 64, 12, 4, 4
 # what the variants differ in: TransformerConfig, GPTModel
 VARIANTS: dict[str, tuple[dict, dict]] = {
-    "gpt": (dict(normalization="LayerNorm"),
-            dict(position_embedding_type="learned_absolute", share_embeddings_and_output_weights=False)),
-    "gqa": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
-                 activation_func=torch.nn.functional.silu, qk_layernorm=True),
-            dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
-    "llama": (dict(num_query_groups=2, normalization="RMSNorm", gated_linear_unit=True, add_bias_linear=False,
-                   activation_func=torch.nn.functional.silu),
-              dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "gpt": (
+        dict(normalization="LayerNorm"),
+        dict(position_embedding_type="learned_absolute", share_embeddings_and_output_weights=False),
+    ),
+    "gqa": (
+        dict(
+            num_query_groups=2,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            activation_func=torch.nn.functional.silu,
+            qk_layernorm=True,
+        ),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
+    "llama": (
+        dict(
+            num_query_groups=2,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            activation_func=torch.nn.functional.silu,
+        ),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
     # one query group, which tensor-parallel ranks share
-    "shared_group": (dict(num_query_groups=1, normalization="RMSNorm", add_bias_linear=False),
-                     dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "shared_group": (
+        dict(num_query_groups=1, normalization="RMSNorm", add_bias_linear=False),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
     # gated delta nets in place of attention
-    "delta": (dict(linear_key_head_dim=8, linear_value_head_dim=6, linear_num_key_heads=2, linear_num_value_heads=4,
-                   deterministic_mode=True, activation_func=torch.nn.functional.silu, gated_linear_unit=True,
-                   normalization="RMSNorm", add_bias_linear=False),
-              dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "delta": (
+        dict(
+            linear_key_head_dim=8,
+            linear_value_head_dim=6,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            deterministic_mode=True,
+            activation_func=torch.nn.functional.silu,
+            gated_linear_unit=True,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+        ),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
     # more embedding than anything else, so that shard edges cut it
-    "many_words": (dict(normalization="RMSNorm", add_bias_linear=False),
-                   dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
-    "moe": (dict(num_moe_experts=4, moe_router_topk=2, add_bias_linear=False, normalization="RMSNorm",
-                 moe_router_load_balancing_type="none", moe_token_dispatcher_type="alltoall",
-                 moe_shared_expert_intermediate_size=24),
-            dict(position_embedding_type="rope", share_embeddings_and_output_weights=False)),
+    "many_words": (
+        dict(normalization="RMSNorm", add_bias_linear=False),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
+    "moe": (
+        dict(
+            num_moe_experts=4,
+            moe_router_topk=2,
+            add_bias_linear=False,
+            normalization="RMSNorm",
+            moe_router_load_balancing_type="none",
+            moe_token_dispatcher_type="alltoall",
+            moe_shared_expert_intermediate_size=24,
+        ),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=False),
+    ),
     # latent attention, and a head that predicts the token after the next
-    "deepseek": (dict(multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=16, qk_head_dim=8, v_head_dim=6,
-                      qk_pos_emb_head_dim=4, rope_type="rope", qk_layernorm=True, normalization="RMSNorm",
-                      gated_linear_unit=True, activation_func=torch.nn.functional.silu, add_bias_linear=False,
-                      mtp_num_layers=1),
-                 dict(position_embedding_type="rope", share_embeddings_and_output_weights=True)),
+    "deepseek": (
+        dict(
+            multi_latent_attention=True,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_head_dim=8,
+            v_head_dim=6,
+            qk_pos_emb_head_dim=4,
+            rope_type="rope",
+            qk_layernorm=True,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=False,
+            mtp_num_layers=1,
+        ),
+        dict(position_embedding_type="rope", share_embeddings_and_output_weights=True),
+    ),
 }
 
 
@@ -84,9 +137,15 @@ def megatron(layout: Layout) -> Iterator[None]:
 
     others = set(dist.distributed_c10d._world.pg_map)
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, layout.vpp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
+        layout.tp,
+        layout.pp,
+        layout.vpp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         num_distributed_optimizer_instances=layout.instances,
-        expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None, create_gloo_process_groups=False)
+        expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None,
+        create_gloo_process_groups=False,
+    )
     groups = set(dist.distributed_c10d._world.pg_map) - others  # without those that DeepSpeed keeps for later cases
     random.model_parallel_cuda_manual_seed(1)
     try:
@@ -107,17 +166,39 @@ def make_config(variant: str, layout: Layout) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     latent = VARIANTS[variant][0].get("multi_latent_attention", False)
-    return (MLATransformerConfig if latent else TransformerConfig)(**{**dict(
-        num_layers=LAYERS, hidden_size=32, num_attention_heads=HEADS, ffn_hidden_size=48, use_cpu_initialization=True,
-        hidden_dropout=0.0, attention_dropout=0.0, tensor_model_parallel_size=layout.tp, bias_dropout_fusion=False,
-        pipeline_model_parallel_size=layout.pp, virtual_pipeline_model_parallel_size=layout.vpp,
-        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None,
-        # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
-        overlap_p2p_comm=bool(layout.vpp), batch_p2p_comm=not layout.vpp,
-        context_parallel_size=layout.cp, sequence_parallel=layout.sp, bias_activation_fusion=False,
-        masked_softmax_fusion=False, gradient_accumulation_fusion=False, persist_layer_norm=False,
-        pipeline_dtype=torch.bfloat16 if layout.bf16 else torch.float32, bf16=layout.bf16,
-        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32), **VARIANTS[variant][0], **layout.extra})
+    return (MLATransformerConfig if latent else TransformerConfig)(
+        **{
+            **dict(
+                num_layers=LAYERS,
+                hidden_size=32,
+                num_attention_heads=HEADS,
+                ffn_hidden_size=48,
+                use_cpu_initialization=True,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
+                tensor_model_parallel_size=layout.tp,
+                bias_dropout_fusion=False,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None,
+                # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
+                overlap_p2p_comm=bool(layout.vpp),
+                batch_p2p_comm=not layout.vpp,
+                context_parallel_size=layout.cp,
+                sequence_parallel=layout.sp,
+                bias_activation_fusion=False,
+                masked_softmax_fusion=False,
+                gradient_accumulation_fusion=False,
+                persist_layer_norm=False,
+                pipeline_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+                bf16=layout.bf16,
+                params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+            ),
+            **VARIANTS[variant][0],
+            **layout.extra,
+        }
+    )
 
 
 def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
@@ -125,13 +206,15 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
     from megatron_door.parts import delta_net_spec, replace_refused_parts
 
     config = make_config(variant, layout)
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
-                                     normalization=config.normalization,
-                                     multi_latent_attention=config.multi_latent_attention)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+        multi_latent_attention=config.multi_latent_attention,
+    )
     if variant == "delta":
         layer.submodules.self_attention = delta_net_spec()
     replace_refused_parts(layer, config)
@@ -139,18 +222,25 @@ def build_chunks(variant: str, layout: Layout) -> list[torch.nn.Module]:
     for stage in range(layout.vpp or 1):
         number = stage if layout.vpp else None
         where = dict(ignore_virtual=False, vp_stage=number)
-        chunks.append(GPTModel(
-            config, block_spec(config, layer, number), vocabulary(variant), LENGTH,
-            mtp_block_spec=mtp_spec(config, layer, number),
-            pre_process=parallel_state.is_pipeline_first_stage(**where),
-            post_process=parallel_state.is_pipeline_last_stage(**where), vp_stage=number, **VARIANTS[variant][1]))
+        chunks.append(
+            GPTModel(
+                config,
+                block_spec(config, layer, number),
+                vocabulary(variant),
+                LENGTH,
+                mtp_block_spec=mtp_spec(config, layer, number),
+                pre_process=parallel_state.is_pipeline_first_stage(**where),
+                post_process=parallel_state.is_pipeline_last_stage(**where),
+                vp_stage=number,
+                **VARIANTS[variant][1],
+            )
+        )
     return chunks
 
 
 def block_spec(config: Any, layer: Any, stage: int | None) -> Any:
     """The spec of a chunk's decoder; the layer's is enough unless its final norm has to be another one."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-
     from megatron_door.parts import marked_norm
 
     if not config.sequence_parallel:
@@ -161,7 +251,6 @@ def block_spec(config: Any, layer: Any, stage: int | None) -> Any:
 def mtp_spec(config: Any, layer: Any, stage: int | None) -> Any:
     """The spec of the heads that predict later tokens, where the config and this stage have them."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-
     from megatron_door.parts import marked_norm
 
     spec = get_gpt_mtp_block_spec(config, layer, False, stage) if config.mtp_num_layers else None
@@ -224,8 +313,11 @@ def load_full(chunks: list[torch.nn.Module], weights: dict[str, torch.Tensor]) -
             p.copy_(own_slice(weights[name], name, p, chunks[0].config))
 
 
-def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
-                masters: dict[int, tuple[int, torch.Tensor]] | None = None) -> tuple[dict[str, torch.Tensor], float]:
+def gather_full(
+    chunks: list[torch.nn.Module],
+    like: dict[str, torch.Tensor],
+    masters: dict[int, tuple[int, torch.Tensor]] | None = None,
+) -> tuple[dict[str, torch.Tensor], float]:
     """The whole model's fp32 weights, from all ranks, and how far any two ranks' copies of an element are apart.
 
     Args:
@@ -233,15 +325,16 @@ def gather_full(chunks: list[torch.nn.Module], like: dict[str, torch.Tensor],
     """
     pieces = []
     for name, p in full_names(chunks):
-        index = own_slice(torch.arange(like[name].numel()).view(like[name].shape), name, p,
-                          chunks[0].config).reshape(-1)
+        index = own_slice(torch.arange(like[name].numel()).view(like[name].shape), name, p, chunks[0].config).reshape(
+            -1
+        )
         if masters is None:
             start, value = 0, p
         elif id(p) in masters:
             start, value = masters[id(p)]
         else:
             continue  # another rank holds it
-        pieces.append((name, index[start:start + value.numel()], value.detach().float().reshape(-1).clone()))
+        pieces.append((name, index[start : start + value.numel()], value.detach().float().reshape(-1).clone()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, pieces)
     found = {name: torch.full((value.numel(),), float("nan")) for name, value in like.items()}

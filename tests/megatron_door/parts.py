@@ -8,6 +8,7 @@ parallelism is only supported by TEDotProductAttention!"). Latent attention: it 
 the tensor-parallel ranks give the rotary key.
 Everything around these parts stays Megatron's.
 """
+
 from __future__ import annotations
 
 import functools
@@ -48,8 +49,12 @@ class GatheredAttention(MegatronModule):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """(own positions, batch, heads, channels) each -> (own positions, batch, heads * channels)."""
         group = parallel_state.get_context_parallel_group()
-        key, value = (gather_from_sequence_parallel_region(part.contiguous(), group=group).repeat_interleave(
-            query.shape[2] // part.shape[2], 2) for part in (key, value))
+        key, value = (
+            gather_from_sequence_parallel_region(part.contiguous(), group=group).repeat_interleave(
+                query.shape[2] // part.shape[2], 2
+            )
+            for part in (key, value)
+        )
         length, ranks = key.shape[0], group.size()
         mine = context_positions(length, group.rank(), ranks)
         theirs = torch.cat([context_positions(length, rank, ranks) for rank in range(ranks)])
@@ -98,8 +103,12 @@ def delta_net_spec() -> Any:
     common = getattr(module, "common", module)
     common.HAVE_FLA = True
     common.l2norm = functools.partial(torch.nn.functional.normalize, dim=-1)
-    return ModuleSpec(module.GatedDeltaNet, submodules=module.GatedDeltaNetSubmodules(
-        in_proj=ColumnParallelLinear, out_norm=MarkedRMSNorm, out_proj=RowParallelLinear))
+    return ModuleSpec(
+        module.GatedDeltaNet,
+        submodules=module.GatedDeltaNetSubmodules(
+            in_proj=ColumnParallelLinear, out_norm=MarkedRMSNorm, out_proj=RowParallelLinear
+        ),
+    )
 
 
 def marked_norm(config: Any) -> type[torch.nn.Module]:

@@ -1,19 +1,20 @@
 """What the door refuses, leaves alone and counts, on real megatron-core."""
+
 import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_door.layouts import Layout, build_chunks, megatron  # noqa: E402
-from ranks import pool  # noqa: E402
+from megatron_door.layouts import Layout, build_chunks, megatron
+from ranks import pool
 
 
 def with_an_unknown_module_on_the_last_stage(strict):
     """Pipeline stage 1 alone has a parameter that no rule knows."""
     import torch
     from megatron.core import parallel_state
+    from megatron_door.training import make_optimizer, wrap
 
     import blockwise_lr.megatron
-    from megatron_door.training import make_optimizer, wrap
 
     with megatron(Layout(pp=2)):
         undo = blockwise_lr.megatron.register(block_strict=strict)
@@ -41,9 +42,9 @@ def test_an_unmapped_module_trains_when_not_strict():
 def plain_adam():
     """What Megatron builds for --optimizer adam with our patches applied and without."""
     import torch
+    from megatron_door.training import make_optimizer, make_scheduler, wrap
 
     import blockwise_lr.megatron
-    from megatron_door.training import make_optimizer, make_scheduler, wrap
 
     found = []
     with megatron(Layout()):
@@ -60,15 +61,16 @@ def plain_adam():
 
 
 def test_plain_adam_is_untouched():
-    (with_us, without), = pool(1).run(plain_adam)
+    ((with_us, without),) = pool(1).run(plain_adam)
     assert with_us == without and with_us[0] == [True]
 
 
 def schedule_and_buffers():
     """Per-block learning rates of Megatron's scheduler, and how many gradient buffers and groups there are."""
+    from megatron_door.training import make_optimizer, make_scheduler, wrap
+
     import blockwise_lr.megatron
     from blockwise_lr.megatron.build import current_block_lrs
-    from megatron_door.training import make_optimizer, make_scheduler, wrap
 
     layout = Layout(distributed=True)
     with megatron(layout):
@@ -95,7 +97,8 @@ def test_megatrons_scheduler_gives_each_block_its_peak_and_one_shared_minimum():
         for step, found in enumerate(rates):
             assert {block: len(lrs) for block, lrs in found.items()} == dict.fromkeys(ratios, 1)
             assert {block: lr for block, (lr,) in found.items()} == pytest.approx(
-                {block: megatron_lr(step, ratio) for block, ratio in ratios.items()})
+                {block: megatron_lr(step, ratio) for block, ratio in ratios.items()}
+            )
         assert rates[3]["embedding"] == pytest.approx([10 * LR])
         assert [lr for lrs in rates[12].values() for lr in lrs] == pytest.approx([MIN_LR] * 6)
         assert groups == adam_groups and buffers == 1  # block types add neither groups nor gradient buffers
@@ -125,9 +128,9 @@ def test_patches_are_given_back():
 def collectives(name, layout):
     """How many collectives one iteration takes, forward and backward included, as torch's profiler counts gloo's."""
     import torch
+    from megatron_door.training import make_optimizer, train, wrap
 
     import blockwise_lr.megatron
-    from megatron_door.training import make_optimizer, train, wrap
 
     with megatron(layout):
         undo = blockwise_lr.megatron.register()
@@ -142,11 +145,15 @@ def collectives(name, layout):
     return sum(event.count for event in profile.key_averages() if event.key.startswith("gloo:"))
 
 
-@pytest.mark.parametrize("ranks, layout, more", [
-    (2, Layout(distributed=True), 1),  # segments cut by shards' edges
-    (2, Layout(tp=2), 1),  # rows of row-parallel weights
-    (4, Layout(tp=2, distributed=True), 2),  # both, one after the other
-], ids=str)
+@pytest.mark.parametrize(
+    "ranks, layout, more",
+    [
+        (2, Layout(distributed=True), 1),  # segments cut by shards' edges
+        (2, Layout(tp=2), 1),  # rows of row-parallel weights
+        (4, Layout(tp=2, distributed=True), 2),  # both, one after the other
+    ],
+    ids=str,
+)
 def test_collectives_of_an_iteration(ranks, layout, more):
     adam = pool(ranks).run(collectives, "adam", layout)
     assert adam[0] > 2

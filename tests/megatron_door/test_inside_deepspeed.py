@@ -1,4 +1,5 @@
 """Megatron models handed to DeepSpeed, configured by the ds_config alone, train as one process does."""
+
 # Without q and k norms: under tensor parallelism their gradients are partial, and it is Megatron's own training loop that
 # adds them up (finalize_model_grads), which DeepSpeed's engine does not call, whatever the optimizer.
 import functools
@@ -8,8 +9,8 @@ import pytest
 pytest.importorskip("megatron.core")
 pytest.importorskip("deepspeed")
 
-from megatron_door.inside_deepspeed import pipeline, slice_blocks, tensor_parallel  # noqa: E402
-from ranks import pool  # noqa: E402
+from megatron_door.inside_deepspeed import pipeline, slice_blocks, tensor_parallel
+from ranks import pool
 
 KINDS = ["BlockwiseAdamW", "BlockwiseAdamMini"]
 
@@ -25,7 +26,9 @@ def test_tensor_parallel_model_with_zero(kind, stage, record_property):
 
 def test_one_moment_per_bias_vector_over_all_slices(record_property):
     """A column-parallel layer's bias is sliced, and Adam-mini's one moment is that of all slices."""
-    for result in pool(4).run(functools.partial(tensor_parallel, bias_segments="vector"), "gpt", "BlockwiseAdamMini", 1):
+    for result in pool(4).run(
+        functools.partial(tensor_parallel, bias_segments="vector"), "gpt", "BlockwiseAdamMini", 1
+    ):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result
         assert result["apart"] == 0.0

@@ -1,4 +1,5 @@
 """Megatron's checkpoints of both optimizers: resumed to the bit, resharded, refused, and continued by another optimizer."""
+
 import tempfile
 from dataclasses import replace
 
@@ -6,19 +7,21 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
-import torch  # noqa: E402
-
-from megatron_door.checkpoints import LEGACY, SAVED_AT, TOTAL, Job, loading, saving  # noqa: E402
-from megatron_door.layouts import Layout  # noqa: E402
-from megatron_door.training import megatron_lr  # noqa: E402
-from ranks import pool  # noqa: E402
-from twins import worst_difference  # noqa: E402
+import torch
+from megatron_door.checkpoints import LEGACY, SAVED_AT, TOTAL, Job, loading, saving
+from megatron_door.layouts import Layout
+from megatron_door.training import megatron_lr
+from ranks import pool
+from twins import worst_difference
 
 ADAMW, MINI, PLAIN = "BlockwiseAdamW", "BlockwiseAdamMini", "adam"
 ONE, TP, PP, DP = Layout(), Layout(tp=2), Layout(pp=2), Layout(distributed=True)
 BF16_TP, BF16_DP = Layout(bf16=True, tp=2), Layout(bf16=True, distributed=True)
 TP_DP, PP_DP, EP_DP = (Layout(distributed=True, **split) for split in (dict(tp=2), dict(pp=2), dict(ep=2)))
-BUCKETS, MODEL = "dp_reshardable", "fully_reshardable"  # megatron.training's default form, and the one for other TP and PP
+BUCKETS, MODEL = (
+    "dp_reshardable",
+    "fully_reshardable",
+)  # megatron.training's default form, and the one for other TP and PP
 EMBEDDING = "embedding.word_embeddings.weight"
 ALL_ONE = dict.fromkeys(["embedding", "head", "qk", "vo", "ffn"], 1.0)
 _saved = {}
@@ -48,18 +51,21 @@ def accepting(*names, **settings):
     return {"settings": {"accept_mismatch": names, **settings}}
 
 
-@pytest.mark.parametrize("kind, ranks, variant, layout, form", [
-    (MINI, 1, "gpt", ONE, MODEL),
-    (MINI, 2, "gqa", TP, MODEL),
-    (MINI, 2, "gqa", BF16_TP, MODEL),
-    (MINI, 2, "gpt", DP, BUCKETS),
-    (ADAMW, 2, "gqa", BF16_DP, BUCKETS),
-    (MINI, 2, "gqa", BF16_DP, BUCKETS),
-    (MINI, 4, "gqa", TP_DP, MODEL),
-    (MINI, 4, "moe", EP_DP, MODEL),
-    (ADAMW, 2, "gqa", PP, LEGACY),
-    (MINI, 2, "gqa", BF16_DP, LEGACY),
-])
+@pytest.mark.parametrize(
+    "kind, ranks, variant, layout, form",
+    [
+        (MINI, 1, "gpt", ONE, MODEL),
+        (MINI, 2, "gqa", TP, MODEL),
+        (MINI, 2, "gqa", BF16_TP, MODEL),
+        (MINI, 2, "gpt", DP, BUCKETS),
+        (ADAMW, 2, "gqa", BF16_DP, BUCKETS),
+        (MINI, 2, "gqa", BF16_DP, BUCKETS),
+        (MINI, 4, "gqa", TP_DP, MODEL),
+        (MINI, 4, "moe", EP_DP, MODEL),
+        (ADAMW, 2, "gqa", PP, LEGACY),
+        (MINI, 2, "gqa", BF16_DP, LEGACY),
+    ],
+)
 def test_the_same_layout_resumes_to_the_bit(kind, ranks, variant, layout, form):
     job, folder, wanted = saved(ranks, kind, variant, layout, form)
     for found in loaded(ranks, job, folder):
@@ -68,16 +74,19 @@ def test_the_same_layout_resumes_to_the_bit(kind, ranks, variant, layout, form):
         assert found["rates"] == wanted["rates"] and found["apart"] == 0
 
 
-@pytest.mark.parametrize("kind, variant, ranks, layout, form, new_ranks, new_layout", [
-    (ADAMW, "gqa", 2, TP, MODEL, 1, ONE),
-    (MINI, "gqa", 2, TP, MODEL, 1, ONE),
-    (ADAMW, "gqa", 2, PP, MODEL, 1, ONE),
-    (MINI, "gpt", 2, DP, BUCKETS, 1, DP),
-    (MINI, "gqa", 4, DP, MODEL, 2, DP),
-    (ADAMW, "gqa", 4, TP_DP, MODEL, 2, PP_DP),
-    (MINI, "gqa", 4, TP_DP, MODEL, 2, Layout(pp=2, vpp=2, distributed=True)),
-    (MINI, "moe", 4, EP_DP, MODEL, 2, EP_DP),
-])
+@pytest.mark.parametrize(
+    "kind, variant, ranks, layout, form, new_ranks, new_layout",
+    [
+        (ADAMW, "gqa", 2, TP, MODEL, 1, ONE),
+        (MINI, "gqa", 2, TP, MODEL, 1, ONE),
+        (ADAMW, "gqa", 2, PP, MODEL, 1, ONE),
+        (MINI, "gpt", 2, DP, BUCKETS, 1, DP),
+        (MINI, "gqa", 4, DP, MODEL, 2, DP),
+        (ADAMW, "gqa", 4, TP_DP, MODEL, 2, PP_DP),
+        (MINI, "gqa", 4, TP_DP, MODEL, 2, Layout(pp=2, vpp=2, distributed=True)),
+        (MINI, "moe", 4, EP_DP, MODEL, 2, EP_DP),
+    ],
+)
 def test_another_layout_goes_on_as_the_first(kind, variant, ranks, layout, form, new_ranks, new_layout):
     job, folder, wanted = saved(ranks, kind, variant, layout, form)
     for found in loaded(new_ranks, job, folder, layout=new_layout):
@@ -93,14 +102,30 @@ def test_steps_are_counted_on_where_fused_adam_is_installed():
         assert all(torch.equal(found["weights"][name], value) for name, value in wanted["weights"].items())
 
 
-@pytest.mark.parametrize("layout, form, changes, words", [
-    (PP, MODEL, dict(settings={"block_lr_ratios": {"qk": 4}}),
-     ["block_lr_ratios: qk 8.0 -> 4.0", "--accept-mismatch block_lr_ratios"]),
-    (PP, MODEL, dict(settings={"block_rules": [{"match": "*.linear_proj.*", "block": "ffn"}]}),
-     ["block_map: decoder.layers.0.self_attention.linear_proj.weight vo -> ffn", "--accept-mismatch block_map"]),
-    (PP, LEGACY, dict(settings={"block_lr_ratios": {"qk": 4}}), ["block_lr_ratios: qk 8.0 -> 4.0"]),
-    (BF16_DP, BUCKETS, dict(kind=MINI), ["optimizer: BlockwiseAdamW -> BlockwiseAdamMini", "--accept-mismatch optimizer"]),
-])
+@pytest.mark.parametrize(
+    "layout, form, changes, words",
+    [
+        (
+            PP,
+            MODEL,
+            dict(settings={"block_lr_ratios": {"qk": 4}}),
+            ["block_lr_ratios: qk 8.0 -> 4.0", "--accept-mismatch block_lr_ratios"],
+        ),
+        (
+            PP,
+            MODEL,
+            dict(settings={"block_rules": [{"match": "*.linear_proj.*", "block": "ffn"}]}),
+            ["block_map: decoder.layers.0.self_attention.linear_proj.weight vo -> ffn", "--accept-mismatch block_map"],
+        ),
+        (PP, LEGACY, dict(settings={"block_lr_ratios": {"qk": 4}}), ["block_lr_ratios: qk 8.0 -> 4.0"]),
+        (
+            BF16_DP,
+            BUCKETS,
+            dict(kind=MINI),
+            ["optimizer: BlockwiseAdamW -> BlockwiseAdamMini", "--accept-mismatch optimizer"],
+        ),
+    ],
+)
 def test_contradictions_are_refused_on_every_rank(layout, form, changes, words):
     job, folder, _ = saved(2, ADAMW, "gqa", layout, form)
     answers = loaded(2, job, folder, **changes)
@@ -119,9 +144,9 @@ def test_accepted_ratios_fade_in():
 
 def test_adamw_goes_on_as_adam_mini_with_the_means_of_its_second_moments():
     job, folder, before = saved(2, ADAMW, "gqa", TP)
-    whole, = loaded(1, job, folder, kind=MINI, layout=ONE, **accepting("optimizer"))
+    (whole,) = loaded(1, job, folder, kind=MINI, layout=ONE, **accepting("optimizer"))
     means = before["moments"][EMBEDDING].mean(1)  # of this rank's half of the vocabulary
-    assert torch.allclose(whole["moments"][EMBEDDING][:len(means)], means, rtol=1e-6, atol=0)
+    assert torch.allclose(whole["moments"][EMBEDDING][: len(means)], means, rtol=1e-6, atol=0)
     job, folder, _ = saved(4, ADAMW, "gqa", TP_DP)
     for found in loaded(4, job, folder, kind=MINI, **accepting("optimizer")):
         assert worst_difference(found["weights"], whole["weights"]) < 1e-5
@@ -135,14 +160,14 @@ def test_rows_that_were_not_summed_over_tensor_parallel_ranks():
     for found in loaded(2, job, folder):
         assert all(torch.equal(found["weights"][name], value) for name, value in wanted["weights"].items())
         parts.append(found["moments"][row_parallel])
-    whole, = loaded(1, job, folder, layout=ONE)
+    (whole,) = loaded(1, job, folder, layout=ONE)
     assert not torch.equal(*parts)
     assert torch.allclose(whole["moments"][row_parallel], (parts[0] + parts[1]) / 2, rtol=1e-6, atol=0)
 
 
 def test_adam_mini_goes_on_as_adamw_with_its_second_moments_at_every_element():
     job, folder, before = saved(1, MINI, "gpt", ONE)
-    found, = loaded(1, job, folder, kind=ADAMW, **accepting("optimizer"))
+    (found,) = loaded(1, job, folder, kind=ADAMW, **accepting("optimizer"))
     elements, segments = found["moments"][EMBEDDING], before["moments"][EMBEDDING]
     assert torch.equal(elements, segments.unsqueeze(1).expand_as(elements))
 
@@ -150,9 +175,9 @@ def test_adam_mini_goes_on_as_adamw_with_its_second_moments_at_every_element():
 @pytest.mark.parametrize("layout", [ONE, DP])
 def test_plain_adam_goes_on_as_blockwise_adamw(layout):
     job, folder, wanted = saved(1, PLAIN, "gpt", layout)
-    answer, = loaded(1, job, folder, kind=ADAMW)
+    (answer,) = loaded(1, job, folder, kind=ADAMW)
     assert "one without a blockwise_lr record, taken for AdamW -> BlockwiseAdamW" in answer["error"]
-    found, = loaded(1, job, folder, kind=ADAMW, **accepting("optimizer", block_lr_ratios=ALL_ONE))
+    (found,) = loaded(1, job, folder, kind=ADAMW, **accepting("optimizer", block_lr_ratios=ALL_ONE))
     assert worst_difference(found["weights"], wanted["weights"]) < 1e-6
 
 
@@ -160,6 +185,6 @@ def test_blockwise_adamw_goes_on_as_plain_adam():
     job, folder, _ = saved(1, PLAIN, "gpt", ONE)
     with tempfile.TemporaryDirectory() as between:
         ours = replace(job, kind=ADAMW, settings={"block_lr_ratios": ALL_ONE})
-        wanted, = pool(1).run(saving, ours, between)
-        found, = loaded(1, job, between)
+        (wanted,) = pool(1).run(saving, ours, between)
+        (found,) = loaded(1, job, between)
     assert worst_difference(found["weights"], wanted["weights"]) < 1e-6

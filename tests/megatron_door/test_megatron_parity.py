@@ -1,11 +1,12 @@
 """Law 1 on real megatron-core: any layout trains as one process with torch's AdamW per block type does."""
+
 import pytest
 
 pytest.importorskip("megatron.core")
 
-from megatron_door.layouts import Layout  # noqa: E402
-from megatron_door.training import parity, steps_parity  # noqa: E402
-from ranks import pool  # noqa: E402
+from megatron_door.layouts import Layout
+from megatron_door.training import parity, steps_parity
+from ranks import pool
 
 CASES = [
     ("gpt", 1, Layout()),

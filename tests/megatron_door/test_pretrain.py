@@ -1,4 +1,5 @@
 """Megatron's real pretrain() through our runner (megatron-core 0.19 carries it): log, TensorBoard, flags, plain Adam."""
+
 import os
 import re
 import socket
@@ -14,14 +15,62 @@ if find_spec("megatron.training") is None:
     pytest.skip("this megatron-core carries no megatron.training", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "megatron" / "pretrain_gpt.py"
-FLAGS = """
---num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
---micro-batch-size 2 --global-batch-size 4 --train-iters 20 --lr 1e-3 --min-lr 5e-5 --lr-warmup-iters 5
---lr-decay-style cosine --weight-decay 0.1 --adam-beta2 0.95 --split 90,5,5 --tokenizer-type NullTokenizer
---vocab-size 63 --transformer-impl local --distributed-backend gloo --use-cpu-initialization --num-workers 0
---no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion --no-gradient-accumulation-fusion
---no-persist-layer-norm --attention-backend unfused --log-interval 5 --eval-iters 1 --eval-interval 1000
-""".split()
+FLAGS = [
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "32",
+    "--max-position-embeddings",
+    "32",
+    "--micro-batch-size",
+    "2",
+    "--global-batch-size",
+    "4",
+    "--train-iters",
+    "20",
+    "--lr",
+    "1e-3",
+    "--min-lr",
+    "5e-5",
+    "--lr-warmup-iters",
+    "5",
+    "--lr-decay-style",
+    "cosine",
+    "--weight-decay",
+    "0.1",
+    "--adam-beta2",
+    "0.95",
+    "--split",
+    "90,5,5",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--vocab-size",
+    "63",
+    "--transformer-impl",
+    "local",
+    "--distributed-backend",
+    "gloo",
+    "--use-cpu-initialization",
+    "--num-workers",
+    "0",
+    "--no-masked-softmax-fusion",
+    "--no-bias-gelu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+    "--attention-backend",
+    "unfused",
+    "--log-interval",
+    "5",
+    "--eval-iters",
+    "1",
+    "--eval-interval",
+    "1000",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +90,29 @@ def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                   "CUDA_DEVICE_MAX_CONNECTIONS": connections}
-    command = [sys.executable, *(["-m", module] if module else []), *options, str(SCRIPT), *FLAGS, "--data-path",
-               str(data), "--data-cache-path", str(data.parent / "cache"), *flags]
+    environment = {
+        **os.environ,
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": connections,
+    }
+    command = [
+        sys.executable,
+        *(["-m", module] if module else []),
+        *options,
+        str(SCRIPT),
+        *FLAGS,
+        "--data-path",
+        str(data),
+        "--data-cache-path",
+        str(data.parent / "cache"),
+        *flags,
+    ]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     return run.returncode, run.stdout + run.stderr
 
@@ -57,12 +124,24 @@ def losses(log):
 def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    code, log = launch(data, "--optimizer", "blockwise_adam_mini", "--block-lr-ratios", "embedding=10", "ffn=3",
-                       "--tensorboard-dir", str(tmp_path), "--tensorboard-log-interval", "1")
+    code, log = launch(
+        data,
+        "--optimizer",
+        "blockwise_adam_mini",
+        "--block-lr-ratios",
+        "embedding=10",
+        "ffn=3",
+        "--tensorboard-dir",
+        str(tmp_path),
+        "--tensorboard-log-interval",
+        "1",
+    )
     assert code == 0, log[-3000:]
     assert losses(log)[-1] < losses(log)[0] - 0.5
-    assert "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 8.000000E-03 | vo: 4.000000E-03 | " \
-           "ffn: 3.000000E-03 | norm: 1.000000E-03 |" in log
+    assert (
+        "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 8.000000E-03 | vo: 4.000000E-03 | "
+        "ffn: 3.000000E-03 | norm: 1.000000E-03 |" in log
+    )
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in events.Scalars("learning-rate/ffn")][-1] == pytest.approx(5e-5)
 
@@ -71,14 +150,24 @@ def test_logged_rates_are_those_used_under_mup(data):
     """Twice the base width: weights have half the peak and the minimum, embeddings and vectors all of it."""
     code, log = launch(data, "--optimizer", "blockwise_adamw", "--use-mup", "--mup-base-hidden-size", "16")
     assert code == 0, log[-3000:]
-    assert "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 4.000000E-03 and 8.000000E-03 | " \
-           "vo: 2.000000E-03 and 4.000000E-03 | ffn: 3.000000E-03 and 6.000000E-03 | norm: 1.000000E-03 |" in log
+    assert (
+        "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 4.000000E-03 and 8.000000E-03 | "
+        "vo: 2.000000E-03 and 4.000000E-03 | ffn: 3.000000E-03 and 6.000000E-03 | norm: 1.000000E-03 |" in log
+    )
     assert "iteration 20 learning rates | embedding: 5.000000E-05 | qk: 2.500000E-05 and 5.000000E-05 |" in log
 
 
 def test_torch_fsdp2_is_refused_before_the_first_step(data):
-    code, log = launch(data, "--optimizer", "blockwise_adamw", "--use-torch-fsdp2", "--ckpt-format", "torch_dist",
-                       "--untie-embeddings-and-output-weights", connections="8")
+    code, log = launch(
+        data,
+        "--optimizer",
+        "blockwise_adamw",
+        "--use-torch-fsdp2",
+        "--ckpt-format",
+        "torch_dist",
+        "--untie-embeddings-and-output-weights",
+        connections="8",
+    )
     assert code == 1 and "do not support Megatron models whose parameters are of type DTensor" in log, log[-3000:]
     assert "leave out --use-torch-fsdp2" in log and not losses(log)
 
@@ -86,10 +175,14 @@ def test_torch_fsdp2_is_refused_before_the_first_step(data):
 def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
     """The other side applies the CPU patch only."""
     alone = tmp_path / "alone.py"
-    alone.write_text("import runpy, sys\nfrom blockwise_lr.patches.megatron_on_cpu import PATCH\nPATCH.apply()\n"
-                     "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    logs = [launch(data, "--optimizer", "adam")[1], launch(data, "--optimizer", "adam", module=None,
-                                                            options=(str(alone),))[1]]
+    alone.write_text(
+        "import runpy, sys\nfrom blockwise_lr.patches.megatron_on_cpu import PATCH\nPATCH.apply()\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    logs = [
+        launch(data, "--optimizer", "adam")[1],
+        launch(data, "--optimizer", "adam", module=None, options=(str(alone),))[1],
+    ]
     assert losses(logs[0]) == losses(logs[1]) and len(losses(logs[0])) == 5, logs[1][-3000:]
     assert "learning rates |" not in logs[0]
 
@@ -97,8 +190,16 @@ def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
 def test_a_run_resumes_to_the_bit_and_refuses_other_ratios(data, tmp_path):
     """Dropout is on, so that random states count; the last logged loss, for Megatron's first after a start is an average
     of other iterations."""
-    flags = ["--optimizer", "blockwise_adam_mini", "--bf16", "--use-distributed-optimizer", "--save",
-             str(tmp_path), "--save-interval", "10"]
+    flags = [
+        "--optimizer",
+        "blockwise_adam_mini",
+        "--bf16",
+        "--use-distributed-optimizer",
+        "--save",
+        str(tmp_path),
+        "--save-interval",
+        "10",
+    ]
     code, log = launch(data, *flags)
     assert code == 0, log[-3000:]
     code, resumed = launch(data, *flags, "--load", str(tmp_path), "--ckpt-step", "10")

@@ -1,4 +1,5 @@
 """Trains the tiny models through Megatron's own DDP, schedules, optimizers and lr scheduler, and their twins by hand."""
+
 from __future__ import annotations
 
 import functools
@@ -7,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
 from twins import REFERENCES, paper_lr
@@ -24,7 +24,7 @@ def batches(steps: int) -> torch.Tensor:
 def start_model(variant: str, bf16: bool = False) -> torch.nn.Module:
     """The single-process model everything starts from; call it under a layout without model parallelism."""
     torch.manual_seed(0)
-    model, = build_chunks(variant, Layout(bf16=bf16))
+    (model,) = build_chunks(variant, Layout(bf16=bf16))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):  # they start at 0, where a relative difference says nothing
@@ -40,8 +40,14 @@ def megatron_lr(step: int, ratio: float) -> float:
 
 
 @functools.cache
-def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.float32, schedule: str = "megatron",
-              vector_biases: bool = False) -> tuple[dict, dict, list[float]]:
+def reference(
+    variant: str,
+    kind: str,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    schedule: str = "megatron",
+    vector_biases: bool = False,
+) -> tuple[dict, dict, list[float]]:
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
     "adam" is torch's AdamW with one learning rate. In bf16 the twin computes in it and keeps fp32 weights and gradients.
@@ -56,23 +62,34 @@ def reference(variant: str, kind: str, steps: int, dtype: torch.dtype = torch.fl
         for number, batch in enumerate(batches(steps)):
             losses.append(sum(twin.backward(ids, 1 / BATCH, dtype) / BATCH for ids in batch.split(1)))
             twin.clip(CLIP)
-            optimizer.step(lambda ratio: megatron_lr(number, ratio) if schedule == "megatron"
-                           else paper_lr(number + 1, ratio, LR, MIN_LR, WARMUP, steps))
+            optimizer.step(
+                lambda ratio: (
+                    megatron_lr(number, ratio)
+                    if schedule == "megatron"
+                    else paper_lr(number + 1, ratio, LR, MIN_LR, WARMUP, steps)
+                )
+            )
         return first, {name: value.detach().clone() for name, value in twin.values().items()}, losses
 
 
 def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]:
     """The chunks in Megatron's DistributedDataParallel (and Float16Module)."""
-    from megatron.core.distributed import (DistributedDataParallel, DistributedDataParallelConfig,
-                                           finalize_model_grads)
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.transformer.module import Float16Module
 
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed,
-                                        bucket_size=9000 if layout.distributed else None,
-                                        num_distributed_optimizer_instances=layout.instances)
-    wrapped = [DistributedDataParallel(config, ddp, Float16Module(config, chunk) if layout.bf16 else chunk,
-                                       disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=layout.distributed,
+        bucket_size=9000 if layout.distributed else None,
+        num_distributed_optimizer_instances=layout.instances,
+    )
+    wrapped = [
+        DistributedDataParallel(
+            config, ddp, Float16Module(config, chunk) if layout.bf16 else chunk, disable_bucketing=number > 0
+        )
+        for number, chunk in enumerate(chunks)
+    ]
     config.finalize_model_grads_func = finalize_model_grads
     return wrapped
 
@@ -81,24 +98,42 @@ def make_optimizer(wrapped: list[torch.nn.Module], name: str, layout: Layout) ->
     """Megatron's optimizer around ours."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    config = OptimizerConfig(optimizer=name, lr=LR, min_lr=MIN_LR, weight_decay=DECAY, adam_beta1=BETAS[0],
-                             adam_beta2=BETAS[1], adam_eps=EPS, clip_grad=CLIP, bf16=layout.bf16,
-                             params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
-                             use_distributed_optimizer=layout.distributed)
+    config = OptimizerConfig(
+        optimizer=name,
+        lr=LR,
+        min_lr=MIN_LR,
+        weight_decay=DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPS,
+        clip_grad=CLIP,
+        bf16=layout.bf16,
+        params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
+        use_distributed_optimizer=layout.distributed,
+    )
     return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
 
 
 def make_scheduler(optimizer: Any) -> Any:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    return OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=LR, min_lr=MIN_LR, lr_warmup_steps=WARMUP,
-                                   lr_decay_steps=TOTAL, lr_decay_style="cosine", start_wd=DECAY, end_wd=DECAY,
-                                   wd_incr_steps=TOTAL, wd_incr_style="constant")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=LR,
+        min_lr=MIN_LR,
+        lr_warmup_steps=WARMUP,
+        lr_decay_steps=TOTAL,
+        lr_decay_style="cosine",
+        start_wd=DECAY,
+        end_wd=DECAY,
+        wd_incr_steps=TOTAL,
+        wd_incr_style="constant",
+    )
 
 
 def _forward(data: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
     from megatron.core import parallel_state
-
     from megatron_door.parts import context_positions
 
     ids = next(data)
@@ -114,22 +149,31 @@ def _forward(data: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Callable]
     return output, loss
 
 
-def train(wrapped: list[torch.nn.Module], optimizer: Any, steps: int,
-          each_step: Callable[[], None] | None = None) -> list[float]:
+def train(
+    wrapped: list[torch.nn.Module], optimizer: Any, steps: int, each_step: Callable[[], None] | None = None
+) -> list[float]:
     """Trains on this rank's share of the batches; returns the mean losses where this rank computes them."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     scheduler = make_scheduler(optimizer)
-    share = batches(steps).chunk(parallel_state.get_data_parallel_world_size(), 1)[parallel_state.get_data_parallel_rank()]
+    share = batches(steps).chunk(parallel_state.get_data_parallel_world_size(), 1)[
+        parallel_state.get_data_parallel_rank()
+    ]
     losses = []
     for ids in share:
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         stored = get_forward_backward_func()(
-            forward_step_func=_forward, data_iterator=[iter(ids.split(1)) for _ in wrapped], model=wrapped,
-            num_microbatches=len(ids), seq_length=LENGTH, micro_batch_size=1, forward_only=False)
+            forward_step_func=_forward,
+            data_iterator=[iter(ids.split(1)) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(ids),
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
         optimizer.step()
         scheduler.step(1)
         losses.append(float(sum(entry["loss"] for entry in stored) / len(stored)) if stored else float("nan"))
@@ -145,14 +189,22 @@ def masters(optimizer: Any, chunks: list[torch.nn.Module]) -> dict[int, tuple[in
         for p in chunk.parameters():
             main = getattr(p, "main_param", None)
             if main is not None:
-                owner = next((o for o in optimizer.chained_optimizers if p in getattr(o, "model_param_gbuf_map", ())), None)
+                owner = next(
+                    (o for o in optimizer.chained_optimizers if p in getattr(o, "model_param_gbuf_map", ())), None
+                )
                 found[id(p)] = (owner._get_model_param_range_map(p)["param"].start if owner else 0, main)
     return found
 
 
-def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str, torch.Tensor],
-            watch: Callable[[dict[str, torch.Tensor]], None] | None = None,
-            **settings: Any) -> tuple[dict[str, torch.Tensor], float]:
+def trained(
+    variant: str,
+    kind: str,
+    layout: Layout,
+    steps: int,
+    first: dict[str, torch.Tensor],
+    watch: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    **settings: Any,
+) -> tuple[dict[str, torch.Tensor], float]:
     """Weights after training under a layout, and how far ranks' copies of them are apart.
 
     ``watch`` gets, in bf16, the whole fp32 gradients that each step of our optimizer starts from.
@@ -167,9 +219,15 @@ def trained(variant: str, kind: str, layout: Layout, steps: int, first: dict[str
             wrapped = wrap(chunks, layout)
             optimizer = make_optimizer(wrapped, NAMES.get(kind, kind), layout)
             if watch:
-                optimizer.chained_optimizers[0].optimizer.register_step_pre_hook(lambda *_: watch(gather_full(
-                    chunks, first, {key: (start, shard.grad) for key, (start, shard) in
-                                    masters(optimizer, chunks).items()})[0]))
+                optimizer.chained_optimizers[0].optimizer.register_step_pre_hook(
+                    lambda *_: watch(
+                        gather_full(
+                            chunks,
+                            first,
+                            {key: (start, shard.grad) for key, (start, shard) in masters(optimizer, chunks).items()},
+                        )[0]
+                    )
+                )
             train(wrapped, optimizer, steps)
             return gather_full(chunks, first, masters(optimizer, chunks) if layout.bf16 else None)
         finally:

@@ -3,20 +3,26 @@
 Which rows of a fused weight are what is written out here by hand from Megatron's forward passes; nothing of blockwise_lr
 is used.
 """
+
 from __future__ import annotations
 
 import re
 
 import torch
-
 from megatron_door.layouts import HEADS, LENGTH
 from twins import RATIOS, Leaf
 
 BLOCK_RATIOS = {**RATIOS, "router": 6.0, "ssm": 6.0}
-_BLOCKS = [("norm", r"layernorm|norm\.weight$"), ("embedding", r"word_embeddings|position_embeddings"),
-           ("head", r"output_layer"), ("qk", r"#([qk]|rotary)$|linear_q_"), ("vo", r"#(v|latent)$|linear_proj"),
-           ("router", r"router"), ("ffn", r"linear_fc|eh_proj"),
-           ("ssm", r"\.(in_proj|out_proj|conv1d|A_log|dt_bias)")]
+_BLOCKS = [
+    ("norm", r"layernorm|norm\.weight$"),
+    ("embedding", r"word_embeddings|position_embeddings"),
+    ("head", r"output_layer"),
+    ("qk", r"#([qk]|rotary)$|linear_q_"),
+    ("vo", r"#(v|latent)$|linear_proj"),
+    ("router", r"router"),
+    ("ffn", r"linear_fc|eh_proj"),
+    ("ssm", r"\.(in_proj|out_proj|conv1d|A_log|dt_bias)"),
+]
 
 
 class MegatronTwin:
@@ -35,13 +41,19 @@ class MegatronTwin:
             for part, tensor in self._split(name, p.detach().float()).items():
                 block = next(block for block, pattern in _BLOCKS if re.search(pattern, part))
                 bias = name.endswith(("bias", "A_log"))
-                segments = 1 if block == "norm" else int(vector_biases) if bias else self._segments(part, tensor.shape[0])
+                segments = (
+                    1 if block == "norm" else int(vector_biases) if bias else self._segments(part, tensor.shape[0])
+                )
                 self.leaves[part] = Leaf(tensor.clone().requires_grad_(), block, not bias and block != "norm", segments)
 
     def _segments(self, part: str, rows: int) -> int:
         """Query and key weights have a segment per head, the rotary key that all heads share one; others one per row."""
-        for ending, count in (("#q", HEADS), ("linear_q_up_proj.weight", HEADS), ("#k", self.config.num_query_groups),
-                              ("#rotary", 1)):
+        for ending, count in (
+            ("#q", HEADS),
+            ("linear_q_up_proj.weight", HEADS),
+            ("#k", self.config.num_query_groups),
+            ("#rotary", 1),
+        ):
             if part.endswith(ending):
                 return count
         return rows

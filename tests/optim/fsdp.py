@@ -1,13 +1,14 @@
 """FSDP2 runs on the CPU; they run in the rank processes."""
+
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from twins import make, token_ids
 
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
-from twins import make, token_ids
 
 OPTIMIZERS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
 SETTINGS = {"lr": 2e-3, "eps": 1e-5, "kernel": "reference"}

@@ -1,4 +1,5 @@
 """FSDP2 runs that save and load through torch.distributed.checkpoint; they run in the rank processes."""
+
 from __future__ import annotations
 
 import copy
@@ -6,14 +7,19 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from optim.fsdp import OPTIMIZERS, SETTINGS, layers, step
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from twins import make, token_ids
 
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
-from optim.fsdp import OPTIMIZERS, SETTINGS, layers, step
-from twins import make, token_ids
 
 OPTIMIZERS = {**OPTIMIZERS, "AdamW": torch.optim.AdamW}
 STEPS = 3
@@ -24,8 +30,11 @@ def build(family: str, kind: str, seed: int = 0, replicas: int = 1):
     model = make(family, seed=seed)
     ranks = dist.get_world_size()
     if ranks > 1:
-        mesh = (init_device_mesh("cpu", (ranks,)) if replicas == 1 else
-                init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard")))
+        mesh = (
+            init_device_mesh("cpu", (ranks,))
+            if replicas == 1
+            else init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+        )
         for layer in layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -45,8 +54,10 @@ def batches():
 
 
 def whole(model) -> dict[str, torch.Tensor]:
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-            for name, p in model.named_parameters()}
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def own(batches):
@@ -60,8 +71,13 @@ def save_and_go_on(family: str, kind: str, folder: str, flat: bool, replicas: in
     model, optimizer = build(family, kind, replicas=replicas)
     train(model, optimizer, own(batches())[:STEPS])
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    dcp.save({"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)},
-             checkpoint_id=folder)
+    dcp.save(
+        {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        },
+        checkpoint_id=folder,
+    )
     saved = states(model, optimizer)
     train(model, optimizer, own(batches())[STEPS:])
     return saved, whole(model)
@@ -71,7 +87,10 @@ def load_and_go_on(family: str, kind: str, folder: str, flat: bool, steps: bool 
     """The loaded states, and weights at the end, of a run that goes on from the checkpoint."""
     model, optimizer = build(family, kind, seed=1, replicas=replicas)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    state = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
@@ -150,8 +169,13 @@ def unlike_ranks(what: str) -> str:
     model = make("llama")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model, mesh=mesh)
-    settings = {"ratios": {"block_lr_ratios": {"qk": 8.0 if rank == 0 else 4.0}}, "lr": {"lr": 1e-3 * (1 + rank)},
-                "bad": {"eps": -1.0 if rank == 1 else 1e-8}, "class": {}, "frozen": {}}[what]
+    settings = {
+        "ratios": {"block_lr_ratios": {"qk": 8.0 if rank == 0 else 4.0}},
+        "lr": {"lr": 1e-3 * (1 + rank)},
+        "bad": {"eps": -1.0 if rank == 1 else 1e-8},
+        "class": {},
+        "frozen": {},
+    }[what]
     if what == "frozen" and rank == 1:
         model.get_parameter("model.norm.weight").requires_grad_(False)
     cls = BlockwiseAdamMini if what == "class" and rank == 1 else BlockwiseAdamW

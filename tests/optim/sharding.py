@@ -1,11 +1,12 @@
 """Cuts a model's parameters into flat shards at any positions, in one process, with the sums added by hand."""
+
 from __future__ import annotations
 
 import numpy as np
 import torch
 
 from blockwise_lr import BlockwiseAdamMini, map_blocks
-from blockwise_lr.optim import Cut, Fragment, ShardMap
+from blockwise_lr.optim import Fragment, ShardBoundaries, ShardMap
 
 
 class Shards:
@@ -27,12 +28,21 @@ class Shards:
         cuts = {n: np.array([e - starts[n] for e in edges if starts[n] < e < starts[n] + sizes[n]]) for n, _ in named}
         if copied:
             cuts[copied] = np.union1d(cuts[copied], elsewhere).astype(int)
-        cuts = {n: Cut(positions, has_copies=n == copied) for n, positions in cuts.items() if len(positions)}
+        cuts = {
+            n: ShardBoundaries(positions, has_replicas=n == copied) for n, positions in cuts.items() if len(positions)
+        }
         self.optimizers, self.tensors = [], []
         for low, high in self.bounds:
-            fragments = [Fragment(n, max(low, starts[n]) - starts[n],
-                                  min(high, starts[n] + sizes[n]) - max(low, starts[n]), max(low, starts[n]) - low)
-                         for n, _ in named if max(low, starts[n]) < min(high, starts[n] + sizes[n])]
+            fragments = [
+                Fragment(
+                    n,
+                    max(low, starts[n]) - starts[n],
+                    min(high, starts[n] + sizes[n]) - max(low, starts[n]),
+                    max(low, starts[n]) - low,
+                )
+                for n, _ in named
+                if max(low, starts[n]) < min(high, starts[n] + sizes[n])
+            ]
             tensor = torch.nn.Parameter(self.flat[low:high].clone())
             made = optimizer([p for _, p in model.named_parameters()], block_map=map_blocks(model), **settings)
             made.param_groups[0]["params"] = [tensor]
@@ -52,8 +62,10 @@ class Shards:
     def _add_sums(self):
         """What the all-reduce does, over optimizers in place of ranks."""
         sums = [o._partial_sums([(t, t.grad, 1.0)]) for o, t in zip(self.optimizers, self.tensors)]
-        shares = [[(share, s[id(t)]) for share in (o._sync.over_shards[0].shares if o._sync.over_shards else ())]
-                  for o, t, s in zip(self.optimizers, self.tensors, sums)]
+        shares = [
+            [(share, s[id(t)]) for share in (o._sync.over_shards[0].shares if o._sync.over_shards else ())]
+            for o, t, s in zip(self.optimizers, self.tensors, sums)
+        ]
         stages = self.optimizers[0]._sync.over_shards
         if stages:
             buffer = torch.zeros(stages[0].size)
@@ -66,7 +78,7 @@ class Shards:
                 for share, values in parts:
                     values[share.slots] = buffer[share.total]
         for optimizer, found in zip(self.optimizers, sums):
-            optimizer._early = found
+            optimizer._prereduced = found
 
     def weights(self):
         return torch.cat([t.detach() for t in self.tensors])

@@ -1,5 +1,6 @@
 """What torch.optim.AdamW takes, every optimizer of ours takes with the same outcome; what it refuses is refused before
 anything is touched. Each test runs over torch.optim.AdamW itself too, so that a wrong expectation shows."""
+
 import copy
 import io
 import pickle
@@ -7,11 +8,11 @@ import random
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from twins import make
 
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 from blockwise_lr.schedules import BlockwiseWarmupCosine
-from twins import make
 
 LR, BETAS, EPS, DECAY = 2e-3, (0.9, 0.95), 1e-8, 0.1
 SAME = {"embedding": 1.0, "head": 1.0, "qk": 1.0, "vo": 1.0, "ffn": 1.0, "norm": 1.0}
@@ -27,8 +28,14 @@ def build(kind, model, params=None, **options):
     if kind == "torch AdamW":
         return torch.optim.AdamW(params, foreach=False, **settings)
     cls = BlockwiseAdamMini if "Mini" in kind else BlockwiseAdamW
-    return cls(params, block_map=map_blocks(model), block_lr_ratios=SAME, decay_norms_and_biases=True,
-               kernel="cpp" if "cpp" in kind else "reference", **settings)
+    return cls(
+        params,
+        block_map=map_blocks(model),
+        block_lr_ratios=SAME,
+        decay_norms_and_biases=True,
+        kernel="cpp" if "cpp" in kind else "reference",
+        **settings,
+    )
 
 
 def give_gradients(model, step, only=lambda name: True):
@@ -97,14 +104,18 @@ def test_copies_go_on_as_the_original(kind, how, scheduled):
 
 
 def renumbered(state, model, optimizer):
-    return {"state": {k + 100: v for k, v in state["state"].items()},
-            "param_groups": [{**g, "params": [k + 100 for k in g["params"]]} for g in state["param_groups"]]}
+    return {
+        "state": {k + 100: v for k, v in state["state"].items()},
+        "param_groups": [{**g, "params": [k + 100 for k in g["params"]]} for g in state["param_groups"]],
+    }
 
 
 def numbered_the_other_way(state, model, optimizer):
     last = max(k for g in state["param_groups"] for k in g["params"])
-    return {"state": {last - k: v for k, v in state["state"].items()},
-            "param_groups": [{**g, "params": [last - k for k in g["params"]]} for g in state["param_groups"]]}
+    return {
+        "state": {last - k: v for k, v in state["state"].items()},
+        "param_groups": [{**g, "params": [last - k for k in g["params"]]} for g in state["param_groups"]],
+    }
 
 
 def shuffled_states(state, model, optimizer):
@@ -132,8 +143,15 @@ def test_state_dicts_under_any_numbers(kind, change, family):
 
 
 @kinds
-@pytest.mark.parametrize("options", [{}, {"flatten_optimizer_state_dict": True}, {"full_state_dict": True},
-                                     {"flatten_optimizer_state_dict": True, "cpu_offload": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"flatten_optimizer_state_dict": True},
+        {"full_state_dict": True},
+        {"flatten_optimizer_state_dict": True, "cpu_offload": True},
+    ],
+)
 def test_state_dicts_of_torch_distributed_checkpoint(kind, options):
     options = StateDictOptions(**options)
     model = make("gpt2")
@@ -166,16 +184,19 @@ def test_states_follow_their_names_into_another_order_of_parameters(kind):
 
 
 @pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize("damage, words", [
-    (lambda s: s["state"][0].update(exp_avg=torch.zeros(3)), "3"),
-    (lambda s: s["state"][0].update(exp_avg_sq=torch.zeros(7, 3)), "exp_avg_sq"),
-    (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].T.clone()), "exp_avg of "),
-    (lambda s: s["state"][0].pop("exp_avg"), "step, exp_avg and exp_avg_sq are needed"),
-    (lambda s: s.pop("param_groups"), "no state dict of an optimizer"),
-    (lambda s: s["param_groups"][0]["params"].pop(), "param groups of"),
-    (lambda s: s["param_groups"][0]["params"].__setitem__(0, 1), "twice"),
-    (lambda s: s["param_groups"][0].update(blockwise_lr="blockwise_lr record !!"), "damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda s: s["state"][0].update(exp_avg=torch.zeros(3)), "3"),
+        (lambda s: s["state"][0].update(exp_avg_sq=torch.zeros(7, 3)), "exp_avg_sq"),
+        (lambda s: s["state"][0].update(exp_avg=s["state"][0]["exp_avg"].T.clone()), "exp_avg of "),
+        (lambda s: s["state"][0].pop("exp_avg"), "step, exp_avg and exp_avg_sq are needed"),
+        (lambda s: s.pop("param_groups"), "no state dict of an optimizer"),
+        (lambda s: s["param_groups"][0]["params"].pop(), "param groups of"),
+        (lambda s: s["param_groups"][0]["params"].__setitem__(0, 1), "twice"),
+        (lambda s: s["param_groups"][0].update(blockwise_lr="blockwise_lr record !!"), "damaged"),
+    ],
+)
 def test_damaged_states_are_refused_before_anything_is_loaded(kind, damage, words):
     model = make("llama")
     optimizer = build(kind, model)
@@ -247,22 +268,34 @@ def test_a_groups_own_decay_holds_for_its_norms(kind):
 def test_an_optimizer_built_from_anothers_groups_steps_alike(kind):
     model, again = make("llama"), make("llama")
     first = build(kind, model, weight_decay=0.5)
-    groups = [{**{key: value for key, value in group.items() if key != "param_names"}, "params": list(again.parameters())}
-              for group in first.param_groups]
-    second = type(first)(groups, **({} if kind == "torch AdamW" else {"block_map": map_blocks(again), "kernel": "reference"}))
+    groups = [
+        {**{key: value for key, value in group.items() if key != "param_names"}, "params": list(again.parameters())}
+        for group in first.param_groups
+    ]
+    second = type(first)(
+        groups, **({} if kind == "torch AdamW" else {"block_map": map_blocks(again), "kernel": "reference"})
+    )
     for optimizer, trained in ((first, model), (second, again)):
         train(trained, optimizer, range(2))
     assert_equal(weights(again), weights(model), 1e-6)
 
 
 @pytest.mark.parametrize("kind", OURS)
-@pytest.mark.parametrize("group, words", [
-    ({"params": [("elsewhere.table", torch.nn.Parameter(torch.zeros(3, 2)))]}, "no block rule matches.*elsewhere.table"),
-    ({"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(3, 2)))], "lr": -1.0}, "lr is -1.0"),
-    ({"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 2)))], "amsgrad": True}, "amsgrad"),
-    ({"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 2)))], "weight_decy": 0.0},
-     "did you mean 'weight_decay'"),
-])
+@pytest.mark.parametrize(
+    "group, words",
+    [
+        (
+            {"params": [("elsewhere.table", torch.nn.Parameter(torch.zeros(3, 2)))]},
+            "no block rule matches.*elsewhere.table",
+        ),
+        ({"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(3, 2)))], "lr": -1.0}, "lr is -1.0"),
+        ({"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 2)))], "amsgrad": True}, "amsgrad"),
+        (
+            {"params": [("new.q_proj.weight", torch.nn.Parameter(torch.zeros(8, 2)))], "weight_decy": 0.0},
+            "did you mean 'weight_decay'",
+        ),
+    ],
+)
 def test_a_group_that_cannot_be_trained_is_refused_and_not_added(kind, group, words):
     model = make("llama")
     optimizer = build(kind, model)
@@ -287,8 +320,11 @@ def test_parameters_that_come_with_a_later_group_are_mapped_by_name(kind):
 def test_what_torch_refuses_in_groups_is_refused(kind):
     model = make("llama")
     shared = next(iter(model.named_parameters()))
-    for groups in ([{"params": [shared]}, {"params": [shared]}],
-                   [{"params": {torch.nn.Parameter(torch.zeros(2))}}], []):
+    for groups in (
+        [{"params": [shared]}, {"params": [shared]}],
+        [{"params": {torch.nn.Parameter(torch.zeros(2))}}],
+        [],
+    ):
         with pytest.raises((ValueError, TypeError)):
             build(kind, model, groups)
     with pytest.raises(TypeError):
@@ -346,9 +382,14 @@ def test_data_may_be_replaced_by_its_like(kind, change):
 
 
 @kinds
-@pytest.mark.parametrize("change", [
-    lambda p: setattr(p, "data", p.data[:3].clone()),
-    lambda p: setattr(p, "data", torch.cat([p.data, p.data])), lambda p: setattr(p, "data", p.data.double())])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: setattr(p, "data", p.data[:3].clone()),
+        lambda p: setattr(p, "data", torch.cat([p.data, p.data])),
+        lambda p: setattr(p, "data", p.data.double()),
+    ],
+)
 def test_data_of_another_size_or_type_is_refused(kind, change):
     model = make("llama")
     optimizer = build(kind, model)

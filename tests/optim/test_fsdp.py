@@ -1,7 +1,7 @@
 """FSDP2: weights equal those of one process with the whole model."""
+
 import pytest
 from optim import fsdp, fsdp_saving
-
 from ranks import pool
 from twins import worst_difference
 
@@ -67,10 +67,16 @@ def test_fsdp1_is_refused():
             assert "FullyShardedDataParallel (FSDP1)" in message and "fully_shard" in message
 
 
-@pytest.mark.parametrize("what, words", [
-    ("ratios", ["rank 0 and rank 1", "block_lr_ratios.qk: 8.0 and 4.0"]), ("lr", ["rank 0 and rank 1", "lr: 0.001 and 0.002"]),
-    ("bad", ["failed on rank 1", "eps is -1.0"]), ("class", ["BlockwiseAdamW", "BlockwiseAdamMini"]),
-    ("frozen", ["model.norm.weight"])])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("ratios", ["rank 0 and rank 1", "block_lr_ratios.qk: 8.0 and 4.0"]),
+        ("lr", ["rank 0 and rank 1", "lr: 0.001 and 0.002"]),
+        ("bad", ["failed on rank 1", "eps is -1.0"]),
+        ("class", ["BlockwiseAdamW", "BlockwiseAdamMini"]),
+        ("frozen", ["model.norm.weight"]),
+    ],
+)
 def test_ranks_that_build_different_optimizers_all_hear_of_it(what, words):
     for message in pool(2).run(fsdp_saving.unlike_ranks, what):
         assert all(word in message for word in words), message

@@ -1,12 +1,13 @@
 """Every option, wherever it comes from, passes the same checks; errors name the option, its value and the fix."""
+
 import numpy as np
 import pytest
 import torch
+from twins import make
 
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
-from blockwise_lr.optim.options import AdamMiniOptions, OptimizerOptions
+from blockwise_lr.rules.options import AdamMiniOptions, OptimizerOptions
 from blockwise_lr.transformers import BlockwiseAdamWFactory
-from twins import make
 
 BAD = [
     ("lr", -1, "lr is -1; give a finite number, 0 or above"),
@@ -78,7 +79,9 @@ def test_a_number_that_python_does_not_print():
 
 
 def test_unknown_options_name_the_nearest():
-    with pytest.raises(BlockError, match="optimizer X: unknown parameter 'block_lr_ratio' .did you mean 'block_lr_ratios'"):
+    with pytest.raises(
+        BlockError, match="optimizer X: unknown parameter 'block_lr_ratio' .did you mean 'block_lr_ratios'"
+    ):
         OptimizerOptions.checked({"block_lr_ratio": {}}, "optimizer X: ")
     with pytest.raises(BlockError, match="unknown parameter 'bias_segments'.*valid ones are lr, betas"):
         OptimizerOptions.checked({"bias_segments": "vector"})
@@ -88,8 +91,16 @@ def test_unknown_options_name_the_nearest():
 
 def test_good_values_of_all_kinds():
     model = make("llama")
-    optimizer = BlockwiseAdamW(model.named_parameters(), lr=np.float32(0.5), betas=[0, np.float64(0.5)], eps=0,
-                               weight_decay=1, min_lr=0, block_lr_ratios={"qk": 2}, block_map=map_blocks(model))
+    optimizer = BlockwiseAdamW(
+        model.named_parameters(),
+        lr=np.float32(0.5),
+        betas=[0, np.float64(0.5)],
+        eps=0,
+        weight_decay=1,
+        min_lr=0,
+        block_lr_ratios={"qk": 2},
+        block_map=map_blocks(model),
+    )
     group = optimizer.param_groups[0]
     assert group["lr"] == 0.5 and type(group["lr"]) is float and group["betas"] == (0.0, 0.5)
     assert group["block_lr_ratios"]["qk"] == 2.0 and group["block_lr_ratios"]["embedding"] == 10.0
@@ -98,8 +109,11 @@ def test_good_values_of_all_kinds():
 def test_partial_ratios_of_a_group_are_filled_up():
     model = make("llama")
     named = list(model.named_parameters())
-    optimizer = BlockwiseAdamW([{"params": named[:5]}, {"params": named[5:], "block_lr_ratios": {"qk": 2.0}, "lr": 1e-2}],
-                               lr=1e-3, block_map=map_blocks(model))
+    optimizer = BlockwiseAdamW(
+        [{"params": named[:5]}, {"params": named[5:], "block_lr_ratios": {"qk": 2.0}, "lr": 1e-2}],
+        lr=1e-3,
+        block_map=map_blocks(model),
+    )
     rates = optimizer.block_lrs()
     assert rates[0]["qk"] == pytest.approx(8e-3) and rates[1]["qk"] == pytest.approx(2e-2)
     assert rates[1]["embedding"] == pytest.approx(1e-1)

@@ -1,15 +1,28 @@
 """Step plans against every element's block and segment written out one by one; and their size at 70B."""
+
 import random
 
 import numpy as np
 import pytest
+from plan_70b import TENSOR_PARALLEL, WAYS, kept_bytes, llama_70b, rank_plans
+from random_layouts import pieces_and_segments, random_layouts
 
 from blockwise_lr.blocks import ParamLayout
 from blockwise_lr.optim import Fragment
-from blockwise_lr.optim.plan import (CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, adam_mini_plan,
-                                     adamw_plan, cut_segments, slot_numel)
-from plan_70b import TENSOR_PARALLEL, WAYS, kept_bytes, llama_70b, rank_plans
-from random_layouts import pieces_and_segments, random_layouts
+from blockwise_lr.plan.step_plan import (
+    CLASS,
+    INNER,
+    OFFSET,
+    OUTER,
+    SLOT,
+    SLOT_STEP,
+    STRIDE,
+    UNIT,
+    element_plan,
+    segment_plan,
+    shared_segments,
+    slot_numel,
+)
 
 
 def elements(row: np.ndarray, numel: float) -> tuple[np.ndarray, np.ndarray]:
@@ -35,13 +48,13 @@ def test_adamw_covers_every_element_once_with_its_block(seed, number):
     piece, _ = pieces_and_segments(layout)
     edges = random_shards(rng, layout)
     for low, high in zip(edges, edges[1:]):
-        plan = adamw_plan(high - low + 7, [Fragment(layout.name, int(low), int(high - low), 7)], [layout])
+        plan = element_plan(high - low + 7, [Fragment(layout.name, int(low), int(high - low), 7)], [layout])
         covered = np.zeros(high - low + 7, np.int64)
-        for row in plan.whole.table:
+        for row in plan.local.table:
             at, _ = elements(row, 0)
             covered[at] += 1
             assert {layout.pieces[i].block for i in piece[at - 7 + low]} == {plan.classes[row[CLASS]].block}
-        assert covered[:7].sum() == 0 and (covered[7:] == 1).all() and not len(plan.cut)
+        assert covered[:7].sum() == 0 and (covered[7:] == 1).all() and not len(plan.shared)
 
 
 @pytest.mark.parametrize("seed,number", CASES)
@@ -58,10 +71,10 @@ def test_adam_mini_gives_every_element_its_segment_and_knows_the_cut_ones(seed, 
     for key in zip(piece, segment):
         numels[key] = numels.get(key, 0) + 1
     for low, high in zip(edges, edges[1:]):
-        plan = adam_mini_plan(high - low, [Fragment(layout.name, int(low), int(high - low), 0)], [layout])
+        plan = segment_plan(high - low, [Fragment(layout.name, int(low), int(high - low), 0)], [layout])
         key_of_slot = {run.slot + i: (run.piece, run.first + i) for run in plan.runs for i in range(run.count)}
         covered = np.zeros(high - low, np.int64)
-        for rectangles, is_cut in ((plan.whole, False), (plan.cut, True)):
+        for rectangles, is_cut in ((plan.local, False), (plan.shared, True)):
             for row, numel in zip(rectangles.table, rectangles.segment_numel):
                 at, slots = elements(row, numel)
                 covered[at] += 1
@@ -70,11 +83,11 @@ def test_adam_mini_gives_every_element_its_segment_and_knows_the_cut_ones(seed, 
                     assert key_of_slot[slot] == key and numel == numels[key]
                     assert is_cut or len(owners[key]) == 1
         assert (covered == 1).all()
-        slots, sizes = slot_numel(plan.cut)
+        slots, sizes = slot_numel(plan.shared)
         assert all(numels[key_of_slot[slot]] == size for slot, size in zip(slots, sizes))
     for index in range(len(layout.pieces)):
         wanted = sorted(s for (p, s), shards in owners.items() if p == index and len(shards) > 1)
-        found = cut_segments(layout, index, edges[1:-1])
+        found = shared_segments(layout, index, edges[1:-1])
         assert set(wanted) <= set(found.tolist()) and (np.diff(found) > 0).all()
         if layout.kind == "matrix" and not layout.transposed:  # others may be reduced though one shard has all of them
             assert found.tolist() == wanted
@@ -87,5 +100,5 @@ def test_a_rank_of_70b_keeps_its_plan_small(way):
     shards, plans, sync = rank_plans(way)
     held = sum(fragment.numel for _, fragments in shards.flats for fragment in fragments)
     assert kept_bytes(shards, plans, sync) < 5e6  # the promise is 50 MB
-    assert [plan.whole.numel + plan.cut.numel for plan in plans] == [held, held]
+    assert [plan.local.numel + plan.shared.numel for plan in plans] == [held, held]
     assert 0 < sync.over_shards[0].size < 20_000  # floats in the step's one all-reduce

@@ -1,10 +1,11 @@
 """The paper's schedule on a plain optimizer."""
+
 import pytest
 import torch
+from twins import RATIOS, make, paper_lr
 
 from blockwise_lr import BlockError, BlockwiseAdamW, map_blocks
 from blockwise_lr.schedules import BlockwiseWarmupCosine
-from twins import RATIOS, make, paper_lr
 
 
 def optimizer(**settings):
@@ -42,12 +43,15 @@ def test_any_optimizer_can_have_it():
     assert seen == pytest.approx([paper_lr(step, 1.0, 0.1, 0.01, 2, 10) for step in range(1, 11)])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"total_num_steps": 0}, "1 or above"),
-    ({"total_num_steps": 5, "warmup_num_steps": 6}, "warm up in fewer steps"),
-    ({"total_num_steps": 5.5}, "whole number"),
-    ({"total_num_steps": 5, "min_lr": -1.0}, "from 0 up to lr"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"total_num_steps": 0}, "1 or above"),
+        ({"total_num_steps": 5, "warmup_num_steps": 6}, "warm up in fewer steps"),
+        ({"total_num_steps": 5.5}, "whole number"),
+        ({"total_num_steps": 5, "min_lr": -1.0}, "from 0 up to lr"),
+    ],
+)
 def test_bad_counts(arguments, words):
     with pytest.raises(BlockError, match=words):
         BlockwiseWarmupCosine(optimizer(), **arguments)
@@ -72,11 +76,21 @@ def test_a_rate_of_0_is_0_whatever_the_schedule_said_before():
     assert ours.block_lrs()[0] == kept[0]
 
 
-@pytest.mark.parametrize("scheduler, arguments", [
-    ("LinearLR", {}), ("CosineAnnealingLR", {"T_max": 5}), ("ExponentialLR", {"gamma": 0.5}), ("StepLR", {"step_size": 1}),
-    ("ConstantLR", {}), ("LambdaLR", {"lr_lambda": lambda step: 1 / (1 + step)}),
-    ("OneCycleLR", {"max_lr": 1e-3, "total_steps": 20}), ("CyclicLR", {"base_lr": 1e-5, "max_lr": 1e-3, "cycle_momentum": False}),
-    ("PolynomialLR", {}), ("CosineAnnealingWarmRestarts", {"T_0": 3})])
+@pytest.mark.parametrize(
+    "scheduler, arguments",
+    [
+        ("LinearLR", {}),
+        ("CosineAnnealingLR", {"T_max": 5}),
+        ("ExponentialLR", {"gamma": 0.5}),
+        ("StepLR", {"step_size": 1}),
+        ("ConstantLR", {}),
+        ("LambdaLR", {"lr_lambda": lambda step: 1 / (1 + step)}),
+        ("OneCycleLR", {"max_lr": 1e-3, "total_steps": 20}),
+        ("CyclicLR", {"base_lr": 1e-5, "max_lr": 1e-3, "cycle_momentum": False}),
+        ("PolynomialLR", {}),
+        ("CosineAnnealingWarmRestarts", {"T_0": 3}),
+    ],
+)
 def test_another_scheduler_after_ours_sets_ratios_times_its_rate(scheduler, arguments):
     ours = optimizer()
     step_down(ours, BlockwiseWarmupCosine(ours, 10, 2), 9)

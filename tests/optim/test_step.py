@@ -1,14 +1,15 @@
 """The step alone, on given gradients: against torch's AdamW, a loop over segments, and the official Adam-mini."""
+
 import copy
 import itertools
 import random
 
 import pytest
 import torch
+from optim.sharding import Shards
+from twins import RATIOS, REFERENCES, Twin, llama, make
 
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
-from optim.sharding import Shards
-from twins import REFERENCES, RATIOS, Twin, llama, make
 
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.95), 1e-8
 KINDS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
@@ -16,14 +17,23 @@ KINDS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMin
 
 def gradients(model, step):
     generator = torch.Generator().manual_seed(step)
-    return {n: torch.randn(p.shape, generator=generator) * 10 ** float(torch.rand((), generator=generator) * 6 - 3)
-            for n, p in model.named_parameters()}
+    return {
+        n: torch.randn(p.shape, generator=generator) * 10 ** float(torch.rand((), generator=generator) * 6 - 3)
+        for n, p in model.named_parameters()
+    }
 
 
 def whole(kind, model, steps=3, **settings):
     """The model's weights after steps of the optimizer on whole parameters."""
-    optimizer = KINDS[kind](model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
-                            block_map=map_blocks(model), **settings)
+    optimizer = KINDS[kind](
+        model.named_parameters(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=DECAY,
+        block_map=map_blocks(model),
+        **settings,
+    )
     for step in range(steps):
         for name, p in model.named_parameters():
             p.grad = gradients(model, step)[name]
@@ -62,8 +72,16 @@ def test_any_cut_gives_the_unsharded_step(kind, model, kernel):
     rng = random.Random(1)
     wanted = torch.cat([p.reshape(-1) for p in whole(kind, make(model), kernel=kernel).values()])
     for trial in range(6):
-        shards = Shards(make(model), sorted(rng.sample(range(1, wanted.numel()), trial)), KINDS[kind], lr=LR, betas=BETAS,
-                        eps=EPS, weight_decay=DECAY, kernel=kernel)
+        shards = Shards(
+            make(model),
+            sorted(rng.sample(range(1, wanted.numel()), trial)),
+            KINDS[kind],
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=DECAY,
+            kernel=kernel,
+        )
         for step in range(3):
             shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
         if kind == "BlockwiseAdamW":
@@ -79,27 +97,53 @@ def copies_cut_apart(model, name, kernel, seed):
     start = sum(p.numel() for n, p in itertools.takewhile(lambda pair: pair[0] != name, model.named_parameters()))
     width = table.shape[-1] if table.dim() > 1 else 1
     rows = draw.sample(range(table.shape[0]), 3)  # of a table, most edges lie in these, on both stages
-    edges = [sorted({*draw.sample(range(1, table.numel()), 2),
-                     *(row * width + draw.randrange(1, width) for row in rows for _ in range(2) if width > 1)})
-             for _ in range(2)]
-    stages = [Shards(model, [start + edge for edge in mine], BlockwiseAdamMini, name, others, lr=LR, betas=BETAS, eps=EPS,
-                     kernel=kernel)
-              for mine, others in (edges, edges[::-1])]
+    edges = [
+        sorted(
+            {
+                *draw.sample(range(1, table.numel()), 2),
+                *(row * width + draw.randrange(1, width) for row in rows for _ in range(2) if width > 1),
+            }
+        )
+        for _ in range(2)
+    ]
+    stages = [
+        Shards(
+            model,
+            [start + edge for edge in mine],
+            BlockwiseAdamMini,
+            name,
+            others,
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            kernel=kernel,
+        )
+        for mine, others in (edges, edges[::-1])
+    ]
     for step in range(3):
         given = torch.cat([grad.reshape(-1) for grad in gradients(model, step).values()])
         for stage in stages:
             stage.step(given)
-    return [*(stage.weights()[start:start + table.numel()].view_as(table) for stage in stages),
-            whole("BlockwiseAdamMini", model, 3, kernel=kernel)[name]]
+    return [
+        *(stage.weights()[start : start + table.numel()].view_as(table) for stage in stages),
+        whole("BlockwiseAdamMini", model, 3, kernel=kernel)[name],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kernel", ["reference", "cpp"])
-@pytest.mark.parametrize("model, name, to_the_bit", [
-    ("llama_tied", "model.embed_tokens.weight", True),
-    ("llama_tied", "model.norm.weight", True),
-    ("gpt2", "transformer.h.0.mlp.c_fc.weight", False),  # transposed: stretches of its segments do not follow each other
-])
+@pytest.mark.parametrize(
+    "model, name, to_the_bit",
+    [
+        ("llama_tied", "model.embed_tokens.weight", True),
+        ("llama_tied", "model.norm.weight", True),
+        (
+            "gpt2",
+            "transformer.h.0.mlp.c_fc.weight",
+            False,
+        ),  # transposed: stretches of its segments do not follow each other
+    ],
+)
 def test_tied_weights_cut_at_different_places_stay_equal(model, name, to_the_bit, kernel, seed):
     """Copies of a weight on two pipeline stages, cut by the shards of each at other places, several times in a segment."""
     one, other, wanted = copies_cut_apart(make(model), name, kernel, seed)
@@ -112,10 +156,20 @@ def test_tied_weights_cut_at_different_places_stay_equal(model, name, to_the_bit
 def test_one_moment_per_bias_vector_under_any_cut(model):
     """A fused bias of q, k and v has three vectors, and under gpt_neox each is spread over the heads."""
     rng = random.Random(2)
-    wanted = torch.cat([p.reshape(-1) for p in whole("BlockwiseAdamMini", make(model), bias_segments="vector").values()])
+    wanted = torch.cat(
+        [p.reshape(-1) for p in whole("BlockwiseAdamMini", make(model), bias_segments="vector").values()]
+    )
     for trial in range(6):
-        shards = Shards(make(model), sorted(rng.sample(range(1, wanted.numel()), 20)), BlockwiseAdamMini, lr=LR,
-                        betas=BETAS, eps=EPS, weight_decay=DECAY, bias_segments="vector")
+        shards = Shards(
+            make(model),
+            sorted(rng.sample(range(1, wanted.numel()), 20)),
+            BlockwiseAdamMini,
+            lr=LR,
+            betas=BETAS,
+            eps=EPS,
+            weight_decay=DECAY,
+            bias_segments="vector",
+        )
         for step in range(3):
             shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
         assert float((shards.weights() - wanted).norm() / wanted.norm()) < 1e-6
@@ -130,10 +184,26 @@ def test_plain_adam_mini_is_the_official_one(capsys):
         return llama()
 
     model, theirs = llama_square(), llama_square()
-    ours = BlockwiseAdamMini(model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY,
-                             block_map=map_blocks(model), block_lr_ratios=dict.fromkeys(RATIOS, 1.0))
-    official = Adam_mini(theirs.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, dim=32, n_heads=4,
-                         n_kv_heads=2, verbose=False)
+    ours = BlockwiseAdamMini(
+        model.named_parameters(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=DECAY,
+        block_map=map_blocks(model),
+        block_lr_ratios=dict.fromkeys(RATIOS, 1.0),
+    )
+    official = Adam_mini(
+        theirs.named_parameters(),
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        weight_decay=DECAY,
+        dim=32,
+        n_heads=4,
+        n_kv_heads=2,
+        verbose=False,
+    )
     for step in range(5):
         for (name, p), q in zip(model.named_parameters(), theirs.parameters()):
             p.grad, q.grad = gradients(model, step)[name], gradients(model, step)[name]
@@ -142,7 +212,8 @@ def test_plain_adam_mini_is_the_official_one(capsys):
     for (name, p), q in zip(model.named_parameters(), theirs.parameters()):
         assert float((p - q).norm() / q.norm()) < 1e-6, name
     assert sum(s["exp_avg_sq"].numel() for s in ours.state.values()) == sum(
-        s["vmean"].numel() for s in official.state.values())
+        s["vmean"].numel() for s in official.state.values()
+    )
 
 
 def test_names_alone_are_enough_for_adamw():
@@ -186,8 +257,14 @@ def test_state_dicts_come_back_to_the_bit():
 
 def test_decay_of_everything_as_the_paper_does():
     model = make("gpt2")
-    optimizer = BlockwiseAdamW(model.named_parameters(), lr=LR, weight_decay=0.5, decay_norms_and_biases=True,
-                               block_weight_decay={"vo": 0.25}, block_map=map_blocks(model))
+    optimizer = BlockwiseAdamW(
+        model.named_parameters(),
+        lr=LR,
+        weight_decay=0.5,
+        decay_norms_and_biases=True,
+        block_weight_decay={"vo": 0.25},
+        block_map=map_blocks(model),
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)

@@ -1,4 +1,5 @@
 """The frame of the patches, on real DeepSpeed."""
+
 import pytest
 
 from blockwise_lr.patches import Patch, PatchError, all_patches
@@ -19,7 +20,7 @@ def test_the_deepspeed_patch_comes_off_and_on():
     patched = DeepSpeedEngine._configure_basic_optimizer
     assert patched is not original and len(ZERO_SUPPORTED_OPTIMIZERS) == len(known) + 2
     undo()
-    assert DeepSpeedEngine._configure_basic_optimizer is original and ZERO_SUPPORTED_OPTIMIZERS == known
+    assert DeepSpeedEngine._configure_basic_optimizer is original and known == ZERO_SUPPORTED_OPTIMIZERS
     assert not hasattr(lr_schedules, "BlockwiseWarmupCosine")
     PATCH.apply()
 
@@ -28,8 +29,15 @@ def test_a_changed_signature_is_refused_and_nothing_is_left_changed():
     def install(undo):
         raise AssertionError("must not be reached")
 
-    patch = Patch("test", "deepspeed", ">=0", (Symbol("deepspeed.runtime.engine:DeepSpeedEngine.step", ("self", "x")),),
-                  "", "", install)
+    patch = Patch(
+        "test",
+        "deepspeed",
+        ">=0",
+        (Symbol("deepspeed.runtime.engine:DeepSpeedEngine.step", ("self", "x")),),
+        "",
+        "",
+        install,
+    )
     with pytest.raises(PatchError, match=r"takes \('self', 'lr_kwargs'\) where \('self', 'x'\) was expected"):
         patch.apply()
     gone = Patch("test", "deepspeed", ">=0", (Symbol("deepspeed.runtime.engine:Gone"),), "", "", install)

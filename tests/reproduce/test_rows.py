@@ -1,4 +1,5 @@
 """The evidence ladder: its plan, its page and a few real steps of its runner."""
+
 import dataclasses
 import json
 import re
@@ -32,8 +33,12 @@ def ladder():
 
 def row_of(run, final, curve=None):
     steps = [10, 20, 30, 40]
-    return {"run": dataclasses.asdict(run), "steps": 40, "final": final,
-            "curve": {"step": steps, "training": steps, "validation": curve or [7.0, 6.0, 5.0, final]}}
+    return {
+        "run": dataclasses.asdict(run),
+        "steps": 40,
+        "final": final,
+        "curve": {"step": steps, "training": steps, "validation": curve or [7.0, 6.0, 5.0, final]},
+    }
 
 
 def test_every_row_is_of_the_run_that_its_name_says_and_of_todays_arms(ladder):
@@ -56,8 +61,9 @@ def test_all_rows_are_of_one_text(ladder):
 
 def test_the_page_says_what_the_rows_say(ladder):
     page = (REPRODUCE / "README.md").read_text()
-    assert page == ladder["figures"].with_tables(page, ladder["plan"].load_rows(ROWS)), \
+    assert page == ladder["figures"].with_tables(page, ladder["plan"].load_rows(ROWS)), (
         "run python examples/reproduce/figures.py"
+    )
     tables = re.findall(r"<!-- rows: (\w+) -->\n(.*?)<!-- end -->", page, re.S)
     assert [name for name, _ in tables] == list(ladder["figures"].TABLES)
     made = "".join(table for _, table in tables)
@@ -73,8 +79,9 @@ def test_the_plan_can_be_run_and_is_costed(ladder):
     assert all(entry.core_hours and entry.question for entry in entries)
 
 
-@pytest.mark.parametrize("change", [{"rung": "7B"}, {"arms": ["sgd"]}, {"arms": []}, {"batch": 1000}, {"seeds": 0},
-                                    {"center": {"mini": 0}}])
+@pytest.mark.parametrize(
+    "change", [{"rung": "7B"}, {"arms": ["sgd"]}, {"arms": []}, {"batch": 1000}, {"seeds": 0}, {"center": {"mini": 0}}]
+)
 def test_an_entry_that_cannot_be_run_is_refused(ladder, tmp_path, change):
     entry = {"rung": "tiny", "tokens_per_parameter": 5, "batch": 2048, "arms": ["adamw"], "question": "?", **change}
     (tmp_path / "plan.json").write_text(json.dumps([entry]))
@@ -92,7 +99,7 @@ def test_a_grid_goes_on_until_the_best_is_inside_and_then_the_seeds_come(ladder,
         assert not {run.key for run in runs} & set(rows)
         order += [(run.k, run.seed) for run in runs[:1]]
         # beyond the optimum it diverges at once
-        rows[runs[0].key] = row_of(runs[0], None if runs[0].k > optimum + 3 else 3 + (runs[0].k - optimum)**2 / 100)
+        rows[runs[0].key] = row_of(runs[0], None if runs[0].k > optimum + 3 else 3 + (runs[0].k - optimum) ** 2 / 100)
     tried = sorted(k for k, seed in order if seed == 0)
     best = min(tried, key=lambda k: abs(k - optimum))
     assert abs(best - optimum) <= step / 2 and {best - step, best + step} <= set(tried)
@@ -133,8 +140,8 @@ def test_all_batch_sizes_see_the_same_text_once_an_epoch(ladder, encoded):
     small = torch.cat([text.batch(7, step, 4) for step in range(64)])
     assert torch.equal(small, torch.cat([text.batch(7, step, 32) for step in range(8)]))
     starts = {tuple(window) for window in small[:windows].tolist()}
-    assert len(starts) == windows and {tuple(window) for window in small[windows:2 * windows].tolist()} == starts
-    assert not torch.equal(small[:windows], small[windows:2 * windows])
+    assert len(starts) == windows and {tuple(window) for window in small[windows : 2 * windows].tolist()} == starts
+    assert not torch.equal(small[:windows], small[windows : 2 * windows])
     assert not torch.equal(small, torch.cat([text.batch(8, step, 4) for step in range(64)]))
 
 
@@ -159,21 +166,49 @@ def test_ratios_of_1_are_the_adamw_arm(ladder, encoded, monkeypatch):
         arm = arms.ARMS[name]
         same = dataclasses.replace(arm, optimizer="BlockwiseAdamW", options=arms._ratios())
         monkeypatch.setitem(arms.ARMS, f"{name}-ones", same)
-        finals = [training.train(training.Run("tiny", 10, 1024, which, 4, 0), text)["curve"]["validation"]
-                  for which in (name, f"{name}-ones")]
+        finals = [
+            training.train(training.Run("tiny", 10, 1024, which, 4, 0), text)["curve"]["validation"]
+            for which in (name, f"{name}-ones")
+        ]
         assert finals[1] == pytest.approx(finals[0], abs=2e-5) and finals[0][-1] < finals[0][0] - 0.5
 
 
 def test_a_run_writes_its_row_once_and_again_to_the_same_losses(tmp_path, encoded):
     """Real runs by real processes: the second goes on behind the first, a third in another folder repeats it."""
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"rung": "tiny", "tokens_per_parameter": 2, "batch": 1024, "question": "?",
-                                 "arms": ["blockwise", "adamw"]}]))
+    plan.write_text(
+        json.dumps(
+            [
+                {
+                    "rung": "tiny",
+                    "tokens_per_parameter": 2,
+                    "batch": 1024,
+                    "question": "?",
+                    "arms": ["blockwise", "adamw"],
+                }
+            ]
+        )
+    )
 
     def start(rows, runs):
-        done = subprocess.run([sys.executable, str(REPRODUCE / "runner.py"), "run", "--plan", str(plan), "--rows",
-                               str(tmp_path / rows), "--text", str(encoded), "--limit", str(runs)],
-                              capture_output=True, text=True, timeout=250)
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(REPRODUCE / "runner.py"),
+                "run",
+                "--plan",
+                str(plan),
+                "--rows",
+                str(tmp_path / rows),
+                "--text",
+                str(encoded),
+                "--limit",
+                str(runs),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return {file.name: json.loads(file.read_text()) for file in (tmp_path / rows).glob("*.json")}
 

@@ -1,4 +1,5 @@
 """blockwise-lr on the command line."""
+
 import json
 
 import pytest
@@ -6,8 +7,15 @@ from typer.testing import CliRunner
 
 from blockwise_lr.cli import app
 
-LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
 
 
 def run(*arguments):
@@ -27,8 +35,15 @@ def test_inspect_reads_a_hugging_face_folder(tmp_path):
     found = json.loads(result.output)
     rows = {row["parameter"]: row for row in found["parameters"]}
     assert rows["model.layers.1.self_attn.q_proj.weight"] == {
-        "parameter": "model.layers.1.self_attn.q_proj.weight", "shape": [64, 64], "where": "all", "block": "qk",
-        "ratio": 4.0, "peak_lr": pytest.approx(1.2e-3), "weight_decay": 0.1, "numel": 4096}
+        "parameter": "model.layers.1.self_attn.q_proj.weight",
+        "shape": [64, 64],
+        "where": "all",
+        "block": "qk",
+        "ratio": 4.0,
+        "peak_lr": pytest.approx(1.2e-3),
+        "weight_decay": 0.1,
+        "numel": 4096,
+    }
     assert found["totals"]["qk"] == 2 * (64 * 64 + 32 * 64)
     table = run("inspect", tmp_path)
     assert "model.layers.0.post_attention_layernorm.weight" in table.output and "totals" in table.output
@@ -36,8 +51,11 @@ def test_inspect_reads_a_hugging_face_folder(tmp_path):
 
 def test_inspect_shows_ranges_of_a_fused_weight():
     result = run("inspect", "twins:gpt2", "--format", "json")
-    found = [row for row in json.loads(result.output)["parameters"]
-             if row["parameter"] == "transformer.h.0.attn.c_attn.weight"]
+    found = [
+        row
+        for row in json.loads(result.output)["parameters"]
+        if row["parameter"] == "transformer.h.0.attn.c_attn.weight"
+    ]
     assert [(row["where"], row["block"]) for row in found] == [("columns 0–47", "qk"), ("columns 48–71", "vo")]
 
 
@@ -49,12 +67,15 @@ def test_inspect_exits_with_3_when_something_is_unmapped(tmp_path):
     assert run("inspect", "shell.test_commands:unknown_model", "--rules", rules).exit_code == 0
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["nowhere"], "no file, no folder"),
-    (["twins:gone"], "cannot find"),
-    (["twins:gpt2", "--ratio", "mlp=3"], "unknown block type 'mlp'"),
-    (["twins:gpt2", "--ratio", "ffn=-3"], "above 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere"], "no file, no folder"),
+        (["twins:gone"], "cannot find"),
+        (["twins:gpt2", "--ratio", "mlp=3"], "unknown block type 'mlp'"),
+        (["twins:gpt2", "--ratio", "ffn=-3"], "above 0"),
+    ],
+)
 def test_bad_input_exits_with_2_and_says_why(arguments, words):
     result = run("inspect", *arguments)
     assert result.exit_code == 2 and words in result.output
@@ -93,9 +114,19 @@ def test_a_model_of_400_billion_parameters_takes_seconds(tmp_path):
     """Llama 3.1 405B, all 126 layers."""
     import time
 
-    (tmp_path / "config.json").write_text(json.dumps({
-        "model_type": "llama", "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
-        "num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": 16384,
+                "intermediate_size": 53248,
+                "num_hidden_layers": 126,
+                "num_attention_heads": 128,
+                "num_key_value_heads": 8,
+                "vocab_size": 128256,
+            }
+        )
+    )
     start = time.process_time()
     result = run("inspect", tmp_path, "--format", "json")
     assert sum(json.loads(result.output)["totals"].values()) == pytest.approx(405.9e9, rel=0.001)

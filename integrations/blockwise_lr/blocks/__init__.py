@@ -1,9 +1,23 @@
 """Block types, naming rules and layouts: what every row of every parameter is. Pure; imports torch only."""
+
 from .block_map import BlockMap, UnmappedParameterError, map_blocks, map_names
 from .dims import HeadCounts, head_counts
 from .layout import ParamLayout, Piece
 from .rules import Rule
 from .types import PAPER_RATIOS, BlockError, BlockType, lr_ratios
 
-__all__ = ["PAPER_RATIOS", "BlockError", "BlockMap", "BlockType", "HeadCounts", "ParamLayout", "Piece", "Rule",
-           "UnmappedParameterError", "head_counts", "lr_ratios", "map_blocks", "map_names"]
+__all__ = [
+    "PAPER_RATIOS",
+    "BlockError",
+    "BlockMap",
+    "BlockType",
+    "HeadCounts",
+    "ParamLayout",
+    "Piece",
+    "Rule",
+    "UnmappedParameterError",
+    "head_counts",
+    "lr_ratios",
+    "map_blocks",
+    "map_names",
+]

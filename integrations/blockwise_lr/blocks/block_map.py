@@ -1,4 +1,5 @@
 """BlockMap: the block type of every row of every trainable parameter of a model."""
+
 from __future__ import annotations
 
 import difflib
@@ -15,12 +16,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .dims import HeadCounts, config_values, head_counts
 from .families import family_rules
 from .layout import MATRIX, ParamLayout, Piece
+from .marks import marks_of
 from .rules import Rule, user_rules
 from .types import BlockError, BlockType
 
 # What wrappers put into names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
-                       r"base_model\.model|base_layer|modules_to_save\.[^.]+|original_module)\.")
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
+    r"base_model\.model|base_layer|modules_to_save\.[^.]+|original_module)\."
+)
 # PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has the rank's
 _LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
 
@@ -41,8 +45,13 @@ class BlockMap(Mapping[str, ParamLayout]):
         frozen: what the map would say of parameters that do not require gradients; None where no rule knows one.
     """
 
-    def __init__(self, layouts: Iterable[ParamLayout], heads: HeadCounts | None = None,
-                 unmapped: Iterable[str] = (), frozen: Mapping[str, ParamLayout | None] | None = None) -> None:
+    def __init__(
+        self,
+        layouts: Iterable[ParamLayout],
+        heads: HeadCounts | None = None,
+        unmapped: Iterable[str] = (),
+        frozen: Mapping[str, ParamLayout | None] | None = None,
+    ) -> None:
         self._layouts = {layout.name: layout for layout in layouts}
         self.heads = heads
         self.unmapped = frozenset(unmapped)
@@ -93,7 +102,8 @@ class BlockMap(Mapping[str, ParamLayout]):
         if layout is None:
             raise UnmappedParameterError(
                 f"no block rule matches {name}, which was frozen when the optimizer was built and has a gradient now; add "
-                f'one to block_rules, for example {{"match": "{name}", "block": "ffn"}}')
+                f'one to block_rules, for example {{"match": "{name}", "block": "ffn"}}'
+            )
         self._layouts[name] = self.frozen.pop(name)
 
     def block_numel(self) -> dict[BlockType, int]:
@@ -106,8 +116,18 @@ class BlockMap(Mapping[str, ParamLayout]):
 
     def fingerprint(self) -> str:
         """A hash of names, shapes and layouts: equal for equal maps, whatever the process or version of Python."""
-        entries = [(p.name, p.shape, p.repeat, p.transposed, p.batch_dims, p.kind,
-                    [(piece.block.value, piece.size, piece.unit) for piece in p.pieces]) for p in self.values()]
+        entries = [
+            (
+                p.name,
+                p.shape,
+                p.repeat,
+                p.transposed,
+                p.batch_dims,
+                p.kind,
+                [(piece.block.value, piece.size, piece.unit) for piece in p.pieces],
+            )
+            for p in self.values()
+        ]
         return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
 
 
@@ -117,30 +137,42 @@ def plain_name(name: str) -> str:
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where ZeRO-3 has left an empty tensor in its place (then ``ds_shape``).
+    """A parameter's shape, also where a framework has left an empty tensor in its place.
 
     Raises:
         BlockError: it is a part of one of FSDP1's flat parameters, a vector that tells nothing of rows.
     """
     if getattr(parameter, "_fsdp_flattened", False):
-        raise BlockError("the parameters are wrapped in FullyShardedDataParallel (FSDP1), whose shards are vectors without "
-                         "rows; use torch.distributed.fsdp.fully_shard (FSDP2), and build the optimizer after it")
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+        raise BlockError(
+            "the parameters are wrapped in FullyShardedDataParallel (FSDP1), whose shards are vectors without "
+            "rows; use torch.distributed.fsdp.fully_shard (FSDP2), and build the optimizer after it"
+        )
+    return marks_of(parameter).shape or tuple(parameter.shape)
 
 
 def embedding_copies(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of parameters that Megatron keeps equal to the embedding of another pipeline stage (``shared_embedding``)."""
-    return [name for name, p in named if getattr(p, "shared_embedding", False)]
+    """Names of parameters that a framework keeps equal to the embedding of another pipeline stage."""
+    return [name for name, p in named if marks_of(p).is_tied_copy]
 
 
 def _norms(model: torch.nn.Module) -> list[str]:
     """Names of norms by the type of their module, for those whose name says nothing (``5.weight`` in a pipeline)."""
-    return [f"{prefix}.{name}" for prefix, module in model.named_modules() if "Norm" in type(module).__name__
-            for name, _ in module.named_parameters(recurse=False)]
+    return [
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for name, _ in module.named_parameters(recurse=False)
+    ]
 
 
-def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
-               config: Any = None, family: str | None = None) -> BlockMap:
+def map_blocks(
+    model: torch.nn.Module,
+    *,
+    rules: Iterable[Rule | dict] | None = None,
+    strict: bool = True,
+    config: Any = None,
+    family: str | None = None,
+) -> BlockMap:
     """Maps every trainable parameter of a model to block types.
 
     Args:
@@ -155,14 +187,25 @@ def map_blocks(model: torch.nn.Module, *, rules: Iterable[Rule | dict] | None = 
         BlockError: a bad rule, a rule that matches nothing, or head counts that do not fit the shapes.
     """
     contexts = _contexts(model, config, family)
-    conv1d = {f"{prefix}.weight" if prefix else "weight" for prefix, module in model.named_modules()
-              if type(module).__name__ == "Conv1D"}
+    conv1d = {
+        f"{prefix}.weight" if prefix else "weight"
+        for prefix, module in model.named_modules()
+        if type(module).__name__ == "Conv1D"
+    }
     everything = list(model.named_parameters(remove_duplicate=False))
     named = [(name, p) for name, p in everything if p.requires_grad]
     frozen = [(name, p) for name, p in everything if not p.requires_grad]
     own, norms = user_rules(rules), _norms(model)
-    block_map = _map({name: full_shape(p) for name, p in named}, own, strict, contexts, conv1d, _aliases(named),
-                     embedding_copies(named), norms)
+    block_map = _map(
+        {name: full_shape(p) for name, p in named},
+        own,
+        strict,
+        contexts,
+        conv1d,
+        _aliases(named),
+        embedding_copies(named),
+        norms,
+    )
     block_map.frozen = _frozen_layouts(frozen, own, contexts, conv1d, norms)
     block_map.bind(everything)
     return block_map
@@ -176,8 +219,13 @@ def _aliases(named: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
     return list(aliases.values())
 
 
-def _frozen_layouts(frozen: list[tuple[str, torch.Tensor]], own: tuple[Rule, ...], contexts: Mapping[str, Context],
-                    conv1d: set[str], norms: Iterable[str]) -> dict[str, ParamLayout | None]:
+def _frozen_layouts(
+    frozen: list[tuple[str, torch.Tensor]],
+    own: tuple[Rule, ...],
+    contexts: Mapping[str, Context],
+    conv1d: set[str],
+    norms: Iterable[str],
+) -> dict[str, ParamLayout | None]:
     """What the rules say of frozen parameters, in case they are trained later; nothing of it is an error now."""
     found: dict[str, ParamLayout | None] = {}
     tensors = dict(frozen)
@@ -193,9 +241,17 @@ def _frozen_layouts(frozen: list[tuple[str, torch.Tensor]], own: tuple[Rule, ...
     return found
 
 
-def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | dict] | None = None, strict: bool = True,
-              heads: HeadCounts | None = None, family: str | None = None, transposed: Iterable[str] = (),
-              aliases: Iterable[list[str]] | None = None, copies: Iterable[str] = ()) -> BlockMap:
+def map_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rules: Iterable[Rule | dict] | None = None,
+    strict: bool = True,
+    heads: HeadCounts | None = None,
+    family: str | None = None,
+    transposed: Iterable[str] = (),
+    aliases: Iterable[list[str]] | None = None,
+    copies: Iterable[str] = (),
+) -> BlockMap:
     """:func:`map_blocks` for names and shapes alone.
 
     Args:
@@ -206,12 +262,23 @@ def map_names(shapes: Mapping[str, tuple[int, ...]], *, rules: Iterable[Rule | d
         copies: names of embeddings that go by another name (an output layer tied to another pipeline stage's embedding).
         rules, strict, heads, family: as for :func:`map_blocks`.
     """
-    return _map(shapes, user_rules(rules), strict, {"": Context(family, heads)}, set(transposed),
-                aliases if aliases is not None else [[name] for name in shapes], copies)
+    return _map(
+        shapes,
+        user_rules(rules),
+        strict,
+        {"": Context(family, heads)},
+        set(transposed),
+        aliases if aliases is not None else [[name] for name in shapes],
+        copies,
+    )
 
 
-def map_named(named: Iterable[tuple[str, torch.Tensor]], *, rules: Iterable[Rule | dict] | None = None,
-              heads: HeadCounts | None = None) -> BlockMap:
+def map_named(
+    named: Iterable[tuple[str, torch.Tensor]],
+    *,
+    rules: Iterable[Rule | dict] | None = None,
+    heads: HeadCounts | None = None,
+) -> BlockMap:
     """:func:`map_names` of parameters, frozen ones included, which are bound to the map."""
     named = list(named)
     trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
@@ -256,17 +323,27 @@ def _context(name: str, contexts: Mapping[str, Context]) -> Context:
     return contexts[""]
 
 
-def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: bool, contexts: Mapping[str, Context],
-         transposed: set[str], aliases: Iterable[list[str]], copies: Iterable[str], norms: Iterable[str] = (),
-         extra: tuple[Rule, ...] = ()) -> BlockMap:
+def _map(
+    shapes: Mapping[str, tuple[int, ...]],
+    own: tuple[Rule, ...],
+    strict: bool,
+    contexts: Mapping[str, Context],
+    transposed: set[str],
+    aliases: Iterable[list[str]],
+    copies: Iterable[str],
+    norms: Iterable[str] = (),
+    extra: tuple[Rule, ...] = (),
+) -> BlockMap:
     """``own`` rules must match something, ``extra`` ones need not."""
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     by_type = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
     layouts, unmapped = [], []
     for names in aliases:
-        candidates = [_layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, by_type.get(name))
-                      for name in names]
+        candidates = [
+            _layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, by_type.get(name))
+            for name in names
+        ]
         known = [layout for layout in candidates if layout is not None]
         tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
         layout = tied or (known[0] if known else None)
@@ -280,12 +357,19 @@ def _map(shapes: Mapping[str, tuple[int, ...]], own: tuple[Rule, ...], strict: b
     return BlockMap(layouts, contexts[""].heads, (name for name, _ in unmapped))
 
 
-def _layout(name: str, shape: tuple[int, ...], own: tuple[Rule, ...], context: Context, transposed: bool,
-            used: set[Rule], norm: Rule | None = None) -> ParamLayout | None:
+def _layout(
+    name: str,
+    shape: tuple[int, ...],
+    own: tuple[Rule, ...],
+    context: Context,
+    transposed: bool,
+    used: set[Rule],
+    norm: Rule | None = None,
+) -> ParamLayout | None:
     plain = plain_name(name)
     factor = _LOW_RANK.search(plain)
     if factor is not None:
-        plain = plain[:factor.start()] + ".weight"
+        plain = plain[: factor.start()] + ".weight"
     # before the family's rules: in an expert or an adapter, "norm" may be no part of the name
     table = own + ((norm,) if norm is not None else ()) + family_rules(context.family)
     rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
@@ -298,8 +382,10 @@ def _layout(name: str, shape: tuple[int, ...], own: tuple[Rule, ...], context: C
     if transposed and not rule.transposed:
         rule = replace(rule, transposed=True)
     elif rule.split and not rule.transposed and len(shape) == 2 and shape[1] == 3 * shape[0]:
-        raise BlockError(f"{name}: a fused weight of shape {shape} looks transposed (Conv1D), which its name alone does "
-                         f"not tell; pass block_map=map_blocks(model)")
+        raise BlockError(
+            f"{name}: a fused weight of shape {shape} looks transposed (Conv1D), which its name alone does "
+            f"not tell; pass block_map=map_blocks(model)"
+        )
     return rule.layout(name, shape, context.heads)
 
 
@@ -321,8 +407,10 @@ def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, 
     for rule in own:
         if rule not in used:
             close = difflib.get_close_matches(rule.match.strip("*."), shapes, n=1, cutoff=0.0)
-            raise BlockError(f"block rule {rule.match!r} matches no trainable parameter (nearest name: "
-                             f"{close[0] if close else 'none'}); correct it or remove it")
+            raise BlockError(
+                f"block rule {rule.match!r} matches no trainable parameter (nearest name: "
+                f"{close[0] if close else 'none'}); correct it or remove it"
+            )
 
 
 def _unmapped_message(unmapped: list[tuple[str, tuple[int, ...]]], table: tuple[Rule, ...]) -> str:
@@ -331,6 +419,8 @@ def _unmapped_message(unmapped: list[tuple[str, tuple[int, ...]]], table: tuple[
     parent = parents[-1] if not parents[-1].isdigit() or len(parents) == 1 else ".".join(parents[-2:])
     nearest = difflib.get_close_matches("*." + parent, [rule.match for rule in table], n=1, cutoff=0.0)
     rest = f" ({len(unmapped) - 1} more: {', '.join(n for n, _ in unmapped[1:4])}{', …' if len(unmapped) > 4 else ''})"
-    return (f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest if len(unmapped) > 1 else ''}; "
-            f"nearest rule: {nearest[0]!r}; add one to block_rules, for example "
-            f'{{"match": "*.{parent}.*", "block": "ffn"}}')
+    return (
+        f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest if len(unmapped) > 1 else ''}; "
+        f"nearest rule: {nearest[0]!r}; add one to block_rules, for example "
+        f'{{"match": "*.{parent}.*", "block": "ffn"}}'
+    )

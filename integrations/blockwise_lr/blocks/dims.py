@@ -1,18 +1,26 @@
 """Head counts of an attention layer, read from a model's config."""
+
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .marks import completed_config
 from .types import BlockError
 
 # Spellings of the same number in the configs of different families; the first that is set counts.
 _Q_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "nhead")
-_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "n_head_kv", "num_kv_heads", "num_query_groups", "n_kv_head",
-             "multi_query_group_num")
+_KV_HEADS = (
+    "num_key_value_heads",
+    "n_kv_heads",
+    "n_head_kv",
+    "num_kv_heads",
+    "num_query_groups",
+    "n_kv_head",
+    "multi_query_group_num",
+)
 _HEAD_DIM = ("head_dim", "kv_channels", "attention_head_dim", "d_kv")
 
 
@@ -44,18 +52,7 @@ def config_values(config: Any) -> dict[str, Any]:
     for name in (*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM):
         if name not in values and getattr(config, name, None) is not None:
             values[name] = getattr(config, name)
-    if "tensor_model_parallel_size" in values:  # Megatron's TransformerConfig, which names no family
-        values.setdefault("model_type", "megatron")
-        values.setdefault("tensor_model_parallel_rank", _megatron_rank(values["tensor_model_parallel_size"]))
-    return values
-
-
-def _megatron_rank(parts: int) -> int | None:
-    """This rank's place among the ``parts`` slices of running Megatron's tensor parallelism; no config states it."""
-    state = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return None
-    return state.get_tensor_model_parallel_rank() if state.get_tensor_model_parallel_world_size() == parts else None
+    return completed_config(values)
 
 
 def head_counts(config: Any) -> HeadCounts | None:
@@ -71,15 +68,19 @@ def head_counts(config: Any) -> HeadCounts | None:
     kv = _count(values, _KV_HEADS) or (1 if values.get("multi_query") else q)
     parts = values.get("tensor_model_parallel_size") or 1
     if q % parts or (kv % parts and parts % kv):
-        raise BlockError(f"{q} query heads and {kv} query groups do not divide over {parts} tensor-parallel ranks; use a "
-                         f"tensor-parallel size that divides {math.gcd(q, kv)}, or one that divides {q} and is a multiple "
-                         f"of {kv}")
+        raise BlockError(
+            f"{q} query heads and {kv} query groups do not divide over {parts} tensor-parallel ranks; use a "
+            f"tensor-parallel size that divides {math.gcd(q, kv)}, or one that divides {q} and is a multiple "
+            f"of {kv}"
+        )
     return HeadCounts(q=q // parts, kv=kv // parts, config=values)
 
 
 def _count(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     """The first of these that a config states as a whole number."""
-    name = next((name for name in names if isinstance(values.get(name), int) and not isinstance(values[name], bool)), None)
+    name = next(
+        (name for name in names if isinstance(values.get(name), int) and not isinstance(values[name], bool)), None
+    )
     if name is None or (values[name] == 0 and names is _KV_HEADS):  # some configs state 0 for "as many as query heads"
         return None
     if values[name] < 1:

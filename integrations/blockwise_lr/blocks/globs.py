@@ -3,6 +3,7 @@
 Matching takes time in proportion to the name's length however many stars there are: the standard library's translation
 of a glob commits to the first place where each text between two stars is found.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -46,10 +47,13 @@ def _forms(glob: str) -> list[str]:
     """The globs without braces that one with braces stands for."""
     parts = re.split(r"\{([^{}]*)\}", glob)  # texts outside braces and inside them, in turn
     if any(brace in text for text in parts[::2] for brace in "{}"):
-        raise BlockError("has a brace without its partner, or braces in braces; write alternatives as {a,b}, one pair of "
-                         "braces each")
+        raise BlockError(
+            "has a brace without its partner, or braces in braces; write alternatives as {a,b}, one pair of braces each"
+        )
     choices = [part.split(",") if number % 2 else [part] for number, part in enumerate(parts)]
     if math.prod(map(len, choices)) > _MOST_FORMS:
-        raise BlockError(f"stands for more than {_MOST_FORMS} combinations of alternatives; use * in place of some braces, "
-                         f"or several rules")
+        raise BlockError(
+            f"stands for more than {_MOST_FORMS} combinations of alternatives; use * in place of some braces, "
+            f"or several rules"
+        )
     return ["".join(form) for form in itertools.product(*choices)]

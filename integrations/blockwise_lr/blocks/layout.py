@@ -1,4 +1,5 @@
 """What the rows of one parameter are: block types, and the segments that share one Adam-mini second moment."""
+
 from __future__ import annotations
 
 import math
@@ -57,11 +58,14 @@ class ParamLayout:
             raise BlockError(
                 f"{self.name}: the pattern {[(p.role or p.block.value, p.size) for p in self.pieces]} x {self.repeat} "
                 f"covers {self.period * self.repeat} of the {self.outputs} rows of shape {self.shape}; "
-                f"correct the head counts or the rule")
+                f"correct the head counts or the rule"
+            )
         for piece in self.pieces:
             if piece.unit and piece.size % piece.unit:
-                raise BlockError(f"{self.name}: {piece.size} rows of {piece.role or piece.block.value} do not divide "
-                                 f"into heads of {piece.unit}; correct the head counts or the rule")
+                raise BlockError(
+                    f"{self.name}: {piece.size} rows of {piece.role or piece.block.value} do not divide "
+                    f"into heads of {piece.unit}; correct the head counts or the rule"
+                )
 
     @property
     def period(self) -> int:
@@ -71,12 +75,12 @@ class ParamLayout:
     @property
     def batch(self) -> int:
         """Number of independent matrices stacked in the leading dimensions."""
-        return math.prod(self.shape[:self.batch_dims])
+        return math.prod(self.shape[: self.batch_dims])
 
     @property
     def outputs(self) -> int:
         """Output units of one matrix."""
-        matrix = self.shape[self.batch_dims:]
+        matrix = self.shape[self.batch_dims :]
         return (matrix[-1] if self.transposed else matrix[0]) if matrix else 1
 
     @property

@@ -1,4 +1,5 @@
 """Naming rules: which parameter names are which block, and how fused weights are laid out. Rules are data."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -68,20 +69,29 @@ class Rule:
         try:
             return self._layout(name, shape, heads)
         except BlockError as error:
-            raise BlockError(f"block rule {self.match!r} does not fit {name} of shape {tuple(shape)}: {error}") from None
+            raise BlockError(
+                f"block rule {self.match!r} does not fit {name} of shape {tuple(shape)}: {error}"
+            ) from None
 
     def _layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         if self.view is not None:
             shape = self.view(shape, _need(heads))
         if self.batch_dims and self.batch_dims >= len(shape):
-            raise BlockError(f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
-                             f"matrix or vector; give a smaller batch_dims")
+            raise BlockError(
+                f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
+                f"matrix or vector; give a smaller batch_dims"
+            )
         # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
         vector = self.undecayed or len(shape) <= 1 + self.batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX
-        base = ParamLayout(name, shape, (Piece(BlockType.FFN, _outputs(shape, self.transposed and kind == MATRIX,
-                                                                        self.batch_dims)),),
-                           transposed=self.transposed and kind == MATRIX, batch_dims=self.batch_dims, kind=kind)
+        base = ParamLayout(
+            name,
+            shape,
+            (Piece(BlockType.FFN, _outputs(shape, self.transposed and kind == MATRIX, self.batch_dims)),),
+            transposed=self.transposed and kind == MATRIX,
+            batch_dims=self.batch_dims,
+            kind=kind,
+        )
         if self.special is not None:
             pieces, repeat = self.special(shape, _need(heads))
         elif self.split:
@@ -109,8 +119,9 @@ class Rule:
         return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
 
 
-def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
-               split: tuple[str, ...] = ("q", "k", "v")) -> tuple[tuple[Piece, ...], int]:
+def qkv_pieces(
+    outputs: int, q: int, kv: int, interleave: Interleave = "none", split: tuple[str, ...] = ("q", "k", "v")
+) -> tuple[tuple[Piece, ...], int]:
     """The pieces of a fused attention weight, and how often they repeat.
 
     Args:
@@ -125,12 +136,15 @@ def qkv_pieces(outputs: int, q: int, kv: int, interleave: Interleave = "none",
     per = {"q": q, "gate": q, "k": kv, "v": kv}
     parts = sum(per[role] for role in split)
     if outputs % parts:
-        raise BlockError(f"{outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
-                         f"config or the rule")
+        raise BlockError(
+            f"{outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
+            f"config or the rule"
+        )
     head, groups = outputs // parts, {"none": 1, "head": q, "group": kv}[interleave]
     if any(per[role] % groups for role in split):
-        raise BlockError(f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head "
-                         f"counts or the rule")
+        raise BlockError(
+            f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head counts or the rule"
+        )
     return tuple(Piece(ROLES[r][0], per[r] // groups * head, head if ROLES[r][1] else 1, r) for r in split), groups
 
 
@@ -141,22 +155,28 @@ def _outputs(shape: tuple[int, ...], transposed: bool, batch_dims: int) -> int:
 
 def _refuse_part_of_a_group(heads: int) -> None:
     if not heads:
-        raise BlockError("more tensor-parallel ranks than query groups share a group, which is known only of "
-                         "megatron-core's linear_qkv; use a tensor-parallel size up to the number of query groups")
+        raise BlockError(
+            "more tensor-parallel ranks than query groups share a group, which is known only of "
+            "megatron-core's linear_qkv; use a tensor-parallel size up to the number of query groups"
+        )
 
 
 def _divide(base: ParamLayout, parts: int) -> int:
     _refuse_part_of_a_group(parts)
     if base.outputs % parts:
-        raise BlockError(f"{base.outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
-                         f"config or the rule")
+        raise BlockError(
+            f"{base.outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
+            f"config or the rule"
+        )
     return base.outputs // parts
 
 
 def _need(heads: HeadCounts | None) -> HeadCounts:
     if heads is None:
-        raise BlockError("it needs the numbers of heads, and the model has no `config` that states them; "
-                         "pass map_blocks(model, config={'num_attention_heads': …})")
+        raise BlockError(
+            "it needs the numbers of heads, and the model has no `config` that states them; "
+            "pass map_blocks(model, config={'num_attention_heads': …})"
+        )
     return heads
 
 

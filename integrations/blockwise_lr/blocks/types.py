@@ -1,4 +1,5 @@
 """The block types of a Transformer and the paper's ratios between their learning rates."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Files of a checkpoint on disk: checksums, writing that survives a kill, and why a write failed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -24,7 +25,7 @@ def sha256(path: str | os.PathLike) -> str:
     return _digest(path, hashlib.sha256())
 
 
-def _digest(path: str | os.PathLike, digest: "xxhash.xxh3_128 | hashlib._Hash") -> str:
+def _digest(path: str | os.PathLike, digest: xxhash.xxh3_128 | hashlib._Hash) -> str:
     buffer = memoryview(bytearray(_CHUNK))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -68,10 +69,10 @@ def make_folder(folder: str | os.PathLike) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot make the folder {folder}: {_reason(error, folder)}; {_MEND}") from error
+        raise CheckpointError(f"cannot make the folder {folder}: {_reason(error, folder)}; {FIX}") from error
 
 
-_MEND = "mend that or save to another folder"
+FIX = "mend that or save to another folder"
 
 
 def write_error(path: str | os.PathLike, error: Exception) -> CheckpointError:
@@ -81,10 +82,12 @@ def write_error(path: str | os.PathLike, error: Exception) -> CheckpointError:
     by writing a little more to the file, which is lost anyway.
     """
     if not isinstance(error, (OSError, RuntimeError)):  # something that does not pickle
-        return CheckpointError(f"cannot write {path}: {type(error).__name__}: {error}; look for what client_state or "
-                               f"the module's state_dict adds to the checkpoint")
+        return CheckpointError(
+            f"cannot write {path}: {type(error).__name__}: {error}; look for what client_state or "
+            f"the module's state_dict adds to the checkpoint"
+        )
     found = error if isinstance(error, OSError) and error.errno else _tried_again(path) or error
-    return CheckpointError(f"cannot write {path}: {_reason(found, Path(path).parent)}; {_MEND}")
+    return CheckpointError(f"cannot write {path}: {_reason(found, Path(path).parent)}; {FIX}")
 
 
 def _tried_again(path: str | os.PathLike) -> OSError | None:

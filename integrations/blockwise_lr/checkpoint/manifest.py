@@ -8,6 +8,7 @@ It guards against accidents: files cut off, altered or mixed up by disks, copies
 against people: who can write the files can write a manifest that fits them, and DeepSpeed unpickles its files, which
 runs any code that they hold. Load checkpoints of people you trust only.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -134,8 +135,10 @@ class Manifest(BaseModel):
             if type(number) is not int:
                 raise ValueError(f"its format is {number!r}")
             if number > FORMAT:
-                raise VersionError(f"{path} is of format {number}, and this blockwise-lr reads up to {FORMAT}; install "
-                                   f"the version that wrote it to load the checkpoint")
+                raise VersionError(
+                    f"{path} is of format {number}, and this blockwise-lr reads up to {FORMAT}; install "
+                    f"the version that wrote it to load the checkpoint"
+                )
             if content.pop("sha256") != _content_hash({"format": number, **content}):
                 raise ValueError("its checksum does not fit")
             return cls.model_validate(content)
@@ -159,7 +162,7 @@ def _in_words(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else f"{error or type(error).__name__}"
 
 
-def begin(folder: str | os.PathLike, token: str | None = None) -> None:
+def mark_incomplete(folder: str | os.PathLike, token: str | None = None) -> None:
     """Marks a folder incomplete before anything is written into it, also where a complete checkpoint lies there.
 
     Raises:
@@ -176,8 +179,9 @@ def entry_of(path: str | os.PathLike, rank: int, checksums: bool = True) -> Entr
     return Entry(size=os.path.getsize(path), rank=rank, xxh3=digest)
 
 
-def entries(folder: str | os.PathLike, paths: Iterable[str | os.PathLike], rank: int,
-            checksums: bool = True) -> dict[str, Entry]:
+def hash_files(
+    folder: str | os.PathLike, paths: Iterable[str | os.PathLike], rank: int, checksums: bool = True
+) -> dict[str, Entry]:
     """The entries of files in a folder, by path below it; see :func:`entry_of`."""
     return {name_in(folder, path): entry_of(path, rank, checksums) for path in sorted(map(os.path.abspath, paths))}
 
@@ -187,20 +191,34 @@ def name_in(folder: str | os.PathLike, path: str | os.PathLike) -> str:
     return os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
 
 
-def complete(folder: str | os.PathLike, files: Mapping[str, Entry], steps: int, record: Mapping[str, Any] | None,
-             layout: Layout | None = None, patience: float = 0.0) -> None:
+def mark_complete(
+    folder: str | os.PathLike,
+    files: Mapping[str, Entry],
+    steps: int,
+    record: Mapping[str, Any] | None,
+    layout: Layout | None = None,
+    patience: float = 0.0,
+) -> None:
     """Marks a folder complete. All ranks' files must be on disk, and show here within ``patience`` seconds.
 
     Raises:
         CheckpointError: a file is not in the folder as it is seen from here, or the manifest cannot be written.
     """
-    made = Manifest(complete=True, steps=steps, saved_at=time.time_ns(), files=dict(sorted(files.items())),
-                    record=dict(record) if record is not None else None, layout=layout)
+    made = Manifest(
+        complete=True,
+        steps=steps,
+        saved_at=time.time_ns(),
+        files=dict(sorted(files.items())),
+        record=dict(record) if record is not None else None,
+        layout=layout,
+    )
     deadline = time.monotonic() + patience
     while lacking := size_problems(folder, made):
         if time.monotonic() >= deadline:
-            raise CheckpointError(f"in {folder} {'; '.join(lacking[:4])}: the ranks do not share that folder, or "
-                                  f"something else writes to it; save to a file system that all nodes share")
+            raise CheckpointError(
+                f"in {folder} {'; '.join(lacking[:4])}: the ranks do not share that folder, or "
+                f"something else writes to it; save to a file system that all nodes share"
+            )
         time.sleep(0.1)
     made.write(folder)
 
@@ -237,13 +255,14 @@ def _content_problem(folder: str | os.PathLike, name: str, entry: Entry) -> str 
     path = os.path.join(folder, name)
     try:
         same = (entry.xxh3 is None or xxh3(path) == entry.xxh3) and (
-            entry.sha256 is None or entry.xxh3 is not None or sha256(path) == entry.sha256)
+            entry.sha256 is None or entry.xxh3 is not None or sha256(path) == entry.sha256
+        )
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
     return None if same else f"{name} has other contents than were saved"
 
 
-def refuse(folder: str | os.PathLike, manifest: Manifest, found: list[str], remedy: str) -> None:
+def raise_if_damaged(folder: str | os.PathLike, manifest: Manifest, found: list[str], remedy: str) -> None:
     """Raises CheckpointError where a folder is incomplete, DamageError where it has problems; ``remedy`` ends both."""
     if not manifest.complete:
         raise CheckpointError(f"checkpoint {folder} is incomplete: the save that wrote it did not finish; {remedy}")

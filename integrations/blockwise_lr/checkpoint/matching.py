@@ -4,6 +4,7 @@ Every tensor is known by its *contents*: the fragments of parameters that lie in
 fragment. States saved under other numbers, in another order of the parameters or under names are so brought to their own
 tensor, and states of flat shards that hold something else are refused.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -30,8 +31,11 @@ def merged(fragments: Sequence[tuple[str, int, int, int]]) -> Contents:
     return tuple(found)
 
 
-def positions(groups: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Contents]],
-              recorded: Sequence[Sequence[Contents]] | None) -> dict[Any, int]:
+def positions(
+    groups: Sequence[Mapping[str, Any]],
+    own: Sequence[Sequence[Contents]],
+    recorded: Sequence[Sequence[Contents]] | None,
+) -> dict[Any, int]:
     """The position among the optimizer's tensors of each saved number (or name).
 
     Args:
@@ -44,9 +48,11 @@ def positions(groups: Sequence[Mapping[str, Any]], own: Sequence[Sequence[Conten
     """
     sizes, saved_sizes = [len(group) for group in own], [len(group["params"]) for group in groups]
     if sizes != saved_sizes:
-        raise CheckpointError(f"the saved optimizer state has param groups of {saved_sizes} tensors and this optimizer "
-                              f"of {sizes}; start with the model, ZeRO stage and param groups it was saved from, or go "
-                              f"through a universal checkpoint")
+        raise CheckpointError(
+            f"the saved optimizer state has param groups of {saved_sizes} tensors and this optimizer "
+            f"of {sizes}; start with the model, ZeRO stage and param groups it was saved from, or go "
+            f"through a universal checkpoint"
+        )
     ids = list(chain.from_iterable(group["params"] for group in groups))
     if len(set(map(_hashable, ids))) != len(ids):
         raise CheckpointError("the saved optimizer state names a parameter twice in its param groups; save it again")
@@ -63,12 +69,15 @@ def _hashable(index: Any) -> Any:
     try:
         hash(index)
     except TypeError:
-        raise CheckpointError(f"the saved optimizer state numbers a parameter {index!r}; numbers and names are needed") from None
+        raise CheckpointError(
+            f"the saved optimizer state numbers a parameter {index!r}; numbers and names are needed"
+        ) from None
     return index
 
 
-def _saved_contents(group: Mapping[str, Any], own: Sequence[Contents],
-                    recorded: Sequence[Contents] | None) -> Sequence[Contents] | None:
+def _saved_contents(
+    group: Mapping[str, Any], own: Sequence[Contents], recorded: Sequence[Contents] | None
+) -> Sequence[Contents] | None:
     """What lies in the saved tensors, as far as names, or else the record, tell; None where nothing tells."""
     numbers = group["params"]
     if numbers and all(isinstance(name, str) for name in numbers):  # torch's state dicts by names, in any order
@@ -90,9 +99,12 @@ def _by_names(names: Sequence[str], own: Sequence[Contents]) -> Sequence[Content
         return None
     if set(known) != whole.keys() or len(known) != len(names):
         other = next((name for name in names if plain_name(name) not in whole), None) or next(
-            name for name in whole if name not in known)
-        raise CheckpointError(f"the saved optimizer state and this run's model differ in the parameter {other}; start with "
-                              f"the model it was saved from")
+            name for name in whole if name not in known
+        )
+        raise CheckpointError(
+            f"the saved optimizer state and this run's model differ in the parameter {other}; start with "
+            f"the model it was saved from"
+        )
     return [whole[name] for name in known]
 
 
@@ -109,9 +121,11 @@ def _order(saved: Sequence[Contents], own: Sequence[Contents], number: int) -> l
 def _difference(saved: Sequence[Contents], own: Sequence[Contents], number: int) -> str:
     before, now = next(pair for pair in zip(saved, own) if pair[0] != pair[1])
     old, new = next(((a, b) for a, b in zip(before, now) if a != b), (before[-1:] or None, now[-1:] or None))
-    return (f"the saved optimizer state of param group {number} lies in another order than this run's: {_shown(old)} there, "
-            f"{_shown(new)} here; define the parameters in the order and use the options (round_robin_gradients) it was saved "
-            f"with, or convert the checkpoint to a universal one, which goes by names, and load that")
+    return (
+        f"the saved optimizer state of param group {number} lies in another order than this run's: {_shown(old)} there, "
+        f"{_shown(new)} here; define the parameters in the order and use the options (round_robin_gradients) it was saved "
+        f"with, or convert the checkpoint to a universal one, which goes by names, and load that"
+    )
 
 
 def _shown(fragment: Any) -> str:

@@ -3,6 +3,7 @@
 Checkpoint formats and tools keep optimizer states of the parameter's shape only. All elements of a segment share one
 value, so spreading it over them and taking it back is exact.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..kernels.reference import segments_of, slots_of
-from ..optim.plan import SLOT_STEP, Rectangles, StepPlan, slot_numel
+from ..plan.step_plan import SLOT_STEP, Rectangles, StepPlan, slot_numel
+from ..plan.views import segments_of, slots_of
 
 
-def spread(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+def expand_segments(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     """Every segment's value at each of its elements.
 
     Args:
@@ -31,8 +32,8 @@ def spread(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     return elements
 
 
-def gather(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    """The first element of every segment in this shard: undoes :func:`spread`, to the bit.
+def take_segments(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """The first element of every segment in this shard: undoes :func:`expand_segments`, to the bit.
 
     Args:
         elements: (plan.numel,), all elements of a segment equal.
@@ -52,18 +53,19 @@ def segment_sums(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     sums = torch.zeros(plan.slots, dtype=torch.float64, device=elements.device)
     for row in _rows(plan):
         view = segments_of(elements, row)
-        slots_of(sums, row).add_(view.sum((0, 2), dtype=torch.float64) if row[SLOT_STEP] == 0
-                                 else view.sum(2, dtype=torch.float64))
+        slots_of(sums, row).add_(
+            view.sum((0, 2), dtype=torch.float64) if row[SLOT_STEP] == 0 else view.sum(2, dtype=torch.float64)
+        )
     return sums
 
 
-def means(sums: torch.Tensor, plan: StepPlan, rectangles: Rectangles) -> torch.Tensor:
+def segment_means(sums: torch.Tensor, plan: StepPlan, rectangles: Rectangles) -> torch.Tensor:
     """Sums over the whole segments of some of a plan's rectangles to their means.
 
     Args:
         sums: (plan.slots,); those of cut segments already added over the ranks.
         plan: the plan of the flat tensor.
-        rectangles: ``plan.whole`` or ``plan.cut``.
+        rectangles: ``plan.local`` or ``plan.shared``.
 
     Returns:
         (plan.slots,), float32; 0 for other segments.
@@ -75,5 +77,5 @@ def means(sums: torch.Tensor, plan: StepPlan, rectangles: Rectangles) -> torch.T
 
 
 def _rows(plan: StepPlan) -> Iterator[np.ndarray]:
-    for rectangles in (plan.whole, plan.cut):
+    for rectangles in (plan.local, plan.shared):
         yield from rectangles.table

@@ -1,4 +1,5 @@
 """What a saved optimizer state says about its origin, and what of it contradicts the optimizer that is to load it."""
+
 from __future__ import annotations
 
 import base64
@@ -12,7 +13,8 @@ from typing import Any
 from ..blocks.block_map import plain_name
 from ..blocks.layout import ParamLayout, Piece
 from ..blocks.types import BlockType
-from .errors import CheckpointError, MismatchError, is_first_rank
+from ..collective.errors import is_rank_zero
+from .errors import CheckpointError, MismatchError
 from .matching import Contents
 
 log = logging.getLogger("blockwise_lr")
@@ -23,8 +25,16 @@ KEY = "blockwise_lr"
 # Raised when an older package could misread what a newer one wrote. 2: the record is a packed string, and says what lies
 # in each tensor; second moments per output unit.
 FORMAT = 2
-GROUP_SETTINGS = ("lr", "betas", "eps", "weight_decay", "min_lr", "block_lr_ratios", "block_weight_decay",
-                  "decay_norms_and_biases")
+GROUP_SETTINGS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "min_lr",
+    "block_lr_ratios",
+    "block_weight_decay",
+    "decay_norms_and_biases",
+)
 ACCEPTABLE = ("optimizer", "block_map", "bias_segments", *GROUP_SETTINGS)
 # the forms in which exp_avg_sq is saved: a value per element, per segment of the tensor's plan, or per output unit of the
 # parameter (a row, or a column of a transposed weight), which needs no plan to be read
@@ -78,17 +88,35 @@ class Record:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings: loadable without this package, and as JSON."""
-        layouts = {name: [list(p.shape), p.repeat, p.transposed, p.batch_dims, p.kind,
-                          [[piece.block.value, piece.size, piece.unit, piece.role] for piece in p.pieces]]
-                   for name, p in self.layouts.items()}
-        settings = [{key: plain(value) for key, value in group.items()}
-                    for group in self.settings]
-        tensors = None if self.tensors is None else [[[list(fragment) for fragment in contents] for contents in group]
-                                                     for group in self.tensors]
-        return {"format": self.format, "version": self.version, "optimizer": self.optimizer,
-                "fingerprint": self.fingerprint, "bias_segments": self.bias_segments,
-                "second_moment": self.second_moment, "row_parts": self.row_parts, "settings": settings,
-                "layouts": layouts, "tensors": tensors}
+        layouts = {
+            name: [
+                list(p.shape),
+                p.repeat,
+                p.transposed,
+                p.batch_dims,
+                p.kind,
+                [[piece.block.value, piece.size, piece.unit, piece.role] for piece in p.pieces],
+            ]
+            for name, p in self.layouts.items()
+        }
+        settings = [{key: plain(value) for key, value in group.items()} for group in self.settings]
+        tensors = (
+            None
+            if self.tensors is None
+            else [[[list(fragment) for fragment in contents] for contents in group] for group in self.tensors]
+        )
+        return {
+            "format": self.format,
+            "version": self.version,
+            "optimizer": self.optimizer,
+            "fingerprint": self.fingerprint,
+            "bias_segments": self.bias_segments,
+            "second_moment": self.second_moment,
+            "row_parts": self.row_parts,
+            "settings": settings,
+            "layouts": layouts,
+            "tensors": tensors,
+        }
 
     def packed(self) -> str:
         """:meth:`as_dict` as one short string, which every checkpoint format carries along in a param group."""
@@ -106,8 +134,9 @@ class Record:
             try:
                 saved = json.loads(zlib.decompress(base64.b64decode(saved.removeprefix(_PACKED), validate=True)))
             except (ValueError, zlib.error) as error:
-                raise CheckpointError(f"the checkpoint's record of its origin is damaged ({error}); load another "
-                                      f"checkpoint") from error
+                raise CheckpointError(
+                    f"the checkpoint's record of its origin is damaged ({error}); load another checkpoint"
+                ) from error
         return None if saved is None else cls.from_dict(saved)
 
     @classmethod
@@ -119,26 +148,55 @@ class Record:
         """
         number = saved.get("format") if isinstance(saved, Mapping) else None
         if not isinstance(number, int) or number > FORMAT:
-            raise CheckpointError(f"the checkpoint was written by blockwise-lr {saved.get('version', '?')} in format "
-                                  f"{number!r}, and this version reads up to format {FORMAT}; install "
-                                  f"blockwise-lr>={saved.get('version', '?')} to load it")
+            raise CheckpointError(
+                f"the checkpoint was written by blockwise-lr {saved.get('version', '?')} in format "
+                f"{number!r}, and this version reads up to format {FORMAT}; install "
+                f"blockwise-lr>={saved.get('version', '?')} to load it"
+            )
         try:
-            layouts = {name: ParamLayout(name, tuple(shape), tuple(Piece(BlockType(b), size, unit, role)
-                                                                   for b, size, unit, role in pieces),
-                                         repeat, transposed, batch_dims, kind)
-                       for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()}
-            return cls(saved["optimizer"], saved["version"], saved["fingerprint"], layouts, saved["settings"],
-                       saved["bias_segments"], saved["second_moment"], saved.get("row_parts", 1),
-                       _tensors(saved.get("tensors")), number)
+            layouts = {
+                name: ParamLayout(
+                    name,
+                    tuple(shape),
+                    tuple(Piece(BlockType(b), size, unit, role) for b, size, unit, role in pieces),
+                    repeat,
+                    transposed,
+                    batch_dims,
+                    kind,
+                )
+                for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()
+            }
+            return cls(
+                saved["optimizer"],
+                saved["version"],
+                saved["fingerprint"],
+                layouts,
+                saved["settings"],
+                saved["bias_segments"],
+                saved["second_moment"],
+                saved.get("row_parts", 1),
+                _tensors(saved.get("tensors")),
+                number,
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"the checkpoint's record of its origin is damaged ({type(error).__name__}: {error}); "
-                                  f"load another checkpoint") from error
+            raise CheckpointError(
+                f"the checkpoint's record of its origin is damaged ({type(error).__name__}: {error}); "
+                f"load another checkpoint"
+            ) from error
 
 
 def _tensors(saved: Any) -> Sequence[Sequence[Contents]] | None:
-    return None if saved is None else [[tuple((str(name), int(start), int(numel), int(offset))
-                                              for name, start, numel, offset in contents) for contents in group]
-                                       for group in saved]
+    return (
+        None
+        if saved is None
+        else [
+            [
+                tuple((str(name), int(start), int(numel), int(offset)) for name, start, numel, offset in contents)
+                for contents in group
+            ]
+            for group in saved
+        ]
+    )
 
 
 def by_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -180,16 +238,29 @@ def differences(saved: Record, now: Record) -> list[Difference]:
 def _map_differences(saved: Record, now: Record) -> list[Difference]:
     gone, new = sorted(saved.layouts.keys() - now.layouts.keys()), sorted(now.layouts.keys() - saved.layouts.keys())
     shared = [name for name in now.layouts if name in saved.layouts]
-    shapes = [f"{name} {saved.layouts[name].shape} -> {now.layouts[name].shape}" for name in shared
-              if saved.layouts[name].shape != now.layouts[name].shape]
+    shapes = [
+        f"{name} {saved.layouts[name].shape} -> {now.layouts[name].shape}"
+        for name in shared
+        if saved.layouts[name].shape != now.layouts[name].shape
+    ]
     with_heads = "BlockwiseAdamMini" in (saved.optimizer, now.optimizer)
-    rules = [f"{name} {_shown(saved.layouts[name])} -> {_shown(now.layouts[name])}" for name in shared
-             if saved.layouts[name].shape == now.layouts[name].shape
-             and _meaning(saved.layouts[name], with_heads) != _meaning(now.layouts[name], with_heads)]
+    rules = [
+        f"{name} {_shown(saved.layouts[name])} -> {_shown(now.layouts[name])}"
+        for name in shared
+        if saved.layouts[name].shape == now.layouts[name].shape
+        and _meaning(saved.layouts[name], with_heads) != _meaning(now.layouts[name], with_heads)
+    ]
     found = []
     if gone or new or shapes:
-        parts = [f"{label} {_some(names)}" for label, names in
-                 (("only in the checkpoint:", gone), ("only in the model:", new), ("other shape:", shapes)) if names]
+        parts = [
+            f"{label} {_some(names)}"
+            for label, names in (
+                ("only in the checkpoint:", gone),
+                ("only in the model:", new),
+                ("other shape:", shapes),
+            )
+            if names
+        ]
         found.append(Difference(None, f"model: {'; '.join(parts)}"))
     if rules:
         found.append(Difference("block_map", f"block_map: {_some(rules)}"))
@@ -198,9 +269,13 @@ def _map_differences(saved: Record, now: Record) -> list[Difference]:
 
 def same_segments(saved: Record | None, now: Record) -> bool:
     """Whether both are Adam-mini's with the same segments, so that one saved element stands for all of its segment."""
-    return (saved is not None and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
-            and saved.bias_segments == now.bias_segments and saved.row_parts == now.row_parts
-            and saved.layouts == now.layouts)
+    return (
+        saved is not None
+        and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
+        and saved.bias_segments == now.bias_segments
+        and saved.row_parts == now.row_parts
+        and saved.layouts == now.layouts
+    )
 
 
 def _meaning(layout: ParamLayout, with_heads: bool) -> tuple:
@@ -209,8 +284,16 @@ def _meaning(layout: ParamLayout, with_heads: bool) -> tuple:
 
 
 def _shown(layout: ParamLayout) -> str:
-    parts = ["+".join(f"{p.size} {p.role or p.block.value}{f' in heads of {p.unit}' if (p.unit or 0) > 1 else ''}"
-                      for p in layout.pieces)] if len(layout.pieces) > 1 or (layout.pieces[0].unit or 0) > 1 else []
+    parts = (
+        [
+            "+".join(
+                f"{p.size} {p.role or p.block.value}{f' in heads of {p.unit}' if (p.unit or 0) > 1 else ''}"
+                for p in layout.pieces
+            )
+        ]
+        if len(layout.pieces) > 1 or (layout.pieces[0].unit or 0) > 1
+        else []
+    )
     return f"{'/'.join(b.value for b in layout.blocks)}{f' ({parts[0]} x {layout.repeat})' if parts else ''}"
 
 
@@ -226,8 +309,11 @@ def _setting_difference(key: str, saved: Record, now: Record) -> list[Difference
             continue
         where = f" (param group {number})" if len(now.settings) > 1 else ""
         if isinstance(before, dict) and isinstance(after, dict):
-            changed = [f"{block} {before.get(block, 'unset')} -> {after.get(block, 'unset')}"
-                       for block in {**before, **after} if before.get(block) != after.get(block)]
+            changed = [
+                f"{block} {before.get(block, 'unset')} -> {after.get(block, 'unset')}"
+                for block in {**before, **after}
+                if before.get(block) != after.get(block)
+            ]
             return [Difference(key, f"{key}{where}: {', '.join(changed)}")]
         return [Difference(key, f"{key}{where}: {before} -> {after}")]
     return []
@@ -244,8 +330,12 @@ def in_parameters(keys: Sequence[str]) -> str:
     return f'add "accept_mismatch": [{listed}] to the optimizer\'s parameters'
 
 
-def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str,
-           to_accept: Callable[[Sequence[str]], str] = in_parameters) -> None:
+def reject_mismatches(
+    found: Sequence[Difference],
+    accepted: Iterable[str],
+    origin: str,
+    to_accept: Callable[[Sequence[str]], str] = in_parameters,
+) -> None:
     """Refuses differences that are not accepted and logs those that are.
 
     Args:
@@ -262,13 +352,15 @@ def settle(found: Sequence[Difference], accepted: Iterable[str], origin: str,
         keys = list(dict.fromkeys([*accepted, *(d.key for d in refused if d.key)]))
         impossible = [d for d in refused if d.key is None]
         if impossible:
-            remedy = ("this optimizer state does not fit the model; start with the model and param groups it was saved "
-                      "from, or load the weights alone")
+            remedy = (
+                "this optimizer state does not fit the model; start with the model and param groups it was saved "
+                "from, or load the weights alone"
+            )
         else:
             remedy = f"to go on with the new ones, {to_accept(keys)}; otherwise restore the old ones"
         lines = "".join(f"\n  {d.text}" for d in refused)
         raise MismatchError(f"{origin} contradicts this run (checkpoint -> now):{lines}\n{remedy}")
-    if is_first_rank():
+    if is_rank_zero():
         for difference in found:
             log.warning("%s: going on with accepted difference (checkpoint -> now): %s", origin, difference.text)
 

@@ -1,4 +1,5 @@
 """Loading a saved optimizer state: checked against the optimizer, and its second moments brought into the form it needs."""
+
 from __future__ import annotations
 
 import logging
@@ -8,14 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..optim.dtensor import local_part, units_to_elements
-from ..optim.plan import StepPlan, adam_mini_plan, element_biases
-from ..optim.settings import STATED, STATED_AT
-from .errors import CheckpointError, is_first_rank, raise_together
+from ..collective.errors import is_rank_zero
+from ..plan.step_plan import StepPlan, element_biases, segment_plan
+from ..rules.param_groups import STATED, STATED_AT
+from .errors import CheckpointError, raise_on_all_ranks
 from .matching import positions
-from .moments import gather, means, segment_sums, spread
-from .record import (ELEMENTS, GROUP_SETTINGS, KEY, SEGMENTS, UNITS, Difference, Record, differences, plain, same_segments,
-                     settle)
+from .moments import expand_segments, segment_means, segment_sums, take_segments
+from .record import (
+    ELEMENTS,
+    GROUP_SETTINGS,
+    KEY,
+    SEGMENTS,
+    UNITS,
+    Difference,
+    Record,
+    differences,
+    plain,
+    reject_mismatches,
+    same_segments,
+)
+from .units import local_part, units_to_elements
 
 if TYPE_CHECKING:
     from ..optim.base import BlockwiseOptimizer
@@ -25,8 +38,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Any]
 
 
-def prepared(optimizer: BlockwiseOptimizer,
-             state_dict: Mapping[str, Any]) -> tuple[dict[int, State], list[dict[str, Any]], Record | None]:
+def prepare_state_dict(
+    optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]
+) -> tuple[dict[int, State], list[dict[str, Any]], Record | None]:
     """What a state dict holds for an optimizer: its tensors' states, by position; its param groups, without tensors; and
     the record of the state's origin.
 
@@ -49,7 +63,7 @@ def prepared(optimizer: BlockwiseOptimizer,
     try:
         groups = [dict(group) for group in state_dict["param_groups"]]
         record = Record.of_groups(groups)
-        check(optimizer, record)
+        check_record(optimizer, record)
         if optimizer.states_apart:
             states = _steps(optimizer, groups)
         else:
@@ -57,10 +71,12 @@ def prepared(optimizer: BlockwiseOptimizer,
     except CheckpointError as problem:
         error = problem
     except (KeyError, TypeError, AttributeError) as problem:
-        error = CheckpointError(f"this is no state dict of an optimizer ({type(problem).__name__}: {problem}); give what "
-                                f"optimizer.state_dict() returned")
+        error = CheckpointError(
+            f"this is no state dict of an optimizer ({type(problem).__name__}: {problem}); give what "
+            f"optimizer.state_dict() returned"
+        )
     if optimizer.loads_together:
-        raise_together(error)
+        raise_on_all_ranks(error)
     elif error is not None:
         raise error
     step = max((int(state["step"]) for state in states.values()), default=0)
@@ -69,34 +85,43 @@ def prepared(optimizer: BlockwiseOptimizer,
     return states if optimizer.states_apart else _converted(optimizer, states, record), merged, record
 
 
-def check(optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "the saved optimizer state") -> None:
-    """Raises MismatchError where a record contradicts an optimizer; see :func:`~.record.settle`."""
+def check_record(
+    optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "the saved optimizer state"
+) -> None:
+    """Raises MismatchError where a record contradicts an optimizer; see :func:`~.record.reject_mismatches`."""
     if record is None:
-        found = [Difference("optimizer", f"optimizer: one without a blockwise_lr record, taken for AdamW -> "
-                                         f"{type(optimizer).__name__}")]
+        found = [
+            Difference(
+                "optimizer",
+                f"optimizer: one without a blockwise_lr record, taken for AdamW -> {type(optimizer).__name__}",
+            )
+        ]
     else:
         found = differences(record, optimizer.record())
-    settle(found, optimizer.accept_mismatch, origin, optimizer.to_accept)
+    reject_mismatches(found, optimizer.accept_mismatch, origin, optimizer.to_accept)
 
 
 def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, State]:
     """The step count of every tensor by its position, where that is all of a state that the groups come with."""
     steps = [group["step"] for group in groups for _ in group["params"] if group.get("step") is not None]
     if len(steps) != len(optimizer.all_tensors()):
-        raise CheckpointError("the saved param groups have no step count; load the weights alone, or a checkpoint whose "
-                              "optimizer states were saved too")
+        raise CheckpointError(
+            "the saved param groups have no step count; load the weights alone, or a checkpoint whose "
+            "optimizer states were saved too"
+        )
     return {position: {"step": float(step)} for position, step in enumerate(steps)}
 
 
-def _states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any], groups: list[dict[str, Any]],
-            record: Record | None) -> dict[int, State]:
+def _states(
+    optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any], groups: list[dict[str, Any]], record: Record | None
+) -> dict[int, State]:
     """This rank's parts of the saved states by position among the optimizer's tensors; all else is left out."""
     tensors, own = optimizer.all_tensors(), optimizer.contents()
     found = positions(groups, own, None if record is None else record.tensors)
     group_steps = {index: group.get("step") for group in groups for index in group["params"]}
     contents = list(chain.from_iterable(own))
     stray = [index for index in saved if index not in found]
-    if stray and is_first_rank():
+    if stray and is_rank_zero():
         log.warning("the saved optimizer state has entries of no param group (%s), which are left out", stray[0])
     states = {}
     for index, position in found.items():
@@ -106,14 +131,17 @@ def _states(optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any], groups: lis
         name = ", ".join(dict.fromkeys(fragment[0] for fragment in contents[position][:2])) or "an empty shard"
         step = state.get("step", group_steps[index])
         if step is None or any(not isinstance(state.get(key), torch.Tensor) for key in MOMENTS):
-            raise CheckpointError(f"the saved optimizer state of {name} has {sorted(map(str, state))} where step, exp_avg and "
-                                  f"exp_avg_sq are needed; only AdamW and Adam-mini states can be loaded")
+            raise CheckpointError(
+                f"the saved optimizer state of {name} has {sorted(map(str, state))} where step, exp_avg and "
+                f"exp_avg_sq are needed; only AdamW and Adam-mini states can be loaded"
+            )
         states[position] = {"step": float(step), **_parts(optimizer, tensors[position], state, record, name)}
     return states
 
 
-def _parts(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, state: Mapping[str, Any], record: Record | None,
-           name: str) -> dict[str, torch.Tensor]:
+def _parts(
+    optimizer: BlockwiseOptimizer, tensor: torch.Tensor, state: Mapping[str, Any], record: Record | None, name: str
+) -> dict[str, torch.Tensor]:
     """This rank's parts of a tensor's saved moments: exp_avg_sq per element, or per segment of the saved layouts."""
     form = ELEMENTS if record is None else record.second_moment
     numel = optimizer.plan_of(tensor).numel
@@ -124,12 +152,16 @@ def _parts(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, state: Mapping[s
     second = local_part(tensor, second) if form == ELEMENTS else second
     for key, value, expected in (("exp_avg", first, numel), ("exp_avg_sq", second, wanted)):
         size = value.numel() * (2 if value.is_complex() else 1)
-        as_parameter = value.dim() < 2 or tuple(value.shape) in (tuple(local_part(tensor, tensor).shape), tuple(tensor.shape))
+        as_parameter = value.dim() < 2 or tuple(value.shape) in (
+            tuple(local_part(tensor, tensor).shape),
+            tuple(tensor.shape),
+        )
         if size != expected or not as_parameter:
             raise CheckpointError(
                 f"the saved {key} of {name} is of shape {tuple(value.shape)} where {expected} values are needed: it was "
                 f"saved on another number of ranks, another ZeRO stage or another model; convert the checkpoint to a "
-                f"universal one and load that")
+                f"universal one and load that"
+            )
     return {"exp_avg": first, "exp_avg_sq": second}
 
 
@@ -139,7 +171,7 @@ def _source_plan(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, record: Re
     layouts = [record.layout(fragment.name) for fragment in fragments]
     if record.bias_segments == "element":
         layouts = [element_biases(layout) for layout in layouts]
-    return adam_mini_plan(optimizer.plan_of(tensor).numel, fragments, layouts)
+    return segment_plan(optimizer.plan_of(tensor).numel, fragments, layouts)
 
 
 # ---- second moments
@@ -152,13 +184,17 @@ def _converted(optimizer: BlockwiseOptimizer, states: dict[int, State], record: 
     known = same_segments(record, optimizer.record())
     if form == SEGMENTS and not (optimizer.segment_plans and known):
         for position, state in states.items():
-            state["exp_avg_sq"] = spread(state["exp_avg_sq"], _source_plan(optimizer, tensors[position], record))
+            state["exp_avg_sq"] = expand_segments(
+                state["exp_avg_sq"], _source_plan(optimizer, tensors[position], record)
+            )
         form = ELEMENTS
     if optimizer.segment_plans and form == ELEMENTS:
         moments = {position: state["exp_avg_sq"].float().reshape(-1) for position, state in states.items()}
         if known:
-            found = {position: gather(elements, optimizer.plan_of(tensors[position]))
-                     for position, elements in moments.items()}
+            found = {
+                position: take_segments(elements, optimizer.plan_of(tensors[position]))
+                for position, elements in moments.items()
+            }
         else:
             found = averaged(optimizer, tensors, moments)
         for position, value in found.items():
@@ -166,8 +202,9 @@ def _converted(optimizer: BlockwiseOptimizer, states: dict[int, State], record: 
     return states
 
 
-def averaged(optimizer: Any, tensors: list[torch.Tensor],
-             moments: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+def averaged(
+    optimizer: Any, tensors: list[torch.Tensor], moments: Mapping[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
     """Means over segments; those that shard edges cut are summed over the ranks that share them, so all must call it.
 
     Args:
@@ -178,27 +215,30 @@ def averaged(optimizer: Any, tensors: list[torch.Tensor],
     Returns:
         Position -> (slots,), float32.
     """
-    sums = {position: segment_sums(elements, optimizer.plan_of(tensors[position]))
-            for position, elements in moments.items()}
-    reduced = optimizer.reduce_cut({id(tensors[position]): value.float().to(tensors[position].device)
-                                    for position, value in sums.items()})
+    sums = {
+        position: segment_sums(elements, optimizer.plan_of(tensors[position])) for position, elements in moments.items()
+    }
+    reduced = optimizer.all_reduce_shared(
+        {id(tensors[position]): value.float().to(tensors[position].device) for position, value in sums.items()}
+    )
     found = {}
     for position, value in sums.items():
         plan = optimizer.plan_of(tensors[position])
-        whole, cut = means(value, plan, plan.whole), plan.cut
+        whole, cut = segment_means(value, plan, plan.local), plan.shared
         if len(cut):
-            whole += means(reduced[id(tensors[position])].to(value.device), plan, cut)
+            whole += segment_means(reduced[id(tensors[position])].to(value.device), plan, cut)
         found[position] = whole
     return found
 
 
 def _tell(optimizer: BlockwiseOptimizer, record: Record | None) -> None:
     before, now = ("AdamW" if record is None else record.optimizer), type(optimizer).__name__
-    if before == now or not is_first_rank():
+    if before == now or not is_rank_zero():
         return
-    done = {(False, True): "second moments are averaged over each of Adam-mini's segments",
-            (True, False): "every element gets its segment's second moment"}.get(
-                (before == "BlockwiseAdamMini", bool(optimizer.segment_plans)), "both moments are kept as they are")
+    done = {
+        (False, True): "second moments are averaged over each of Adam-mini's segments",
+        (True, False): "every element gets its segment's second moment",
+    }.get((before == "BlockwiseAdamMini", bool(optimizer.segment_plans)), "both moments are kept as they are")
     log.warning("a state saved by %s continues in %s: first moments and step counts are kept, %s", before, now, done)
 
 
@@ -211,8 +251,9 @@ _NOT_SETTINGS = ("params", "param_names", KEY, "step")
 _OF_THE_RUN = (STATED, STATED_AT, "lr_floor")
 
 
-def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str, Any], record: Record | None,
-                  step: int) -> dict[str, Any]:
+def _merged_group(
+    optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str, Any], record: Record | None, step: int
+) -> dict[str, Any]:
     """The saved group with this optimizer's settings where they were accepted to differ, without tensors."""
     current = {key: value for key, value in optimizer.param_groups[number].items() if key not in _NOT_SETTINGS}
     if record is None:
@@ -221,7 +262,10 @@ def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str
         old = record.settings_of(number)
         # torch's full state dicts leave out empty dicts, and make lists of tuples
         saved = {"block_weight_decay": old["block_weight_decay"], **saved, "betas": tuple(saved["betas"])}
-        merged = {**current, **{key: value for key, value in saved.items() if key not in (*_NOT_SETTINGS, *_OF_THE_RUN)}}
+        merged = {
+            **current,
+            **{key: value for key, value in saved.items() if key not in (*_NOT_SETTINGS, *_OF_THE_RUN)},
+        }
         new = optimizer.initial_settings[min(number, len(optimizer.initial_settings) - 1)]
         for key in GROUP_SETTINGS:
             if key in optimizer.accept_mismatch and plain(old.get(key)) != plain(new.get(key)):
@@ -231,11 +275,17 @@ def _merged_group(optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str
     before = record.settings_of(number)["block_lr_ratios"] if record is not None else None
     ratios = dict(current["block_lr_ratios"])
     if before != merged["block_lr_ratios"] == ratios and optimizer.ratio_fade_steps:
-        merged["ratio_fade"] = {"from": before or dict.fromkeys(ratios, 1.0), "start": step, "at": step,
-                                "steps": optimizer.ratio_fade_steps}
-        if is_first_rank() and number == 0:
-            log.warning("learning-rate ratios fade from the checkpoint's to this run's over %d optimizer steps",
-                        optimizer.ratio_fade_steps)
+        merged["ratio_fade"] = {
+            "from": before or dict.fromkeys(ratios, 1.0),
+            "start": step,
+            "at": step,
+            "steps": optimizer.ratio_fade_steps,
+        }
+        if is_rank_zero() and number == 0:
+            log.warning(
+                "learning-rate ratios fade from the checkpoint's to this run's over %d optimizer steps",
+                optimizer.ratio_fade_steps,
+            )
     return merged
 
 

@@ -1,4 +1,5 @@
 """Which checkpoints a directory holds, and which of them is the newest to go on from."""
+
 from __future__ import annotations
 
 import os
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import CheckpointError, VersionError
-from .manifest import NAME, Manifest, problems, refuse, size_problems
+from .manifest import NAME, Manifest, problems, raise_if_damaged, size_problems
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Survey:
     unknown: list[str] = field(default_factory=list)
 
 
-def survey(directory: str | os.PathLike, *, universal: bool = False) -> Survey:
+def scan_checkpoints(directory: str | os.PathLike, *, universal: bool = False) -> Survey:
     """Looks at a directory and the folders below it, and changes nothing.
 
     Args:
@@ -91,12 +92,16 @@ def _folders(directory: str | os.PathLike) -> Iterator[tuple[str, str, list[str]
         yield tag, folder, names
         below = [name for name in names or () if not (name == "zero" and NAME in names)]
         below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # by their own names, not by links'
-        waiting.extend((name if tag == "." else f"{tag}/{name}", os.path.join(folder, name)) for name in below
-                       if os.path.isdir(os.path.join(folder, name)))
+        waiting.extend(
+            (name if tag == "." else f"{tag}/{name}", os.path.join(folder, name))
+            for name in below
+            if os.path.isdir(os.path.join(folder, name))
+        )
 
 
-def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, but: Iterable[str] = (),
-                    universal: bool = False) -> str | None:
+def newest_complete(
+    directory: str | os.PathLike, *, checksums: bool = False, but: Iterable[str] = (), universal: bool = False
+) -> str | None:
     """The tag of the newest complete checkpoint in a directory, or None.
 
     Args:
@@ -106,7 +111,7 @@ def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, bu
         universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
     """
     left_out = set(but)
-    for tag in survey(directory, universal=universal).tags:
+    for tag in scan_checkpoints(directory, universal=universal).tags:
         folder = Path(directory) / tag
         if tag not in left_out and not (checksums and problems(folder, Manifest.read(folder))):
             return tag
@@ -116,8 +121,11 @@ def newest_complete(directory: str | os.PathLike, *, checksums: bool = False, bu
 def remedy(directory: str | os.PathLike, tag: str, universal: bool = False) -> str:
     """What to load in place of a checkpoint that cannot be loaded."""
     other = newest_complete(directory, but=(tag,), universal=universal)
-    return (f"the newest complete one beside it is {other!r}; load it with tag={other!r}" if other
-            else "there is no complete one beside it")
+    return (
+        f"the newest complete one beside it is {other!r}; load it with tag={other!r}"
+        if other
+        else "there is no complete one beside it"
+    )
 
 
 def looks_universal(folder: str | os.PathLike, manifest: Manifest | None) -> bool:
@@ -136,4 +144,6 @@ def verify(folder: str | os.PathLike) -> None:
         raise CheckpointError(f"{folder} has no {NAME}: it was not saved by blockwise_lr, or is no checkpoint folder")
     found = problems(folder, manifest) if manifest.complete else []
     if found or not manifest.complete:
-        refuse(folder, manifest, found, remedy(Path(folder).parent, Path(folder).name, looks_universal(folder, manifest)))
+        raise_if_damaged(
+            folder, manifest, found, remedy(Path(folder).parent, Path(folder).name, looks_universal(folder, manifest))
+        )

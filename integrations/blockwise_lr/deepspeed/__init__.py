@@ -4,6 +4,7 @@ After ``import blockwise_lr.deepspeed`` a ds_config may say ``"optimizer": {"typ
 ``"BlockwiseAdamMini"``, and ``"scheduler": {"type": "BlockwiseWarmupCosine"}``. Raises
 :class:`~blockwise_lr.patches.PatchError` where the installed DeepSpeed is not one this package was written for.
 """
+
 from ..patches import deepspeed_checkpoint, deepspeed_megatron_mpu, deepspeed_ranks, deepspeed_timeouts, deepspeed_types
 from .checkpoint import load_newest
 from .engine import block_lrs, optimizer_of

@@ -4,6 +4,7 @@ Ranks with other settings, other optimizers or other models hang in DeepSpeed's 
 its own rank's learning rates. Each rank tells the others what it is about to train, in one exchange, and all of them
 come to the same verdict.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -18,19 +19,21 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..blocks import BlockError
+from ..blocks.marks import marks_of
 from ..blocks.types import finite, shown
 from ..optim.base import BlockwiseOptimizer
 from .build import OPTIMIZER_TYPES
 from .unsupported import refuse_unsupported
 
-_MEND = "give every rank the same ds_config and optimizer"
-_MEND_GROUPS = "give deepspeed.initialize the same param groups on every rank"
-_MEND_MODEL = "build the same model on every rank, with the same parameters frozen, before deepspeed.initialize"
+FIX = "give every rank the same ds_config and optimizer"
+_FIX_GROUPS = "give deepspeed.initialize the same param groups on every rank"
+_FIX_MODEL = "build the same model on every rank, with the same parameters frozen, before deepspeed.initialize"
 _LOCAL = ("kernel", "nvme_path")  # may differ between ranks without changing what is computed
 
 
-def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, mpu: Any, config: Any,
-                  mesh_device: Any) -> None:
+def compare_ranks(
+    args: Any, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, mpu: Any, config: Any, mesh_device: Any
+) -> None:
     """Compares what the ranks are about to train with; does nothing where no rank has an optimizer of ours.
 
     Collective over all ranks of the default group. The arguments are those of DeepSpeedEngine.
@@ -41,8 +44,14 @@ def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_schedule
     """
     rows = _parameters(model)
     ours = _is_ours(optimizer, config)
-    mine: dict[str, Any] = {"ours": ours, "error": None, "optimizer": _class_of(optimizer, config), "settings": {},
-                            "peers": (), "digest": _digest(rows)}
+    mine: dict[str, Any] = {
+        "ours": ours,
+        "error": None,
+        "optimizer": _class_of(optimizer, config),
+        "settings": {},
+        "peers": (),
+        "digest": _digest(rows),
+    }
     try:
         mine["settings"] = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
         mine["peers"] = _peers(model, mpu)
@@ -53,12 +62,12 @@ def compare_ranks(args: Any, model: torch.nn.Module, optimizer: Any, lr_schedule
     answers = _exchange(args, mine)
     if not any(answer["ours"] for answer in answers):
         return
-    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", _MEND)
+    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", FIX)
     failed = next((answer["error"] for answer in answers if answer["error"]), None)
     if failed:
         raise BlockError(failed)
     for key in dict.fromkeys(key for answer in answers for key in answer["settings"]):
-        _refuse_difference([answer["settings"].get(key, "unset") for answer in answers], key, _MEND)
+        _refuse_difference([answer["settings"].get(key, "unset") for answer in answers], key, FIX)
     if _differs_among_peers(answers, "digest"):
         _refuse_models(_exchange(args, {"peers": mine["peers"], "rows": rows}))
 
@@ -71,15 +80,22 @@ def compare_made(optimizer: Any, model: torch.nn.Module, mpu: Any) -> None:
             the same on every rank.
     """
     groups = _groups_of(optimizer) if isinstance(optimizer, BlockwiseOptimizer) else {}
-    answers = _exchange(None, {"ours": bool(groups), "optimizer": f"of class {type(optimizer).__name__}",
-                               "settings": groups, "peers": _peers(model, mpu)})
+    answers = _exchange(
+        None,
+        {
+            "ours": bool(groups),
+            "optimizer": f"of class {type(optimizer).__name__}",
+            "settings": groups,
+            "peers": _peers(model, mpu),
+        },
+    )
     if not any(answer["ours"] for answer in answers):
         return
-    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", _MEND)
+    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", FIX)
     if _differs_among_peers(answers, "settings"):
         for ranks, values in _by_peers(answers, "settings"):
             for key in dict.fromkeys(key for value in values for key in value):
-                _refuse_difference([value.get(key, "unset") for value in values], key, _MEND_GROUPS, ranks)
+                _refuse_difference([value.get(key, "unset") for value in values], key, _FIX_GROUPS, ranks)
 
 
 def compare_slices(optimizer: BlockwiseOptimizer) -> None:
@@ -90,11 +106,15 @@ def compare_slices(optimizer: BlockwiseOptimizer) -> None:
     """
     answers = _exchange(None, {"shapes": [f"{name} {layout.shape}" for name, layout in optimizer.block_map.items()]})
     for slices in zip(*(answer["shapes"] for answer in answers)):
-        _refuse_difference(slices, "a tensor-parallel slice", "choose sizes (as of the vocabulary) that "
-                           "tensor_parallel.autotp_size divides")
+        _refuse_difference(
+            slices,
+            "a tensor-parallel slice",
+            "choose sizes (as of the vocabulary) that tensor_parallel.autotp_size divides",
+        )
 
 
 # ---- what a rank tells
+
 
 def is_callable(optimizer: Any) -> bool:
     """Whether a client's optimizer is a function that makes one of model parameters."""
@@ -115,8 +135,11 @@ def _class_of(optimizer: Any, config: Any) -> str:
 
 def _settings_of(optimizer: Any, config: Any) -> dict[str, str]:
     if optimizer is None:
-        return {f"optimizer.params.{key}": _plain(value) for key, value in (config.optimizer_params or {}).items()
-                if key not in _LOCAL}
+        return {
+            f"optimizer.params.{key}": _plain(value)
+            for key, value in (config.optimizer_params or {}).items()
+            if key not in _LOCAL
+        }
     return _groups_of(optimizer) if isinstance(optimizer, BlockwiseOptimizer) else {}
 
 
@@ -136,19 +159,35 @@ def _scheduler_of(scheduler: Any, config: Any) -> dict[str, str]:
         return {"scheduler.type": _plain(config.scheduler_name), **params}
     if callable(scheduler) and not hasattr(scheduler, "step"):
         return {"scheduler.type": "made by a function"}
-    numbers = {key: value for key, value in vars(scheduler).items()
-               if not key.startswith("_") and isinstance(value, (int, float, str, list, tuple))}
-    return {"scheduler.type": f"an object of class {type(scheduler).__name__}",
-            **{f"the scheduler's {key}": _plain(value) for key, value in numbers.items()}}
+    numbers = {
+        key: value
+        for key, value in vars(scheduler).items()
+        if not key.startswith("_") and isinstance(value, (int, float, str, list, tuple))
+    }
+    return {
+        "scheduler.type": f"an object of class {type(scheduler).__name__}",
+        **{f"the scheduler's {key}": _plain(value) for key, value in numbers.items()},
+    }
 
 
 def _run_of(config: Any) -> dict[str, str]:
     """Settings of the engine that change the step or how the optimizer's state is cut."""
-    found = {key: getattr(config, key, None) for key in ("gradient_clipping", "gradient_accumulation_steps",
-                                                         "communication_data_type", "prescale_gradients",
-                                                         "gradient_predivide_factor", "torch_autocast_enabled")}
-    for section, settings in (("zero_optimization", config.zero_config), ("fp16", config.float16_config),
-                              ("bf16", config.bfloat16_config)):
+    found = {
+        key: getattr(config, key, None)
+        for key in (
+            "gradient_clipping",
+            "gradient_accumulation_steps",
+            "communication_data_type",
+            "prescale_gradients",
+            "gradient_predivide_factor",
+            "torch_autocast_enabled",
+        )
+    }
+    for section, settings in (
+        ("zero_optimization", config.zero_config),
+        ("fp16", config.float16_config),
+        ("bf16", config.bfloat16_config),
+    ):
         found.update({f"{section}.{key}": value for key, value in settings.model_dump().items()})
     return {key: _plain(value) for key, value in found.items()}
 
@@ -172,8 +211,11 @@ def _numbers(value: Any) -> Any:
 
 def _parameters(model: torch.nn.Module) -> list[str]:
     """Every parameter in the order of definition, as a line of text."""
-    return [f"{name} {tuple(getattr(p, 'ds_shape', p.shape))} {str(p.dtype).removeprefix('torch.')}, "
-            f"{'trained' if p.requires_grad else 'frozen'}" for name, p in model.named_parameters()]
+    return [
+        f"{name} {marks_of(p).shape or tuple(p.shape)} {str(p.dtype).removeprefix('torch.')}, "
+        f"{'trained' if p.requires_grad else 'frozen'}"
+        for name, p in model.named_parameters()
+    ]
 
 
 def _digest(rows: Iterable[Any]) -> str:
@@ -203,6 +245,7 @@ def _exchange(args: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
 
 # ---- the verdict
 
+
 def _by_peers(answers: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[int], list[Any]]]:
     """Per set of ranks that train the same parameters, in the order of ranks: the ranks and their answers."""
     sets = dict.fromkeys(answer["peers"] for answer in answers)
@@ -218,7 +261,7 @@ def _refuse_models(answers: Sequence[Mapping[str, Any]]) -> None:
     for ranks, models in _by_peers(answers, "rows"):
         for number in range(max(map(len, models))):
             rows = [model[number] if number < len(model) else "missing" for model in models]
-            _refuse_difference(rows, f"parameter {number} of the model", _MEND_MODEL, ranks)
+            _refuse_difference(rows, f"parameter {number} of the model", _FIX_MODEL, ranks)
 
 
 def _refuse_difference(values: Sequence[str], what: str, mend: str, ranks: Sequence[int] | None = None) -> None:
@@ -238,4 +281,3 @@ def _ranges(ranks: Sequence[int]) -> str:
         else:
             parts.append([rank])
     return ", ".join("-".join(map(str, part)) for part in parts)
-

@@ -1,4 +1,5 @@
 """From a ds_config's optimizer entry to an optimizer of ours."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -6,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.errors import together
+from ..collective.errors import run_on_all_ranks
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
 from .stages import map_engine_module
@@ -18,8 +19,9 @@ OPTIMIZER_TYPES: Mapping[str, type[BlockwiseOptimizer]] = {
 _MAPPING_KEYS = ("block_rules", "block_strict")
 
 
-def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],
-                    settings: Mapping[str, Any]) -> BlockwiseOptimizer:
+def build_optimizer(
+    kind: str, module: torch.nn.Module, model_parameters: Iterable[Any], settings: Mapping[str, Any]
+) -> BlockwiseOptimizer:
     """The optimizer of a ds_config's ``"optimizer": {"type": kind, "params": settings}``.
 
     Args:
@@ -31,11 +33,12 @@ def build_optimizer(kind: str, module: torch.nn.Module, model_parameters: Iterab
     Raises:
         BlockError: an unknown setting, a bad value, a parameter that no rule maps, on any rank; all ranks raise.
     """
-    return together(lambda: _build(kind, module, model_parameters, settings), f"building {kind}")
+    return run_on_all_ranks(lambda: _build(kind, module, model_parameters, settings), f"building {kind}")
 
 
-def _build(kind: str, module: torch.nn.Module, model_parameters: Iterable[Any],
-           settings: Mapping[str, Any]) -> BlockwiseOptimizer:
+def _build(
+    kind: str, module: torch.nn.Module, model_parameters: Iterable[Any], settings: Mapping[str, Any]
+) -> BlockwiseOptimizer:
     cls = OPTIMIZER_TYPES[kind]
     options = cls.Options.checked(settings, f"optimizer {kind}: ")
     block_map = map_engine_module(module, options.block_rules, options.block_strict)

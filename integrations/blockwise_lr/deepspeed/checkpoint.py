@@ -5,6 +5,7 @@ files are on disk writes a manifest with their checksums; only then does ``lates
 writes ``latest`` while other ranks may still be writing.) A load has all ranks agree on one checkpoint and checks the
 manifest, the files, the origin of the optimizer state and the order of the parameters in it before it touches the engine.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -21,10 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.errors import CheckpointError, DamageError, VersionError, is_first_rank, together
+from ..checkpoint.errors import CheckpointError, DamageError, VersionError, run_on_all_ranks
 from ..checkpoint.files import write_atomically, write_error
-from ..checkpoint.manifest import Entry, Layout, Manifest, begin, complete, entry_of, name_in
-from ..checkpoint.survey import survey
+from ..checkpoint.manifest import Entry, Layout, Manifest, entry_of, mark_complete, mark_incomplete, name_in
+from ..checkpoint.survey import scan_checkpoints
+from ..collective.errors import is_rank_zero
 from ..optim.base import BlockwiseOptimizer
 from .flats import KEY, contents_of, layout
 from .preconditions import agreed_tag, check_folder, counters_kept, of_all_ranks
@@ -45,8 +47,9 @@ def is_ours(engine: Any) -> bool:
 # ---- saving
 
 
-def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | None, save_latest: bool,
-         **arguments: Any) -> bool:
+def save(
+    engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | None, save_latest: bool, **arguments: Any
+) -> bool:
     """DeepSpeedEngine.save_checkpoint with a manifest, and ``latest`` written last and at once.
 
     The ds_config's ``"checkpoint": {"checksums": false}`` leaves file sizes as the only check.
@@ -57,39 +60,48 @@ def save(engine: Any, upstream: Callable[..., bool], save_dir: str, tag: str | N
     """
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
     if not save_dir or engine.checkpoint_engine.is_decoupled() or engine.use_node_local_storage():
-        if is_first_rank():
-            log.warning("checkpoint %s gets no manifest: blockwise_lr does not support checkpoint engines that write "
-                        "in the background, nor node-local storage", tag)
+        if is_rank_zero():
+            log.warning(
+                "checkpoint %s gets no manifest: blockwise_lr does not support checkpoint engines that write "
+                "in the background, nor node-local storage",
+                tag,
+            )
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
-    layouts, records = zip(*of_all_ranks(together(lambda: _to_join(engine), saving)))
+    layouts, records = zip(*of_all_ranks(run_on_all_ranks(lambda: _to_join(engine), saving)))
     joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
     with _noting_files(engine, folder, checksums) as files:
         upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
-    own = together(lambda: {name: file.result() for name, file in files.items()}, saving)
+    own = run_on_all_ranks(lambda: {name: file.result() for name, file in files.items()}, saving)
     found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
 
     def finish() -> None:
         record = replace(engine.basic_optimizer.record(), tensors=None)  # what lies where is in the layout
-        complete(folder, found, engine.global_steps, record.as_dict() if one_record else None, joined,
-                 patience=SECONDS_TO_APPEAR)
+        mark_complete(
+            folder,
+            found,
+            engine.global_steps,
+            record.as_dict() if one_record else None,
+            joined,
+            patience=SECONDS_TO_APPEAR,
+        )
         if save_latest:
             write_atomically(Path(save_dir) / "latest", tag)
 
-    together(finish if is_first_rank() else lambda: None, saving)
+    run_on_all_ranks(finish if is_rank_zero() else lambda: None, saving)
     return True
 
 
 def _begin_together(folder: str, saving: str) -> None:
     """The first rank marks the folder; every rank then has to find that very mark."""
-    tokens = [uuid.uuid4().hex if is_first_rank() else None, folder]
+    tokens = [uuid.uuid4().hex if is_rank_zero() else None, folder]
     dist.broadcast_object_list(tokens, src=0)
     token, first = tokens
-    together(lambda: begin(folder, token) if is_first_rank() else None, saving)
-    together(lambda: _find_mark(folder, first, token), saving)
+    run_on_all_ranks(lambda: mark_incomplete(folder, token) if is_rank_zero() else None, saving)
+    run_on_all_ranks(lambda: _find_mark(folder, first, token), saving)
 
 
 def _find_mark(folder: str, first: str, token: str) -> None:
@@ -100,9 +112,11 @@ def _find_mark(folder: str, first: str, token: str) -> None:
             if manifest is not None and manifest.token == token:
                 return
         if time.monotonic() > deadline:
-            raise CheckpointError(f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to "
-                                  f"{first}; give all ranks the same folder and tag, on a file system that all "
-                                  f"nodes share")
+            raise CheckpointError(
+                f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to "
+                f"{first}; give all ranks the same folder and tag, on a file system that all "
+                f"nodes share"
+            )
         time.sleep(0.05)
 
 
@@ -112,8 +126,10 @@ def _to_join(engine: Any) -> tuple[Layout, str]:
     Names, which would be as many as ranks times parameters, come from the first rank alone.
     """
     mine = layout(engine)
-    return (mine if is_first_rank() else mine.model_copy(update={"order": []}),
-            engine.basic_optimizer.record().fingerprint)
+    return (
+        mine if is_rank_zero() else mine.model_copy(update={"order": []}),
+        engine.basic_optimizer.record().fingerprint,
+    )
 
 
 def _joined_layouts(parts: Sequence[Layout]) -> Layout:
@@ -126,9 +142,11 @@ def _joined_layouts(parts: Sequence[Layout]) -> Layout:
     for rank, part in enumerate(parts):
         for name, digest in (part.flats or {}).items():
             if flats.setdefault(name, digest) != digest:
-                raise CheckpointError(f"rank {rank} writes the state of its own shards to {name}, to which another "
-                                      f"rank has written that of other shards: DeepSpeed does not save this parallel "
-                                      f"layout whole; use one that it does (without sequence parallelism, as a rule)")
+                raise CheckpointError(
+                    f"rank {rank} writes the state of its own shards to {name}, to which another "
+                    f"rank has written that of other shards: DeepSpeed does not save this parallel "
+                    f"layout whole; use one that it does (without sequence parallelism, as a rule)"
+                )
     return parts[0].model_copy(update={"flats": flats})
 
 
@@ -191,8 +209,15 @@ def _own_checksums_only(checksums: bool) -> Iterator[None]:
 # ---- loading
 
 
-def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | None, load_optimizer_states: bool,
-         load_module_only: bool, **arguments: Any) -> tuple[Any, Any]:
+def load(
+    engine: Any,
+    upstream: Callable[..., tuple],
+    load_dir: str,
+    tag: str | None,
+    load_optimizer_states: bool,
+    load_module_only: bool,
+    **arguments: Any,
+) -> tuple[Any, Any]:
     """DeepSpeedEngine.load_checkpoint after a check of the folder, with errors raised on all ranks alike.
 
     What can be refused is refused before anything is loaded; where DeepSpeed fails all the same, the engine's counters
@@ -206,11 +231,20 @@ def load(engine: Any, upstream: Callable[..., tuple], load_dir: str, tag: str | 
     """
     tag = agreed_tag(load_dir, tag, engine.load_universal_checkpoint())
     if tag is not None:
-        check_folder(engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only,
-                     **arguments)
+        check_folder(
+            engine, load_dir, tag, load_optimizer_states and not load_module_only, load_module_only, **arguments
+        )
     with counters_kept(engine), weights_mapped(engine.checkpoint_engine):
-        result = together(lambda: upstream(engine, load_dir, tag=tag, load_optimizer_states=load_optimizer_states,
-                                           load_module_only=load_module_only, **arguments))
+        result = run_on_all_ranks(
+            lambda: upstream(
+                engine,
+                load_dir,
+                tag=tag,
+                load_optimizer_states=load_optimizer_states,
+                load_module_only=load_module_only,
+                **arguments,
+            )
+        )
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False  # to the states before the load; the next step links anew
     return result
@@ -231,8 +265,10 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
             ask for, or none has a manifest that tells whether it is complete.
         MismatchError: the newest contradicts this run.
     """
-    found = together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()) if is_first_rank() else None,
-                     f"searching {load_dir} for checkpoints")
+    found = run_on_all_ranks(
+        lambda: scan_checkpoints(load_dir, universal=engine.load_universal_checkpoint()) if is_rank_zero() else None,
+        f"searching {load_dir} for checkpoints",
+    )
     found = of_all_ranks(found)[0]
     if found.newer:
         raise VersionError("; ".join(found.newer))
@@ -245,27 +281,40 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
             found.damaged[tag] = "; ".join(error.problems)
             _tell_damage(load_dir, tag, found.damaged[tag])
     if found.damaged:
-        raise CheckpointError(f"every complete checkpoint in {load_dir} is damaged: "
-                              + "; ".join(f"{tag}: {what}" for tag, what in found.damaged.items())
-                              + "; name another folder to start anew")
+        raise CheckpointError(
+            f"every complete checkpoint in {load_dir} is damaged: "
+            + "; ".join(f"{tag}: {what}" for tag, what in found.damaged.items())
+            + "; name another folder to start anew"
+        )
     if found.others:
-        raise CheckpointError(f"{load_dir} holds {', '.join(found.others)}, "
-                              + ('which the ds_config\'s "checkpoint": {"load_universal": true} does not load; take it '
-                                 'out or convert one' if engine.load_universal_checkpoint() else
-                                 'universal; set "checkpoint": {"load_universal": true} in the ds_config'))
+        raise CheckpointError(
+            f"{load_dir} holds {', '.join(found.others)}, "
+            + (
+                'which the ds_config\'s "checkpoint": {"load_universal": true} does not load; take it '
+                "out or convert one"
+                if engine.load_universal_checkpoint()
+                else 'universal; set "checkpoint": {"load_universal": true} in the ds_config'
+            )
+        )
     if found.unknown:
-        raise CheckpointError(f"{load_dir} holds {', '.join(found.unknown)} without a manifest that can be read (saved "
-                              f"without blockwise_lr), so whether it is complete is not known; load it with "
-                              f"engine.load_checkpoint(load_dir, tag={found.unknown[0]!r}), or name another folder to "
-                              f"start anew")
-    elsewhere = of_all_ranks(together(lambda: survey(load_dir, universal=engine.load_universal_checkpoint()).tags))
+        raise CheckpointError(
+            f"{load_dir} holds {', '.join(found.unknown)} without a manifest that can be read (saved "
+            f"without blockwise_lr), so whether it is complete is not known; load it with "
+            f"engine.load_checkpoint(load_dir, tag={found.unknown[0]!r}), or name another folder to "
+            f"start anew"
+        )
+    elsewhere = of_all_ranks(
+        run_on_all_ranks(lambda: scan_checkpoints(load_dir, universal=engine.load_universal_checkpoint()).tags)
+    )
     for rank, tags in enumerate(elsewhere):
         if tags:
-            raise CheckpointError(f"rank {rank} finds {tags[0]!r} in {load_dir}, where rank 0 finds no checkpoint; "
-                                  f"give all ranks the same folder, on a file system that all nodes share")
+            raise CheckpointError(
+                f"rank {rank} finds {tags[0]!r} in {load_dir}, where rank 0 finds no checkpoint; "
+                f"give all ranks the same folder, on a file system that all nodes share"
+            )
     return None, None
 
 
 def _tell_damage(load_dir: str, tag: str, what: str) -> None:
-    if is_first_rank():
+    if is_rank_zero():
         log.warning("passing over checkpoint %s, which is damaged: %s", os.path.join(load_dir, tag), what)

@@ -4,6 +4,7 @@ The converter takes second moments of the parameters' shape, and believes the fi
 (ZeRO-3) about where a parameter lies in a flat tensor. So it is given files with Adam-mini's second moments spread over
 the elements of their segments and the true places, and what it would put together wrongly is refused.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,12 +22,12 @@ import torch
 
 from ..blocks.block_map import plain_name
 from ..checkpoint.errors import CheckpointError
-from ..checkpoint.manifest import Manifest, begin, complete, entries
-from ..checkpoint.moments import spread
+from ..checkpoint.manifest import Manifest, hash_files, mark_complete, mark_incomplete
+from ..checkpoint.moments import expand_segments
 from ..checkpoint.record import ELEMENTS, SEGMENTS, Record, by_names
 from ..checkpoint.survey import verify
-from ..optim.plan import StepPlan, adam_mini_plan, element_biases
-from ..optim.shards import Fragment
+from ..plan.shards import Fragment
+from ..plan.step_plan import StepPlan, element_biases, segment_plan
 from .flats import KEY, ordering_settings, slice_mappings
 from .reading import read
 
@@ -34,8 +35,9 @@ _STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.
 Contents = list[list[Any]]
 
 
-def convert(checkpoint: str, output: str, *, workers: int = 1,
-            run: Callable[[argparse.Namespace], None] | None = None) -> None:
+def convert(
+    checkpoint: str, output: str, *, workers: int = 1, run: Callable[[argparse.Namespace], None] | None = None
+) -> None:
     """Converts a checkpoint folder of a ZeRO engine into a universal one, and points ``latest_universal`` to it.
 
     Needs up to three times the size of the weights and optimizer state (12 bytes a parameter) on disk while it runs.
@@ -58,22 +60,38 @@ def convert(checkpoint: str, output: str, *, workers: int = 1,
     elif not Path(checkpoint).is_dir():
         raise CheckpointError(f"there is no checkpoint {checkpoint}")
     if Path(output).is_dir() and any(Path(output).iterdir()):
-        raise CheckpointError(f"{output} exists; name another folder, or remove it if it is left from a conversion "
-                              f"that did not finish: nothing is overwritten")
+        raise CheckpointError(
+            f"{output} exists; name another folder, or remove it if it is left from a conversion "
+            f"that did not finish: nothing is overwritten"
+        )
     output = os.path.abspath(output)
     with _source(checkpoint, origin, Path(output).parent) as source:
-        begin(output)
+        mark_incomplete(output)
         try:
-            (run or main)(argparse.Namespace(
-                input_folder=source, output_folder=output, num_extract_workers=workers, num_merge_workers=workers,
-                keep_temp_folder=False, strict=True, inject_missing_state=True))
+            (run or main)(
+                argparse.Namespace(
+                    input_folder=source,
+                    output_folder=output,
+                    num_extract_workers=workers,
+                    num_merge_workers=workers,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
         except Exception as error:  # it checks little, and fails on what it does not know with almost anything
             shutil.rmtree(output)
-            raise CheckpointError(f"DeepSpeed's converter fails on {checkpoint} ({type(error).__name__}: {error}); go on in "
-                                  f"the layout it was saved in") from error
+            raise CheckpointError(
+                f"DeepSpeed's converter fails on {checkpoint} ({type(error).__name__}: {error}); go on in "
+                f"the layout it was saved in"
+            ) from error
     files = [path for path in Path(output).rglob("*.pt") if path.is_file()]
-    complete(output, entries(output, files, 0), origin.steps if origin else 0,
-             _of_elements(origin.record) if origin and origin.record else None)
+    mark_complete(
+        output,
+        hash_files(output, files, 0),
+        origin.steps if origin else 0,
+        _of_elements(origin.record) if origin and origin.record else None,
+    )
 
 
 def _of_elements(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,8 +105,10 @@ def _source(checkpoint: str, origin: Manifest | None, beside: Path) -> Iterator[
     a killed save on more ranks has left there), and rewritten ones in place of those that it would misread."""
     names = list(origin.files) if origin is not None else [path.name for path in Path(checkpoint).iterdir()]
     if not any(_STATES.fullmatch(name) for name in names):
-        raise CheckpointError(f"{checkpoint} holds no optimizer state of ZeRO (zero_pp_rank_*_optim_states.pt); universal "
-                              f"checkpoints are made of those that were saved with ZeRO stage 1 to 3 only")
+        raise CheckpointError(
+            f"{checkpoint} holds no optimizer state of ZeRO (zero_pp_rank_*_optim_states.pt); universal "
+            f"checkpoints are made of those that were saved with ZeRO stage 1 to 3 only"
+        )
     beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=beside) as folder:
         held: dict[str, Contents] = {}
@@ -111,19 +131,25 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return read(path, mapped=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} holds more than tensors, numbers and DeepSpeed's own classes, or is damaged "
-                              f"({str(error).partition('.')[0]}); it is not converted") from error
+        raise CheckpointError(
+            f"{path} holds more than tensors, numbers and DeepSpeed's own classes, or is damaged "
+            f"({str(error).partition('.')[0]}); it is not converted"
+        ) from error
 
 
 def _check_known(checkpoint: str, name: str, states: Mapping[str, Any]) -> None:
     """Refuses files whose slice mappings are wrong and that do not say what is right."""
     zero = states.get("optimizer_state_dict") or {}
-    if KEY not in states and "param_slice_mappings" in zero and \
-            ordering_settings(states.get("ds_config")).get("round_robin_gradients"):
+    if (
+        KEY not in states
+        and "param_slice_mappings" in zero
+        and ordering_settings(states.get("ds_config")).get("round_robin_gradients")
+    ):
         raise CheckpointError(
             f"{checkpoint}/{name} was saved with round_robin_gradients by DeepSpeed alone or an older blockwise-lr, "
             f"which noted wrong places of its parameters; load it in the layout it was saved in, save it again with "
-            f"this version, and convert that")
+            f"this version, and convert that"
+        )
 
 
 # ---- files as the converter understands them
@@ -151,21 +177,24 @@ def _rewrite(states: dict[str, Any], target: Path) -> bool:
     return True
 
 
-def _elements(state: Mapping[str, Any], numel: int, fragments: list[list[Any]], record: Record,
-              name: str) -> torch.Tensor:
+def _elements(
+    state: Mapping[str, Any], numel: int, fragments: list[list[Any]], record: Record, name: str
+) -> torch.Tensor:
     """A flat tensor's second moments, (numel,), from those of its segments."""
     plan = _plan(numel, [Fragment(*fragment) for fragment in fragments], record)
     if len(state["exp_avg_sq"]) != plan.slots:
-        raise CheckpointError(f"{name} has {len(state['exp_avg_sq'])} second moments where its record tells of "
-                              f"{plan.slots}; it is damaged, load another checkpoint")
-    return spread(state["exp_avg_sq"], plan)
+        raise CheckpointError(
+            f"{name} has {len(state['exp_avg_sq'])} second moments where its record tells of "
+            f"{plan.slots}; it is damaged, load another checkpoint"
+        )
+    return expand_segments(state["exp_avg_sq"], plan)
 
 
 def _plan(numel: int, fragments: list[Fragment], record: Record) -> StepPlan:
     layouts = [record.layout(fragment.name) for fragment in fragments]
     if record.bias_segments == "element":
         layouts = [element_biases(layout) for layout in layouts]
-    return adam_mini_plan(numel, fragments, layouts)
+    return segment_plan(numel, fragments, layouts)
 
 
 # ---- what the converter would put together wrongly
@@ -186,7 +215,8 @@ def _check_tiling(checkpoint: str, held: Mapping[str, Contents]) -> None:
                 raise CheckpointError(
                     f"{checkpoint} cannot be converted: what its ranks hold of {parameter} does not follow one "
                     f"another (rank {rank} holds elements {start} to {start + numel}, after {end}), as with experts "
-                    f"that differ from rank to rank; go on in the layout it was saved in")
+                    f"that differ from rank to rank; go on in the layout it was saved in"
+                )
             end = start + numel
 
 
@@ -203,6 +233,8 @@ def _check_zero3(checkpoint: str, held: Mapping[str, Contents]) -> None:
         for group, (_, fragments) in zip(shapes, flats):
             inside = {parameter for parameter, *_ in fragments}
             if [parameter for parameter, *_ in fragments] != [plain_name(n) for n in group if plain_name(n) in inside]:
-                raise CheckpointError(f"{checkpoint} cannot be converted: {name} holds its parameters in another "
-                                      f"order than DeepSpeed's converter takes them for; go on in the layout it was "
-                                      f"saved in")
+                raise CheckpointError(
+                    f"{checkpoint} cannot be converted: {name} holds its parameters in another "
+                    f"order than DeepSpeed's converter takes them for; go on in the layout it was "
+                    f"saved in"
+                )

@@ -1,4 +1,5 @@
 """What a DeepSpeed engine with one of our optimizers gets beyond it: shards, early sums, learning rates in the monitor."""
+
 from __future__ import annotations
 
 import functools
@@ -11,8 +12,8 @@ from ..blocks import BlockError
 from ..optim import BlockwiseAdamMini
 from ..optim.base import BlockwiseOptimizer
 from .agreement import compare_slices, is_callable
-from .cut_sums import reduce_cut_segments_once
 from .flats import correct_mappings
+from .segment_sums_hook import prereduce_once_per_step
 from .shard_maps import shard_map
 from .stages import whole_model_map
 from .state_access import serve_optimizer_states
@@ -28,8 +29,10 @@ def optimizer_of(engine: Any) -> BlockwiseOptimizer:
     """
     optimizer = getattr(engine, "basic_optimizer", None)
     if not isinstance(optimizer, BlockwiseOptimizer):
-        raise BlockError(f"the engine's optimizer is {type(optimizer).__name__}, not a blockwise one; "
-                         f'set "optimizer": {{"type": "BlockwiseAdamW"}} in the ds_config')
+        raise BlockError(
+            f"the engine's optimizer is {type(optimizer).__name__}, not a blockwise one; "
+            f'set "optimizer": {{"type": "BlockwiseAdamW"}} in the ds_config'
+        )
     return optimizer
 
 
@@ -61,8 +64,8 @@ def attach(engine: Any) -> None:
     if hasattr(engine.optimizer, "_link_all_hp_params"):  # ZeRO and BF16_Optimizer
         serve_optimizer_states(engine.optimizer, optimizer)
     if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
-        if shards is not None and shards.cuts and len(shards.flats) > 1:
-            reduce_cut_segments_once(engine.optimizer, optimizer)
+        if shards is not None and shards.boundaries and len(shards.flats) > 1:
+            prereduce_once_per_step(engine.optimizer, optimizer)
     if isinstance(engine.module, PipelineModule):
         optimizer.recorded_map = whole_model_map(optimizer.block_map)
     _save_for_any_layout(engine, optimizer)
@@ -74,8 +77,10 @@ def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
     wrapper = engine.optimizer
     if not hasattr(wrapper, "_load_universal_checkpoint"):
         if engine.load_universal_checkpoint():
-            raise BlockError("load_universal needs a ZeRO stage of 1 to 3, for DeepSpeed makes universal checkpoints of "
-                             "these only; set zero_optimization, or unset checkpoint.load_universal")
+            raise BlockError(
+                "load_universal needs a ZeRO stage of 1 to 3, for DeepSpeed makes universal checkpoints of "
+                "these only; set zero_optimization, or unset checkpoint.load_universal"
+            )
         return
     correct_mappings(wrapper, optimizer)
     upstream = wrapper._load_universal_checkpoint
@@ -96,8 +101,13 @@ def _report_to_monitor(engine: Any, optimizer: BlockwiseOptimizer) -> None:
     @functools.wraps(write)
     def write_events(events: list, *args: Any, **kwargs: Any) -> None:
         if any(name == "Train/Samples/lr" for name, *_ in events):
-            events = [*events, *((f"Train/Samples/lr_{block}", lr, engine.global_samples)
-                                 for block, lr in optimizer.block_lrs()[0].items())]
+            events = [
+                *events,
+                *(
+                    (f"Train/Samples/lr_{block}", lr, engine.global_samples)
+                    for block, lr in optimizer.block_lrs()[0].items()
+                ),
+            ]
         write(events, *args, **kwargs)
 
     engine.monitor.write_events = write_events

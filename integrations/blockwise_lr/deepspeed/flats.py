@@ -5,6 +5,7 @@ which a run laid its parameters into flat tensors (their order of definition, ``
 ``sub_group_size``, ``parameter_alignment``): another run of the same model in another order would take one parameter's
 values for another's.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,23 +24,35 @@ from ..optim.base import BlockwiseOptimizer
 
 # Key of what a file with optimizer state says about its flat tensors, beside DeepSpeed's own keys.
 KEY = "blockwise_lr"
-_SHARDINGS = {"DeepSpeedZeroOptimizer": "ZeRO-1 or 2", "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3",
-              "BF16_Optimizer": "BF16_Optimizer"}
+_SHARDINGS = {
+    "DeepSpeedZeroOptimizer": "ZeRO-1 or 2",
+    "DeepSpeedZeroOptimizer_Stage3": "ZeRO-3",
+    "BF16_Optimizer": "BF16_Optimizer",
+}
 # settings that decide on the order or the cuts
-_ORDERING = ("round_robin_gradients", "sub_group_size", "parameter_alignment", "zero_hpz_partition_size",
-             "mics_shard_size")
+_ORDERING = (
+    "round_robin_gradients",
+    "sub_group_size",
+    "parameter_alignment",
+    "zero_hpz_partition_size",
+    "mics_shard_size",
+)
 
 
 def layout(engine: Any) -> Layout:
     """What two runs must share for one to load what the other saved, without conversion. Of this rank's file only."""
-    sharding = next((_SHARDINGS[kind.__name__] for kind in type(engine.optimizer).__mro__ if kind.__name__ in _SHARDINGS),
-                    "ZeRO-0")
+    sharding = next(
+        (_SHARDINGS[kind.__name__] for kind in type(engine.optimizer).__mro__ if kind.__name__ in _SHARDINGS), "ZeRO-0"
+    )
     held = contents(engine)
     return Layout(
-        sharding=sharding, precision="bf16" if engine.bfloat16_enabled() else "fp32 or fp16",
+        sharding=sharding,
+        precision="bf16" if engine.bfloat16_enabled() else "fp32 or fp16",
         ranks="any number of" if sharding == "ZeRO-0" else engine.seq_dp_world_size,
         flats={} if held is None else {state_file(engine): digest(held)},
-        order=[] if held is None else order(engine), settings=ordering_settings(engine.config))
+        order=[] if held is None else order(engine),
+        settings=ordering_settings(engine.config),
+    )
 
 
 def contents(engine: Any) -> list[list[Any]] | None:
@@ -52,8 +65,10 @@ def contents(engine: Any) -> list[list[Any]] | None:
 
 
 def _held(optimizer: BlockwiseOptimizer, called: Callable[[str], str]) -> list[list[Any]]:
-    return [[flat.numel(), [list(f) for f in merged([(called(f.name), f.start, f.numel, f.offset) for f in fragments])]]
-            for flat, fragments in optimizer.shards.flats]
+    return [
+        [flat.numel(), [list(f) for f in merged([(called(f.name), f.start, f.numel, f.offset) for f in fragments])]]
+        for flat, fragments in optimizer.shards.flats
+    ]
 
 
 def digest(held: list[list[Any]]) -> str:
@@ -87,15 +102,18 @@ def difference(saved: Layout, now: Layout) -> str | None:
     if saved.flats.get(name) == found:
         return None
     return order_difference(saved.order, now.order) or (
-        f"the parameters lie at other places of the flat tensors of {name}" + _settings_difference(saved, now))
+        f"the parameters lie at other places of the flat tensors of {name}" + _settings_difference(saved, now)
+    )
 
 
 def order_difference(saved: Sequence[str], now: Sequence[str], settings: str = "") -> str | None:
     """The first parameter in which two orders differ, in words; None where they are the same."""
     for position, (before, after) in enumerate(zip(saved, now)):
         if before != after:
-            return (f"the flat tensors hold the parameters in another order: number {position} was {before} and is now "
-                    f"{after}")
+            return (
+                f"the flat tensors hold the parameters in another order: number {position} was {before} and is now "
+                f"{after}"
+            )
     if len(saved) != len(now):
         longer = saved if len(saved) > len(now) else now
         return f"the flat tensors hold other parameters: {longer[min(len(saved), len(now))]} is only in one of both"
@@ -103,8 +121,11 @@ def order_difference(saved: Sequence[str], now: Sequence[str], settings: str = "
 
 
 def _settings_difference(saved: Layout, now: Layout) -> str:
-    changed = [f"{key} {saved.settings.get(key, 'unset')} -> {now.settings.get(key, 'unset')}" for key in _ORDERING
-               if saved.settings.get(key) != now.settings.get(key)]
+    changed = [
+        f"{key} {saved.settings.get(key, 'unset')} -> {now.settings.get(key, 'unset')}"
+        for key in _ORDERING
+        if saved.settings.get(key) != now.settings.get(key)
+    ]
     return f" (zero_optimization: {', '.join(changed)})" if changed else ""
 
 
@@ -142,5 +163,7 @@ def contents_of(optimizer: BlockwiseOptimizer) -> list[list[Any]]:
 
 def slice_mappings(held: list[list[Any]]) -> list[OrderedDict[str, fragment_address]]:
     """DeepSpeed's ``param_slice_mappings`` of flat tensors: where in each lies what is there of a parameter."""
-    return [OrderedDict((name, fragment_address(numel=numel, start=offset)) for name, _, numel, offset in fragments)
-            for _, fragments in held]
+    return [
+        OrderedDict((name, fragment_address(numel=numel, start=offset)) for name, _, numel, offset in fragments)
+        for _, fragments in held
+    ]

@@ -1,4 +1,5 @@
 """What is looked at before DeepSpeed loads a checkpoint, so that a refused load leaves nothing behind."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..blocks.block_map import plain_name
-from ..checkpoint.errors import CheckpointError, MismatchError, is_first_rank, together
-from ..checkpoint.manifest import Layout, Manifest, problems, refuse, size_problems
+from ..checkpoint.errors import CheckpointError, MismatchError, run_on_all_ranks
+from ..checkpoint.manifest import Layout, Manifest, problems, raise_if_damaged, size_problems
 from ..checkpoint.record import Record
-from ..checkpoint.restore import check
+from ..checkpoint.restore import check_record
 from ..checkpoint.survey import looks_universal, remedy
+from ..collective.errors import is_rank_zero
 from .flats import contents, difference, layout, order, order_difference, state_file
 from .reading import read
 from .universal import check_universal
@@ -27,8 +29,15 @@ from .universal import check_universal
 log = logging.getLogger("blockwise_lr")
 Value = TypeVar("Value")
 
-_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "loaded_checkpoint_mp_world_size",
-             "loaded_checkpoint_dp_world_size", "_curr_ckpt_path")
+_COUNTERS = (
+    "global_steps",
+    "global_samples",
+    "micro_steps",
+    "skipped_steps",
+    "loaded_checkpoint_mp_world_size",
+    "loaded_checkpoint_dp_world_size",
+    "_curr_ckpt_path",
+)
 _SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
@@ -48,13 +57,15 @@ def agreed_tag(load_dir: str, tag: str | None, universal: bool) -> str | None:
     Raises:
         CheckpointError: there is no such checkpoint, ``latest`` is empty or names none, or ranks see different folders.
     """
-    tag, manifest = together(lambda: _view(load_dir, tag, universal))
+    tag, manifest = run_on_all_ranks(lambda: _view(load_dir, tag, universal))
     views = of_all_ranks((tag, manifest))
     for rank, view in enumerate(views):
         if view != views[0]:
-            raise CheckpointError(f"rank {rank} sees another checkpoint in {load_dir} than rank 0 ({_told(view)} and "
-                                  f"{_told(views[0])}); give all ranks the same folder and tag, on a file system that "
-                                  f"all nodes share")
+            raise CheckpointError(
+                f"rank {rank} sees another checkpoint in {load_dir} than rank 0 ({_told(view)} and "
+                f"{_told(views[0])}); give all ranks the same folder and tag, on a file system that "
+                f"all nodes share"
+            )
     return tag
 
 
@@ -64,8 +75,10 @@ def _view(load_dir: str, tag: str | None, universal: bool) -> tuple[str | None, 
         pointer = Path(load_dir) / ("latest_universal" if universal else "latest")
         if not os.path.lexists(pointer):
             if universal:
-                raise CheckpointError(f"{pointer} is not there; convert a checkpoint with python -m "
-                                      f"blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT, or pass a universal one's tag")
+                raise CheckpointError(
+                    f"{pointer} is not there; convert a checkpoint with python -m "
+                    f"blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT, or pass a universal one's tag"
+                )
             return None, None
         try:
             tag = pointer.read_text().strip()
@@ -85,15 +98,25 @@ def _told(view: tuple[str | None, Any]) -> str:
     tag, manifest = view
     if tag is None:
         return "no latest file"
-    return f"{tag!r} " + ("without a manifest" if manifest is None else f"saved at {manifest[1]}" if manifest[0]
-                          else "incomplete")
+    return f"{tag!r} " + (
+        "without a manifest" if manifest is None else f"saved at {manifest[1]}" if manifest[0] else "incomplete"
+    )
 
 
 # ---- its files, its origin
 
 
-def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module_only: bool, *,
-                 load_module_strict: bool, load_lr_scheduler_states: bool, custom_load_fn: Any) -> None:
+def check_folder(
+    engine: Any,
+    load_dir: str,
+    tag: str,
+    with_states: bool,
+    module_only: bool,
+    *,
+    load_module_strict: bool,
+    load_lr_scheduler_states: bool,
+    custom_load_fn: Any,
+) -> None:
     """Refuses what cannot or must not be loaded; changes nothing. All ranks call it with what :func:`agreed_tag` gave.
 
     Args:
@@ -105,40 +128,43 @@ def check_folder(engine: Any, load_dir: str, tag: str, with_states: bool, module
         CheckpointError, DamageError, MismatchError: as ``load``.
     """
     folder = os.path.join(load_dir, tag)
-    manifest = together(lambda: Manifest.read(folder))
+    manifest = run_on_all_ranks(lambda: Manifest.read(folder))
     if manifest is not None:
         _check_files(folder, load_dir, tag, manifest)
-        together(lambda: _check_layout(engine, folder, manifest.layout, manifest.universal, with_states))
+        run_on_all_ranks(lambda: _check_layout(engine, folder, manifest.layout, manifest.universal, with_states))
         if with_states and manifest.record is not None:
-            together(lambda: check(engine.basic_optimizer, manifest.saved_record(), f"checkpoint {folder}"))
-    elif is_first_rank():
-        log.warning("checkpoint %s has no manifest (it was saved without blockwise_lr), so its files cannot be checked",
-                    folder)
-    model = together(lambda: _read(_model_file(engine, load_dir, tag)))
+            run_on_all_ranks(
+                lambda: check_record(engine.basic_optimizer, manifest.saved_record(), f"checkpoint {folder}")
+            )
+    elif is_rank_zero():
+        log.warning(
+            "checkpoint %s has no manifest (it was saved without blockwise_lr), so its files cannot be checked", folder
+        )
+    model = run_on_all_ranks(lambda: _read(_model_file(engine, load_dir, tag)))
     if with_states and engine.load_universal_checkpoint():
-        together(lambda: check_universal(engine.basic_optimizer, folder))
+        run_on_all_ranks(lambda: check_universal(engine.basic_optimizer, folder))
     elif with_states:
         if manifest is None or manifest.record is None:
-            together(lambda: _check_states(engine, folder, model))
-        own = together(lambda: _order_difference(engine, manifest and manifest.layout, model))
+            run_on_all_ranks(lambda: _check_states(engine, folder, model))
+        own = run_on_all_ranks(lambda: _order_difference(engine, manifest and manifest.layout, model))
         _refuse_together(folder, layout(engine).sharding, of_all_ranks(own))
     if custom_load_fn is None and model is not None:
-        together(lambda: _try_module(engine, folder, model.get("module"), load_module_strict))
+        run_on_all_ranks(lambda: _try_module(engine, folder, model.get("module"), load_module_strict))
     if load_lr_scheduler_states and not module_only and engine.lr_scheduler is not None and model is not None:
-        together(lambda: _try_scheduler(engine, folder, model.get("lr_scheduler")))
+        run_on_all_ranks(lambda: _try_scheduler(engine, folder, model.get("lr_scheduler")))
 
 
 def _check_files(folder: str, load_dir: str, tag: str, manifest: Manifest) -> None:
     """Every rank reads its share of the files, looks whether all are there, and gets all answers."""
     rank, ranks, found = dist.get_rank(), dist.get_world_size(), []
     if manifest.complete:
-        mine = together(lambda: (size_problems(folder, manifest), problems(folder, manifest, rank, ranks)))
+        mine = run_on_all_ranks(lambda: (size_problems(folder, manifest), problems(folder, manifest, rank, ranks)))
         found = _merged(of_all_ranks(mine))
     if manifest.complete and not found:
         return
     universal = looks_universal(folder, manifest)
-    other = together(lambda: remedy(load_dir, tag, universal) if is_first_rank() else "")
-    refuse(folder, manifest, found, of_all_ranks(other)[0])
+    other = run_on_all_ranks(lambda: remedy(load_dir, tag, universal) if is_rank_zero() else "")
+    raise_if_damaged(folder, manifest, found, of_all_ranks(other)[0])
 
 
 def _merged(answers: list[tuple[list[str], list[str]]]) -> list[str]:
@@ -148,8 +174,10 @@ def _merged(answers: list[tuple[list[str], list[str]]]) -> list[str]:
         seen = [rank for rank, (sizes, _) in enumerate(answers) if problem in sizes]
         if len(seen) < len(answers):
             found.discard(problem)
-            found.add(f"{problem} as rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen))} see"
-                      f"{'s' if len(seen) == 1 else ''} it")
+            found.add(
+                f"{problem} as rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen))} see"
+                f"{'s' if len(seen) == 1 else ''} it"
+            )
         else:
             found.add(problem)
     return sorted(found)
@@ -160,21 +188,32 @@ def _check_layout(engine: Any, folder: str, saved: Layout | None, is_universal: 
         return
     universal, now = engine.load_universal_checkpoint(), layout(engine)
     if is_universal and not universal:
-        raise CheckpointError(f'checkpoint {folder} is universal; set "checkpoint": {{"load_universal": true}} in the '
-                              f"ds_config to load it")
+        raise CheckpointError(
+            f'checkpoint {folder} is universal; set "checkpoint": {{"load_universal": true}} in the '
+            f"ds_config to load it"
+        )
     if universal and now.sharding == "ZeRO-0":
-        raise CheckpointError(f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from "
-                              f"1 to 3 and this run has 0; set another stage")
+        raise CheckpointError(
+            f"checkpoint {folder} is to be loaded as a universal one, which needs a ZeRO stage from "
+            f"1 to 3 and this run has 0; set another stage"
+        )
     if universal or saved is None or saved.same_cut(now):
         return
-    raise CheckpointError(f"checkpoint {folder} was saved with {saved}, and this run has {now}; go on with the former"
-                          + _or_convert(folder, saved.sharding))
+    raise CheckpointError(
+        f"checkpoint {folder} was saved with {saved}, and this run has {now}; go on with the former"
+        + _or_convert(folder, saved.sharding)
+    )
 
 
 def _or_convert(folder: str, sharding: str) -> str:
-    return "" if sharding == "ZeRO-0" else (
-        f", or run python -m blockwise_lr.deepspeed.universal {folder} {folder}_universal and set "
-        f'"checkpoint": {{"load_universal": true}} in the ds_config')
+    return (
+        ""
+        if sharding == "ZeRO-0"
+        else (
+            f", or run python -m blockwise_lr.deepspeed.universal {folder} {folder}_universal and set "
+            f'"checkpoint": {{"load_universal": true}} in the ds_config'
+        )
+    )
 
 
 # ---- what the files say; their tensors are mapped, not read
@@ -183,8 +222,10 @@ def _or_convert(folder: str, sharding: str) -> str:
 def _model_file(engine: Any, load_dir: str, tag: str) -> str:
     found, mine = engine._get_all_ckpt_names(load_dir, tag), engine._get_ckpt_name(load_dir, tag)
     if not found:
-        raise CheckpointError(f"{os.path.join(load_dir, tag)} holds no {os.path.basename(mine)}; it is no checkpoint "
-                              f"of an engine of this kind, or files of it are missing")
+        raise CheckpointError(
+            f"{os.path.join(load_dir, tag)} holds no {os.path.basename(mine)}; it is no checkpoint "
+            f"of an engine of this kind, or files of it are missing"
+        )
     return mine if mine in found else found[0]
 
 
@@ -202,15 +243,16 @@ def _check_states(engine: Any, folder: str, model: Mapping[str, Any] | None) -> 
     if engine.zero_optimization():
         ranks = model and model.get("dp_world_size")
         if ranks not in (None, engine.seq_dp_world_size):
-            raise CheckpointError(f"checkpoint {folder} was saved on {ranks} data-parallel ranks, and this run has "
-                                  f"{engine.seq_dp_world_size}; go on with the former"
-                                  + _or_convert(folder, layout(engine).sharding))
+            raise CheckpointError(
+                f"checkpoint {folder} was saved on {ranks} data-parallel ranks, and this run has "
+                f"{engine.seq_dp_world_size}; go on with the former" + _or_convert(folder, layout(engine).sharding)
+            )
         states = (_read(os.path.join(folder, state_file(engine))) or {}).get("optimizer_state_dict")
     for key in ("base_optimizer_state", "optimizer_state_dict"):
         states = states.get(key, states) if isinstance(states, Mapping) else states
     groups = states.get("param_groups") if isinstance(states, Mapping) else None
     if groups:
-        check(engine.basic_optimizer, Record.of_groups(groups), f"checkpoint {folder}")
+        check_record(engine.basic_optimizer, Record.of_groups(groups), f"checkpoint {folder}")
 
 
 def _order_difference(engine: Any, saved: Layout | None, model: Mapping[str, Any] | None) -> str | None:
@@ -219,7 +261,9 @@ def _order_difference(engine: Any, saved: Layout | None, model: Mapping[str, Any
         return None
     if saved is not None and saved.flats is not None:
         return difference(saved, layout(engine))
-    shapes = model and model.get("param_shapes")  # DeepSpeed's own checkpoints, and ours of older versions, say this much
+    shapes = model and model.get(
+        "param_shapes"
+    )  # DeepSpeed's own checkpoints, and ours of older versions, say this much
     return order_difference([plain_name(name) for group in shapes for name in group], order(engine)) if shapes else None
 
 
@@ -227,8 +271,10 @@ def _refuse_together(folder: str, sharding: str, answers: list[str | None]) -> N
     """One error on all ranks where any has another order of parameters."""
     found = next((answer for answer in answers if answer is not None), None)
     if found is not None:
-        raise MismatchError(f"checkpoint {folder} does not fit this run: {found}; go on with the former order of "
-                            f"definition and zero_optimization settings" + _or_convert(folder, sharding))
+        raise MismatchError(
+            f"checkpoint {folder} does not fit this run: {found}; go on with the former order of "
+            f"definition and zero_optimization settings" + _or_convert(folder, sharding)
+        )
 
 
 class _NoCopies(TorchDispatchMode):
@@ -243,15 +289,22 @@ def _try_module(engine: Any, folder: str, saved: Any, strict: bool) -> None:
 
     Left out where DeepSpeed loads other tensors than these: universal checkpoints, ZeRO-3, experts, pipelines.
     """
-    if engine.load_universal_checkpoint() or engine.zero_optimization_partition_weights() or engine.has_moe_layers \
-            or not isinstance(saved, Mapping) or any(name.endswith("_extra_state") for name in saved):
+    if (
+        engine.load_universal_checkpoint()
+        or engine.zero_optimization_partition_weights()
+        or engine.has_moe_layers
+        or not isinstance(saved, Mapping)
+        or any(name.endswith("_extra_state") for name in saved)
+    ):
         return
     try:
         with _NoCopies():
             engine.module.load_state_dict(dict(saved), strict=strict)
     except Exception as error:
-        raise CheckpointError(f"the module's weights in checkpoint {folder} do not fit this model ({error}); go on "
-                              f"with the former model, or pass load_module_strict=False or a custom_load_fn") from error
+        raise CheckpointError(
+            f"the module's weights in checkpoint {folder} do not fit this model ({error}); go on "
+            f"with the former model, or pass load_module_strict=False or a custom_load_fn"
+        ) from error
 
 
 def _try_scheduler(engine: Any, folder: str, state: Any) -> None:
@@ -259,9 +312,11 @@ def _try_scheduler(engine: Any, folder: str, state: Any) -> None:
     try:
         engine.lr_scheduler.load_state_dict(copy.deepcopy(state))
     except Exception as error:
-        raise CheckpointError(f"the scheduler's state in checkpoint {folder} is not one of a "
-                              f"{type(engine.lr_scheduler).__name__} ({type(error).__name__}: {error}); go on with the "
-                              f"former scheduler, or pass load_lr_scheduler_states=False") from error
+        raise CheckpointError(
+            f"the scheduler's state in checkpoint {folder} is not one of a "
+            f"{type(engine.lr_scheduler).__name__} ({type(error).__name__}: {error}); go on with the "
+            f"former scheduler, or pass load_lr_scheduler_states=False"
+        ) from error
     finally:
         put_back()
 
@@ -277,8 +332,10 @@ def counters_kept(engine: Any) -> Iterator[None]:
         yield
     except BaseException:
         put_back()
-        log.warning("the load failed under way: the engine's counters and its scheduler are as before, its weights "
-                    "may be the checkpoint's in part; build the engine anew before training with it")
+        log.warning(
+            "the load failed under way: the engine's counters and its scheduler are as before, its weights "
+            "may be the checkpoint's in part; build the engine anew before training with it"
+        )
         raise
 
 
@@ -294,12 +351,21 @@ def _snapshot(engine: Any) -> Callable[[], None]:
     """What puts an engine's counters, scheduler, learning rates and loss scaling back as they are now."""
     groups = engine.basic_optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    owners = [(engine, {key: getattr(engine, key) for key in _COUNTERS if hasattr(engine, key)}),
-              (engine.optimizer, {key: value for key, value in vars(engine.optimizer).items() if key in _SCALING})]
+    owners = [
+        (engine, {key: getattr(engine, key) for key in _COUNTERS if hasattr(engine, key)}),
+        (engine.optimizer, {key: value for key, value in vars(engine.optimizer).items() if key in _SCALING}),
+    ]
     for owner in (*_schedulers(engine.lr_scheduler), getattr(engine.optimizer, "loss_scale_config", None)):
         if owner is not None:
-            owners.append((owner, {key: copy.copy(value) if isinstance(value, (list, dict)) else value
-                                   for key, value in vars(owner).items()}))
+            owners.append(
+                (
+                    owner,
+                    {
+                        key: copy.copy(value) if isinstance(value, (list, dict)) else value
+                        for key, value in vars(owner).items()
+                    },
+                )
+            )
 
     def put_back() -> None:
         for owner, values in owners:

@@ -1,4 +1,5 @@
 """Reading DeepSpeed's checkpoint files without running code that lies in them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -66,8 +67,10 @@ def weights_mapped(checkpoint_engine: Any) -> Iterator[None]:
         if not states:
             return {key: value if key == "module" else _own(value) for key, value in found.items()}
         zero = found["optimizer_state_dict"]
-        return {**found, "optimizer_state_dict": {key: value if key in _COPIED else _own(value)
-                                                  for key, value in zero.items()}}
+        return {
+            **found,
+            "optimizer_state_dict": {key: value if key in _COPIED else _own(value) for key, value in zero.items()},
+        }
 
     checkpoint_engine.load = load_mapped
     try:

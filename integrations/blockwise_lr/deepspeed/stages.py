@@ -1,4 +1,5 @@
 """BlockMaps of DeepSpeed's PipelineModule: every rank holds some layers, and all judge the whole together."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -37,8 +38,10 @@ def map_engine_module(module: torch.nn.Module, rules: Iterable[Any] | None, stri
     used = {match for _, matches in answers for match in matches}
     for rule in own:
         if rule.match not in used:
-            raise BlockError(f"block rule {rule.match!r} matches no trainable parameter on any pipeline stage; correct it "
-                             f"or remove it")
+            raise BlockError(
+                f"block rule {rule.match!r} matches no trainable parameter on any pipeline stage; correct it "
+                f"or remove it"
+            )
     return block_map
 
 

@@ -4,6 +4,7 @@ DeepSpeed cuts states out of tensors of the flat shard's shape. Adam-mini's seco
 that holds a parameter would fail while the others wait for it in the all-reduce. Here a state is looked up by the parameter's
 name: second moments are spread over the elements of the fragments asked for, for the time of the call.
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,10 +17,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from ..blocks import BlockError
-from ..checkpoint.moments import gather, spread
+from ..checkpoint.moments import expand_segments, take_segments
 from ..optim import Fragment
 from ..optim.base import BlockwiseOptimizer
-from ..optim.plan import StepPlan
+from ..plan.step_plan import StepPlan
 
 KEYS = ("exp_avg", "exp_avg_sq")
 
@@ -57,8 +58,9 @@ def _serve_parameters(wrapper: Any, states: _States) -> None:
             parameter.set_full_hp_param = functools.partial(_set_full, states, parameter, put)
 
 
-def _get_full(states: _States, parameter: torch.Tensor, upstream: Any,
-              optim_state_key: str | None = None) -> torch.Tensor:
+def _get_full(
+    states: _States, parameter: torch.Tensor, upstream: Any, optim_state_key: str | None = None
+) -> torch.Tensor:
     if optim_state_key is None:
         return upstream()
     found = states.held(parameter, optim_state_key, 0, parameter.numel())
@@ -66,8 +68,9 @@ def _get_full(states: _States, parameter: torch.Tensor, upstream: Any,
     return found.view(parameter.shape)
 
 
-def _set_full(states: _States, parameter: torch.Tensor, upstream: Any, value: torch.Tensor,
-              optim_state_key: str | None = None) -> None:
+def _set_full(
+    states: _States, parameter: torch.Tensor, upstream: Any, value: torch.Tensor, optim_state_key: str | None = None
+) -> None:
     if optim_state_key is None:
         upstream(value)
     else:
@@ -131,7 +134,7 @@ class _States:
             if not state:
                 continue
             begin = fragment.start - first
-            found[begin:begin + fragment.numel].copy_(self._read(tensor, fragment, state[key], key))
+            found[begin : begin + fragment.numel].copy_(self._read(tensor, fragment, state[key], key))
         return found
 
     def take(self, parameter: torch.Tensor, key: str, value: torch.Tensor, first: int, size: int) -> None:
@@ -150,18 +153,21 @@ class _States:
             self._check_segments(name, value, first)
         for tensor, fragment in self._fragments(parameter):
             begin = fragment.start - first
-            self._write(tensor, fragment, self._optimizer.init_state(tensor)[key], key,
-                        value[begin:begin + fragment.numel])
+            self._write(
+                tensor, fragment, self._optimizer.init_state(tensor)[key], key, value[begin : begin + fragment.numel]
+            )
 
     def _check_segments(self, name: str, value: torch.Tensor, first: int) -> None:
         """Padding beyond the parameter's end is not looked at."""
         held = max(0, min(value.numel(), self._optimizer.layout_of(name).numel - first))
         plan = self._plan(Fragment(name, first, held, 0))
         value = value[:held].cpu()
-        if not torch.equal(spread(gather(value, plan), plan), value):
-            raise BlockError(f"exp_avg_sq of {name} was given values that differ within a segment, and Adam-mini keeps "
-                             f"one second moment per segment (a head of q and k, a row of other weights, a whole norm); "
-                             f"give every element of a segment the same value, such as their mean")
+        if not torch.equal(expand_segments(take_segments(value, plan), plan), value):
+            raise BlockError(
+                f"exp_avg_sq of {name} was given values that differ within a segment, and Adam-mini keeps "
+                f"one second moment per segment (a head of q and k, a row of other weights, a whole norm); "
+                f"give every element of a segment the same value, such as their mean"
+            )
 
     def _name(self, parameter: torch.Tensor) -> str:
         return self._optimizer.block_map.name_of(parameter)
@@ -177,24 +183,28 @@ class _States:
         if key == "exp_avg" or not self._optimizer.segment_plans:
             return state.narrow(0, fragment.offset, fragment.numel)
         plan, slots = self._slots(tensor, fragment)
-        return spread(state[slots.to(state.device)], plan)
+        return expand_segments(state[slots.to(state.device)], plan)
 
-    def _write(self, tensor: torch.Tensor, fragment: Fragment, state: torch.Tensor, key: str,
-               value: torch.Tensor) -> None:
+    def _write(
+        self, tensor: torch.Tensor, fragment: Fragment, state: torch.Tensor, key: str, value: torch.Tensor
+    ) -> None:
         if key == "exp_avg" or not self._optimizer.segment_plans:
             state.narrow(0, fragment.offset, fragment.numel).copy_(value)
             return
         plan, slots = self._slots(tensor, fragment)
-        state[slots.to(state.device)] = gather(value.cpu(), plan).to(state.device)
+        state[slots.to(state.device)] = take_segments(value.cpu(), plan).to(state.device)
 
     def _slots(self, tensor: torch.Tensor, fragment: Fragment) -> tuple[StepPlan, torch.Tensor]:
         """The plan of a fragment alone, and for each of its slots the slot in the flat tensor's plan."""
         plan = self._plan(Fragment(fragment.name, fragment.start, fragment.numel, 0))
         slots = torch.zeros(plan.slots, dtype=torch.int64)
-        there = {(run.piece, run.start): run.slot for run in self._optimizer.plan_of(tensor).runs
-                 if run.name == fragment.name}
+        there = {
+            (run.piece, run.start): run.slot
+            for run in self._optimizer.plan_of(tensor).runs
+            if run.name == fragment.name
+        }
         for run in plan.runs:
-            slots[run.slot:run.slot + run.count] = there[run.piece, run.start] + torch.arange(run.count)
+            slots[run.slot : run.slot + run.count] = there[run.piece, run.start] + torch.arange(run.count)
         return plan, slots
 
     def _plan(self, fragment: Fragment) -> StepPlan:

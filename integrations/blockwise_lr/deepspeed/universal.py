@@ -7,6 +7,7 @@ DeepSpeed's loaders take a stage's own universal folders only and give every par
 engines with a blockwise optimizer load through this module: every file holds a whole parameter's state, and a rank
 takes from it what its shards hold.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,9 +17,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.errors import CheckpointError, raise_together
+from ..checkpoint.errors import CheckpointError, raise_on_all_ranks
 from ..checkpoint.record import Record, by_names
-from ..checkpoint.restore import MOMENTS, check
+from ..checkpoint.restore import MOMENTS, check_record
 from ..optim.base import BlockwiseOptimizer
 from .conversion import convert
 from .reading import read
@@ -33,8 +34,10 @@ class UniversalFolder:
         self.folder = Path(folder) / "zero"
         path = self.folder / "optimizer_state.pt"
         if not path.is_file():
-            raise CheckpointError(f"{folder} is not a universal checkpoint ({path} is missing); convert one with "
-                                  f"python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT")
+            raise CheckpointError(
+                f"{folder} is not a universal checkpoint ({path} is missing); convert one with "
+                f"python -m blockwise_lr.deepspeed.universal CHECKPOINT OUTPUT"
+            )
         self.common = _load(path)
         if not isinstance(self.common, dict) or not isinstance(self.common.get("param_groups"), list):
             raise CheckpointError(f"{path} holds no param groups; convert the checkpoint again")
@@ -62,8 +65,10 @@ class UniversalFolder:
         """
         missing = [key for key in ("fp32", *MOMENTS) if not (self.folder / name / f"{key}.pt").is_file()]
         if missing and missing != list(MOMENTS):
-            raise CheckpointError(f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of "
-                                  f"{name}; it is incomplete or of another model")
+            raise CheckpointError(
+                f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of "
+                f"{name}; it is incomplete or of another model"
+            )
         return not missing
 
     def values(self, name: str, key: str, numel: int) -> torch.Tensor:
@@ -75,8 +80,10 @@ class UniversalFolder:
         saved = _load(self.folder / name / f"{key}.pt")
         saved = saved["param"] if isinstance(saved, dict) else saved
         if saved.numel() != numel:
-            raise CheckpointError(f"{self.folder / name}/{key}.pt holds {saved.numel()} values and the parameter has "
-                                  f"{numel}; the checkpoint is of another model")
+            raise CheckpointError(
+                f"{self.folder / name}/{key}.pt holds {saved.numel()} values and the parameter has "
+                f"{numel}; the checkpoint is of another model"
+            )
         return saved.reshape(-1)
 
 
@@ -95,7 +102,7 @@ def check_universal(optimizer: BlockwiseOptimizer, folder: str) -> None:
         MismatchError: the origin of the state contradicts the run in what ``accept_mismatch`` does not name.
     """
     source = UniversalFolder(folder)
-    check(optimizer, source.record(), f"checkpoint {folder}")
+    check_record(optimizer, source.record(), f"checkpoint {folder}")
     for name in {fragment.name for _, fragments in optimizer.shards.flats for fragment in fragments}:
         for key in ("fp32", *MOMENTS) if source.has_moments(name) else ("fp32",):
             source.values(name, key, optimizer.block_map[name].numel)
@@ -117,7 +124,7 @@ def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> 
         moments = {id(flat): _moments(source, optimizer, flat, fragments) for flat, fragments in optimizer.shards.flats}
     except CheckpointError as problem:
         error = problem
-    raise_together(error)
+    raise_on_all_ranks(error)
     if is_stage3:
         wrapper._set_fp32_optimizer_param_groups()
     try:
@@ -134,8 +141,9 @@ def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> 
             setattr(wrapper, key, source.common[key])
 
 
-def _moments(source: UniversalFolder, optimizer: BlockwiseOptimizer, flat: torch.Tensor,
-             fragments: Any) -> dict[str, Any]:
+def _moments(
+    source: UniversalFolder, optimizer: BlockwiseOptimizer, flat: torch.Tensor, fragments: Any
+) -> dict[str, Any]:
     """A flat tensor's state with element-shaped moments, or an empty one where no parameter in it was ever stepped."""
     state: dict[str, Any] = {key: torch.zeros(flat.numel()) for key in MOMENTS}
     steps = set()
@@ -145,16 +153,20 @@ def _moments(source: UniversalFolder, optimizer: BlockwiseOptimizer, flat: torch
         steps.add(source.step(fragment.name))
         for key in MOMENTS:
             values = source.values(fragment.name, key, optimizer.block_map[fragment.name].numel)
-            state[key][fragment.offset:fragment.offset + fragment.numel] = \
-                values[fragment.start:fragment.start + fragment.numel]
+            state[key][fragment.offset : fragment.offset + fragment.numel] = values[
+                fragment.start : fragment.start + fragment.numel
+            ]
     if len(steps) > 1:
-        raise CheckpointError(f"parameters of one param group were saved at different steps {sorted(map(str, steps))}; "
-                              f"the universal checkpoint is mixed from several")
+        raise CheckpointError(
+            f"parameters of one param group were saved at different steps {sorted(map(str, steps))}; "
+            f"the universal checkpoint is mixed from several"
+        )
     return {**state, "step": steps.pop()} if steps else {}
 
 
-def _state_dict(source: UniversalFolder, optimizer: BlockwiseOptimizer,
-                moments: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _state_dict(
+    source: UniversalFolder, optimizer: BlockwiseOptimizer, moments: dict[int, dict[str, Any]]
+) -> dict[str, Any]:
     """What the optimizer would have saved, had it held these shards."""
     saved = source.param_groups()
     steps = [group.get("step") for group in saved]
@@ -169,7 +181,7 @@ def _state_dict(source: UniversalFolder, optimizer: BlockwiseOptimizer,
             if state and state["step"] is None:
                 state["step"] = steps[number] if number < len(steps) else None
             states[index] = state
-    return {"state": states, "param_groups": groups + saved[len(groups):]}
+    return {"state": states, "param_groups": groups + saved[len(groups) :]}
 
 
 @torch.no_grad()
@@ -177,8 +189,9 @@ def _load_weights(source: UniversalFolder, optimizer: BlockwiseOptimizer) -> Non
     for flat, fragments in optimizer.shards.flats:
         for fragment in fragments:
             values = source.values(fragment.name, "fp32", optimizer.block_map[fragment.name].numel)
-            flat.view(-1)[fragment.offset:fragment.offset + fragment.numel] = \
-                values[fragment.start:fragment.start + fragment.numel].to(flat.device)
+            flat.view(-1)[fragment.offset : fragment.offset + fragment.numel] = values[
+                fragment.start : fragment.start + fragment.numel
+            ].to(flat.device)
 
 
 def model_state_files(found: list[str], pattern: str) -> list[str]:
@@ -194,12 +207,14 @@ def model_state_files(found: list[str], pattern: str) -> list[str]:
         return found
     folder = Path(pattern).parent
     return sorted(map(str, folder.glob("mp_rank_*_model_states.pt"))) or sorted(
-        map(str, folder.glob("zero_pp_rank_0_mp_rank_*_model_states.pt")))
+        map(str, folder.glob("zero_pp_rank_0_mp_rank_*_model_states.pt"))
+    )
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m blockwise_lr.deepspeed.universal", description=convert.__doc__
-                                     .partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m blockwise_lr.deepspeed.universal", description=convert.__doc__.partition("\n")[0]
+    )
     parser.add_argument("checkpoint", help="folder of one tag, e.g. checkpoints/global_step1000")
     parser.add_argument("output", help="folder to write, e.g. checkpoints/global_step1000_universal")
     parser.add_argument("--workers", type=int, default=1, help="parallel processes")

@@ -1,4 +1,5 @@
 """DeepSpeed features that our optimizers cannot serve: refused before the first collective, with the way out."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,22 +25,31 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
     """
     zero = config.zero_config
     if zero.elastic_checkpoint:
-        raise BlockError("blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
-                         "checkpoints to change the number of ranks")
+        raise BlockError(
+            "blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
+            "checkpoints to change the number of ranks"
+        )
     if zero.zenflow is not None:
-        raise BlockError("blockwise optimizers do not support zero_optimization.zenflow, which steps parts of the "
-                         "parameters with an AdamW of its own; remove it")
+        raise BlockError(
+            "blockwise optimizers do not support zero_optimization.zenflow, which steps parts of the "
+            "parameters with an AdamW of its own; remove it"
+        )
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
-    for section, settings, key in (("fp16", config.float16_config, "fp16_master_weights_and_grads"),
-                                   ("bf16", config.bfloat16_config, "bf16_master_weights_and_grads"),
-                                   ("bf16", config.bfloat16_config, "bf16_optimizer_states")):
+    for section, settings, key in (
+        ("fp16", config.float16_config, "fp16_master_weights_and_grads"),
+        ("bf16", config.bfloat16_config, "bf16_master_weights_and_grads"),
+        ("bf16", config.bfloat16_config, "bf16_optimizer_states"),
+    ):
         if getattr(settings, key, False):
-            raise BlockError(f"blockwise optimizers step float32 master weights and do not support {section}.{key}; "
-                             f"remove it")
+            raise BlockError(
+                f"blockwise optimizers step float32 master weights and do not support {section}.{key}; remove it"
+            )
     if mesh_device is not None and mesh_device["sequence_parallel"].size() > 1:
-        raise BlockError("DeepSpeed leaves the sequence-parallel ranks of mesh_param (and of sequence_parallel_size) out "
-                         "of its gradient averages and its checkpoints; give deepspeed.initialize an mpu such as "
-                         "deepspeed.runtime.sequence_parallel.parallel_state_sp instead")
+        raise BlockError(
+            "DeepSpeed leaves the sequence-parallel ranks of mesh_param (and of sequence_parallel_size) out "
+            "of its gradient averages and its checkpoints; give deepspeed.initialize an mpu such as "
+            "deepspeed.runtime.sequence_parallel.parallel_state_sp instead"
+        )
     _refuse_autotp(config, module, optimizer)
 
 
@@ -47,25 +57,33 @@ def _refuse_offload(offload: Any) -> None:
     if offload is None:
         return
     if str(getattr(offload.device, "value", offload.device)) == "nvme":
-        raise BlockError("blockwise optimizers do not support offload_optimizer to nvme; use \"device\": \"cpu\"")
+        raise BlockError('blockwise optimizers do not support offload_optimizer to nvme; use "device": "cpu"')
     if offload.super_offload:
-        raise BlockError("blockwise optimizers do not support offload_optimizer.super_offload, which steps with an "
-                         "AdamW of its own; remove it")
+        raise BlockError(
+            "blockwise optimizers do not support offload_optimizer.super_offload, which steps with an "
+            "AdamW of its own; remove it"
+        )
     if offload.ratio < 1.0:
-        raise BlockError("blockwise optimizers do not support a partial offload_optimizer (ratio below 1), which steps "
-                         "the rest with another optimizer; set \"ratio\": 1.0")
+        raise BlockError(
+            "blockwise optimizers do not support a partial offload_optimizer (ratio below 1), which steps "
+            'the rest with another optimizer; set "ratio": 1.0'
+        )
 
 
 def _refuse_autotp(config: Any, module: torch.nn.Module, optimizer: Any) -> None:
     if (getattr(config.tensor_parallel_config, "autotp_size", 0) or 0) < 2:
         return
     if optimizer is not None:
-        raise BlockError("tensor_parallel.autotp_size cuts parameters after an optimizer object was built, whose block "
-                         "map is then of other shapes; name the optimizer in the ds_config instead")
+        raise BlockError(
+            "tensor_parallel.autotp_size cuts parameters after an optimizer object was built, whose block "
+            "map is then of other shapes; name the optimizer in the ds_config instead"
+        )
     if config.optimizer_name == BlockwiseAdamMini.__name__:
-        raise BlockError("BlockwiseAdamMini does not support tensor_parallel.autotp_size: the slices hold parts of "
-                         "heads' and rows' segments, and DeepSpeed does not mark which; use BlockwiseAdamW, or remove "
-                         "tensor_parallel")
+        raise BlockError(
+            "BlockwiseAdamMini does not support tensor_parallel.autotp_size: the slices hold parts of "
+            "heads' and rows' segments, and DeepSpeed does not mark which; use BlockwiseAdamW, or remove "
+            "tensor_parallel"
+        )
     _refuse_fused(config, module)
 
 
@@ -76,6 +94,8 @@ def _refuse_fused(config: Any, module: torch.nn.Module) -> None:
     for name, layout in block_map.items():
         if len(layout.blocks) > 1:
             types = ", ".join(block.value for block in layout.blocks)
-            raise BlockError(f"{name} holds several block types ({types}), and "
-                             f"tensor_parallel.autotp_size cuts such weights in ways blockwise_lr cannot follow; use a "
-                             f"model with separate weights, or remove tensor_parallel")
+            raise BlockError(
+                f"{name} holds several block types ({types}), and "
+                f"tensor_parallel.autotp_size cuts such weights in ways blockwise_lr cannot follow; use a "
+                f"model with separate weights, or remove tensor_parallel"
+            )

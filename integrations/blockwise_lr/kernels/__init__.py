@@ -1,4 +1,5 @@
 """Kernels: one optimizer step over one flat tensor. All implement :class:`~blockwise_lr.kernels.interface.Kernel`."""
+
 from __future__ import annotations
 
 import functools
@@ -59,7 +60,7 @@ def kernel_for(device: torch.device, name: str = "auto") -> Kernel:
         raise ValueError(f"unknown kernel {name!r}; use one of {', '.join(KERNELS)}")
     reason = None if name == "auto" else _missing(name, device.type)
     if reason:
-        raise ValueError(f"the kernel {name!r} is not usable on {device.type} here: {reason}; use kernel=\"auto\"")
+        raise ValueError(f'the kernel {name!r} is not usable on {device.type} here: {reason}; use kernel="auto"')
     if name == "auto":
         name = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
     return {"cpp": _cpp, "triton": _triton}.get(name, lambda: None)() or _REFERENCE
@@ -69,6 +70,8 @@ def usable() -> dict[str, str]:
     """Kernel name -> where it is usable, or why it is not. Builds what can be built."""
     cpp = _missing("cpp", "cpu")
     triton = _missing("triton", "cuda") or (None if torch.cuda.is_available() else "there is no CUDA device")
-    return {"reference": "yes, on every device",
-            "cpp": f"no: {cpp}" if cpp else "yes, on the CPU",
-            "triton": f"no: {triton}" if triton else "yes, on CUDA devices"}
+    return {
+        "reference": "yes, on every device",
+        "cpp": f"no: {cpp}" if cpp else "yes, on the CPU",
+        "triton": f"no: {triton}" if triton else "yes, on CUDA devices",
+    }

@@ -1,4 +1,5 @@
 """The C++ kernel: OpenMP and vectors on the CPU, built at first use and kept for the next time."""
+
 from __future__ import annotations
 
 import ctypes
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..optim.plan import Rectangles, StepPlan
+from ..plan.step_plan import Rectangles, StepPlan
 from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 from .tiling import tiles
@@ -43,9 +44,13 @@ def library() -> ctypes.CDLL | None:
     try:
         return _declare(ctypes.CDLL(_build()))
     except Exception as error:  # no compiler, no ninja, a read-only home: every step still works without
-        _LOG.warning("blockwise_lr: the C++ kernel could not be built, so optimizer steps on the CPU use plain torch, "
-                     "which is slower (%s: %s); install g++ and ninja, or set %s=0 to silence this",
-                     type(error).__name__, str(error).splitlines()[0] if str(error) else "", SWITCH)
+        _LOG.warning(
+            "blockwise_lr: the C++ kernel could not be built, so optimizer steps on the CPU use plain torch, "
+            "which is slower (%s: %s); install g++ and ninja, or set %s=0 to silence this",
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "",
+            SWITCH,
+        )
         return None
 
 
@@ -59,8 +64,9 @@ def _build() -> str:
     finished = built.with_suffix(".finished")  # another rank may be half-way through writing the library itself
     if not finished.exists():
         _find_ninja()
-        cpp_extension.load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"],
-                           is_python_module=False, verbose=False)
+        cpp_extension.load(
+            name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False, verbose=False
+        )
         finished.touch()
     return str(built)
 
@@ -101,47 +107,102 @@ class CppKernel:
         self._reference = ReferenceKernel()
         self._tiles: weakref.WeakKeyDictionary[Rectangles, np.ndarray] = weakref.WeakKeyDictionary()
 
-    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adamw(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.whole, param, grad, exp_avg, exp_avg_sq, out)
-        self._built.blockwise_adamw(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out),
-                                    torch.get_num_threads())
+        refuse_other_sizes(plan.local, param, grad, exp_avg, exp_avg_sq, out)
+        self._built.blockwise_adamw(
+            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.local, values, out), torch.get_num_threads()
+        )
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not _fits(sums, grad):
             return self._reference.sum_squares(grad, rectangles, sums)
         refuse_other_sizes(rectangles, grad, slots=sums)
         tiles = self._tiles_of(rectangles)
-        self._built.blockwise_sum_squares(grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], sums.data_ptr(),
-                                          tiles.ctypes.data, len(tiles), torch.get_num_threads())
+        self._built.blockwise_sum_squares(
+            grad.data_ptr(),
+            _GRADIENT_TYPES[grad.dtype],
+            sums.data_ptr(),
+            tiles.ctypes.data,
+            len(tiles),
+            torch.get_num_threads(),
+        )
 
-    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adam_mini(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.whole, param, grad, exp_avg, out, slots=exp_avg_sq)
-        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out), 1,
-                                        torch.get_num_threads())
+        refuse_other_sizes(plan.local, param, grad, exp_avg, out, slots=exp_avg_sq)
+        self._built.blockwise_adam_mini(
+            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.local, values, out), 1, torch.get_num_threads()
+        )
 
-    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adam_mini_presummed(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.cut, param, grad, exp_avg, out, slots=exp_avg_sq)
-        self._built.blockwise_adam_mini(*self._arguments(param, grad, exp_avg, exp_avg_sq, plan.cut, values, out), 0,
-                                        torch.get_num_threads())
+            return self._reference.adam_mini_presummed(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        refuse_other_sizes(plan.shared, param, grad, exp_avg, out, slots=exp_avg_sq)
+        self._built.blockwise_adam_mini(
+            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.shared, values, out), 0, torch.get_num_threads()
+        )
 
-    def _arguments(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                   rectangles: Rectangles, values: StepValues, out: torch.Tensor | None) -> tuple:
+    def _arguments(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        rectangles: Rectangles,
+        values: StepValues,
+        out: torch.Tensor | None,
+    ) -> tuple:
         tiles = self._tiles_of(rectangles)
         lrs = (ctypes.c_float * len(values.lrs))(*values.lrs)
         decays = (ctypes.c_float * len(values.decays))(*values.decays)
         copy = None if out is None else out.data_ptr()
-        return (param.data_ptr(), grad.data_ptr(), _GRADIENT_TYPES[grad.dtype], exp_avg.data_ptr(),
-                exp_avg_sq.data_ptr(), copy, tiles.ctypes.data, len(tiles), lrs, decays, values.beta1, values.beta2,
-                values.eps, values.correction1, values.correction2_sqrt)
+        return (
+            param.data_ptr(),
+            grad.data_ptr(),
+            _GRADIENT_TYPES[grad.dtype],
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            copy,
+            tiles.ctypes.data,
+            len(tiles),
+            lrs,
+            decays,
+            values.beta1,
+            values.beta2,
+            values.eps,
+            values.correction1,
+            values.correction2_sqrt,
+        )
 
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:
         if rectangles not in self._tiles:
@@ -151,8 +212,13 @@ class CppKernel:
 
 def _fits(*tensors: torch.Tensor) -> bool:
     """Whether the first is float32 and the others are, or are gradients of a known type, all of them on the CPU."""
-    return all(t.device.type == "cpu" for t in tensors) and tensors[0].dtype == torch.float32 and all(
-        t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
+    return (
+        all(t.device.type == "cpu" for t in tensors)
+        and tensors[0].dtype == torch.float32
+        and all(
+            t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors)
+        )
+    )
 
 
 def _takes(out: torch.Tensor | None) -> bool:

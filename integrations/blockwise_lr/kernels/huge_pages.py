@@ -4,6 +4,7 @@ A step reads and writes gigabytes in one pass, and with pages of 4 KiB every pag
 kernel is about a tenth faster on pages of 2 MiB (``make bench``). PyTorch's own THP_MEM_ALLOC_ENABLE=1 does the same for
 all memory of a process, temporaries included. See madvise(2) for MADV_HUGEPAGE and MADV_COLLAPSE.
 """
+
 from __future__ import annotations
 
 import ctypes

@@ -1,4 +1,5 @@
 """What a kernel is: one optimizer step over one flat tensor, following its plan."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from ..optim.plan import Rectangles, StepPlan
+from ..plan.step_plan import Rectangles, StepPlan
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StepValues:
 
     @property
     def correction2_sqrt(self) -> float:
-        return (1 - self.beta2**self.step)**0.5
+        return (1 - self.beta2**self.step) ** 0.5
 
 
 class Kernel(Protocol):
@@ -45,20 +46,44 @@ class Kernel(Protocol):
 
     name: str
 
-    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adamw(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         """One AdamW step in place; elements outside the plan's rectangles stay as they are."""
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         """Adds each segment's sum of squared gradients to its slot of ``sums`` (slots,), float32."""
 
-    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
-        """One Adam-mini step in place over ``plan.whole``: sums, second moments (slots,), first moments, parameters."""
+    def adam_mini(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """One Adam-mini step in place over ``plan.local``: sums, second moments (slots,), first moments, parameters."""
 
-    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
-        """The same over ``plan.cut``, whose second moments of this step the caller has already set."""
+    def adam_mini_presummed(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        """The same over ``plan.shared``, whose second moments of this step the caller has already set."""
 
 
 def refuse_other_sizes(rectangles: Rectangles, *rows: torch.Tensor | None, slots: torch.Tensor | None = None) -> None:
@@ -76,7 +101,9 @@ def refuse_other_sizes(rectangles: Rectangles, *rows: torch.Tensor | None, slots
     given = [tensor for tensor in rows if tensor is not None]
     for tensor in given:
         if not tensor.is_contiguous() or tensor.numel() < elements or tensor.numel() != given[0].numel():
-            raise ValueError(f"a kernel was given a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} where "
-                             f"{given[0].numel()} elements in a row are needed, and its plan reaches to {elements}")
+            raise ValueError(
+                f"a kernel was given a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} where "
+                f"{given[0].numel()} elements in a row are needed, and its plan reaches to {elements}"
+            )
     if slots is not None and (not slots.is_contiguous() or slots.numel() < segments):
         raise ValueError(f"a kernel was given {slots.numel()} second moments where its plan has {segments} segments")

@@ -1,4 +1,5 @@
 """The kernel in plain torch: always there, on every device, and what the others are tested against."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -6,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..optim.plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..plan.views import runs_of, segments_of, slots_of
 from .interface import StepValues
 
 # Elements worked on at a time: temporaries of an optimizer step stay this small however large the shard.
@@ -19,10 +21,18 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
-        for row in _tiles(plan.whole, 1):
-            p, g, m, v = (_runs(t, row) for t in (param, grad, exp_avg, exp_avg_sq))
+    def adamw(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        for row in _tiles(plan.local, 1):
+            p, g, m, v = (runs_of(t, row) for t in (param, grad, exp_avg, exp_avg_sq))
             adamw_update(p, g.to(p.dtype), m, v, values, int(row[CLASS]))
             _copy_out(out, param, row)
 
@@ -30,9 +40,17 @@ class ReferenceKernel:
         for row in _tiles(rectangles, 1):
             slots_of(sums, row).add_(_segment_sums(grad, row))
 
-    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
-        rectangles = plan.whole
+    def adam_mini(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        rectangles = plan.local
         for row, numel in zip(rectangles.table, rectangles.segment_numel):
             spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
             if spread:
@@ -43,15 +61,29 @@ class ReferenceKernel:
                 _mini_tile(param, grad, exp_avg, exp_avg_sq, tile, values)
                 _copy_out(out, param, tile)
 
-    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
-        for tile in _tiles(plan.cut, 1):
+    def adam_mini_presummed(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
+        for tile in _tiles(plan.shared, 1):
             _mini_tile(param, grad, exp_avg, exp_avg_sq, tile, values)
             _copy_out(out, param, tile)
 
 
-def adamw_update(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                 values: StepValues, number: int) -> None:
+def adamw_update(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    values: StepValues,
+    number: int,
+) -> None:
     """AdamW on tensors of equal shape and one class, in place; the operations of torch.optim.AdamW in its order:
 
     p <- p (1 - lr wd);  m <- m + (1 - b1)(g - m);  v <- b2 v + (1 - b2) g^2;
@@ -70,8 +102,14 @@ def _second_moment(moment: torch.Tensor, sums: torch.Tensor, numel: float, value
     moment.mul_(values.beta2).add_(sums / numel, alpha=1 - values.beta2)
 
 
-def _mini_tile(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-               row: np.ndarray, values: StepValues) -> None:
+def _mini_tile(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    row: np.ndarray,
+    values: StepValues,
+) -> None:
     """Parameters and first moments of a tile, its second moments being those of this step already."""
     p, g, m = (segments_of(t, row) for t in (param, grad, exp_avg))
     lr = values.lrs[row[CLASS]]
@@ -83,7 +121,7 @@ def _mini_tile(param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, e
 
 def _copy_out(out: torch.Tensor | None, param: torch.Tensor, row: np.ndarray) -> None:
     if out is not None:
-        _runs(out, row).copy_(_runs(param, row))
+        runs_of(out, row).copy_(runs_of(param, row))
 
 
 def _spread_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:
@@ -96,26 +134,6 @@ def _spread_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:
 def _segment_sums(grad: torch.Tensor, row: np.ndarray) -> torch.Tensor:
     squares = segments_of(grad, row).float().square()
     return squares.sum((0, 2)) if row[SLOT_STEP] == 0 else squares.sum(2)
-
-
-def _runs(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
-    """The rectangle as a view (outer, inner)."""
-    return tensor.as_strided((int(row[OUTER]), int(row[INNER])), (int(row[STRIDE]), 1),
-                             tensor.storage_offset() + int(row[OFFSET]))
-
-
-def segments_of(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
-    """The rectangle as a view (outer, segments of a run, unit)."""
-    return _runs(tensor, row).unflatten(1, (-1, int(row[UNIT])))
-
-
-def slots_of(moments: torch.Tensor, row: np.ndarray, base: int = 0) -> torch.Tensor:
-    """The rectangle's slots as a view: (outer, segments of a run), or (segments of a run,) where runs share them."""
-    count = int(row[INNER] // row[UNIT])
-    offset = moments.storage_offset() + int(row[SLOT]) - base
-    if row[SLOT_STEP] == 0:
-        return moments.as_strided((count,), (1,), offset)
-    return moments.as_strided((int(row[OUTER]), count), (int(row[SLOT_STEP]), 1), offset)
 
 
 def _tiles(rectangles: Rectangles, unit: int) -> Iterator[np.ndarray]:

@@ -1,9 +1,10 @@
 """Rectangles cut into tiles: what one thread of the C++ kernel works on at a time."""
+
 from __future__ import annotations
 
 import numpy as np
 
-from ..optim.plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles
+from ..plan.step_plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles
 
 # a tile's columns after those of a rectangle's table
 SEGMENT_NUMEL, SPREAD, COLUMNS = 8, 9, 10

@@ -6,6 +6,7 @@ rectangles. Segments are never shared between programs and no atomics are used, 
 Consecutive elements that begin at a multiple of four are moved 16 bytes at a time. The compiler is told so by
 multiplying with ALIGN, not by tl.multiple_of: that marks the value wherever it is used, the other branch included.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..optim.plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
 from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 
@@ -70,19 +71,66 @@ def _adamw_elements(p, g, m, v, out, at, mask, keep, step, rest1, beta2, rest2, 
 
 
 @triton.jit
-def _adamw(p, g, m, v, out, owner, table, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
-           COPY: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+def _adamw(
+    p,
+    g,
+    m,
+    v,
+    out,
+    owner,
+    table,
+    numbers,
+    classes,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    inverse_root,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
     at, _, number, runs, stride, width, _, aligned, _ = _task(owner, table, FIELDS)
     step, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
     element = tl.arange(0, BLOCK)
     if (runs == 1) & (aligned == 1):
-        _adamw_elements(p, g, m, v, out, _multiple(at, 4) + element, element < _multiple(width, 4), keep, step, rest1,
-                        beta2, rest2, eps, inverse_root, COPY)
+        _adamw_elements(
+            p,
+            g,
+            m,
+            v,
+            out,
+            _multiple(at, 4) + element,
+            element < _multiple(width, 4),
+            keep,
+            step,
+            rest1,
+            beta2,
+            rest2,
+            eps,
+            inverse_root,
+            COPY,
+        )
     else:
         narrow = width.to(tl.int32)
         run = element // narrow
-        _adamw_elements(p, g, m, v, out, at + run * stride + element % narrow, run < runs, keep, step, rest1, beta2,
-                        rest2, eps, inverse_root, COPY)
+        _adamw_elements(
+            p,
+            g,
+            m,
+            v,
+            out,
+            at + run * stride + element % narrow,
+            run < runs,
+            keep,
+            step,
+            rest1,
+            beta2,
+            rest2,
+            eps,
+            inverse_root,
+            COPY,
+        )
 
 
 @triton.jit
@@ -99,8 +147,22 @@ def _one_sum(g, at, runs, stride, width, ALIGN: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY: tl.constexpr, ALIGN: tl.constexpr,
-                BLOCK: tl.constexpr):
+def _one_update(
+    p,
+    g,
+    m,
+    out,
+    at,
+    runs,
+    stride,
+    width,
+    keep,
+    step,
+    rest1,
+    COPY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     element, width = tl.arange(0, BLOCK), _multiple(width, ALIGN)
     for run in range(0, runs):
         base = _multiple(at + run * stride, ALIGN)
@@ -133,8 +195,22 @@ def _side_sums(g, at, runs, stride, width, unit, COLUMNS: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _side_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY: tl.constexpr, COLUMNS: tl.constexpr,
-                 ROWS: tl.constexpr):
+def _side_update(
+    p,
+    g,
+    m,
+    out,
+    at,
+    runs,
+    stride,
+    width,
+    keep,
+    step,
+    rest1,
+    COPY: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     column, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     for start in range(0, runs, ROWS):
         run = start + row
@@ -150,9 +226,28 @@ def _side_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY:
 
 
 @triton.jit
-def _adam_mini(p, g, m, v, out, owner, table, numels, numbers, classes, rest1, beta2, rest2, eps, inverse_root,
-               OWN_SUMS: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-               FIELDS: tl.constexpr):
+def _adam_mini(
+    p,
+    g,
+    m,
+    v,
+    out,
+    owner,
+    table,
+    numels,
+    numbers,
+    classes,
+    rest1,
+    beta2,
+    rest2,
+    eps,
+    inverse_root,
+    OWN_SUMS: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
     at, slot, number, runs, stride, width, unit, aligned, rectangle = _task(owner, table, FIELDS)
     lr, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
     if unit > COLUMNS:  # one segment
@@ -238,13 +333,32 @@ def tasks(rectangles: Rectangles, elementwise: bool, device: torch.device) -> Ta
     fours = (table[:, [OFFSET, INNER]] % 4 == 0).all(1) & (width % 4 == 0)
     aligned = fours & ((table[:, STRIDE] % 4 == 0) | (outer == 1))
     count = along * -(-outer // runs)
-    columns[:] = np.stack([count, along, width, unit, runs, outer, table[:, STRIDE], inner, table[:, OFFSET],
-                           table[:, SLOT], table[:, SLOT_STEP], 2 * table[:, CLASS] + aligned], axis=1)
+    columns[:] = np.stack(
+        [
+            count,
+            along,
+            width,
+            unit,
+            runs,
+            outer,
+            table[:, STRIDE],
+            inner,
+            table[:, OFFSET],
+            table[:, SLOT],
+            table[:, SLOT_STEP],
+            2 * table[:, CLASS] + aligned,
+        ],
+        axis=1,
+    )
     columns, count = columns[order], count[order]
     columns[:, 0] = np.cumsum(count) - count
     owner = np.repeat(np.arange(len(order), dtype=np.int32), count)
-    return Tasks(len(owner), torch.from_numpy(owner).to(device), torch.from_numpy(columns).to(device),
-                 torch.from_numpy(rectangles.segment_numel[order].astype(np.float32)).to(device))
+    return Tasks(
+        len(owner),
+        torch.from_numpy(owner).to(device),
+        torch.from_numpy(columns).to(device),
+        torch.from_numpy(rectangles.segment_numel[order].astype(np.float32)).to(device),
+    )
 
 
 @dataclass(frozen=True)
@@ -274,8 +388,10 @@ def sums_of(rectangles: Rectangles, device: torch.device) -> Sums:
     ordered = wanted[order]
     first = np.searchsorted(ordered, ordered)  # where the equal slots begin
     turn = np.arange(size) - first
-    rounds = tuple(tuple(torch.from_numpy(numbers[turn == number]).to(device) for numbers in (ordered, order))
-                   for number in range(int(turn.max()) + 1))
+    rounds = tuple(
+        tuple(torch.from_numpy(numbers[turn == number]).to(device) for numbers in (ordered, order))
+        for number in range(int(turn.max()) + 1)
+    )
     return Sums(tasks(Rectangles(table, rectangles.segment_numel), False, device), size, rounds)
 
 
@@ -288,17 +404,35 @@ class TritonKernel:
         self._reference = ReferenceKernel()
         self._known: weakref.WeakKeyDictionary[Rectangles, dict] = weakref.WeakKeyDictionary()
 
-    def adamw(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adamw(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.whole, param, grad, exp_avg, exp_avg_sq, out)
-        work = self._made(plan.whole, param.device, "elements", functools.partial(tasks, elementwise=True))
+        refuse_other_sizes(plan.local, param, grad, exp_avg, exp_avg_sq, out)
+        work = self._made(plan.local, param.device, "elements", functools.partial(tasks, elementwise=True))
         if work.count:
             with _on(param.device):
-                _adamw[(work.count,)](param, grad, exp_avg, exp_avg_sq, param if out is None else out, work.owner,
-                                      work.table, *_numbers(values, param.device), COPY=out is not None, BLOCK=BLOCK,
-                                      FIELDS=_FIELDS)
+                _adamw[(work.count,)](
+                    param,
+                    grad,
+                    exp_avg,
+                    exp_avg_sq,
+                    param if out is None else out,
+                    work.owner,
+                    work.table,
+                    *_numbers(values, param.device),
+                    COPY=out is not None,
+                    BLOCK=BLOCK,
+                    FIELDS=_FIELDS,
+                )
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not _fits(sums, grad):
@@ -309,33 +443,71 @@ class TritonKernel:
         work = self._made(rectangles, grad.device, "sums", sums_of)
         buffer = torch.empty(work.size, dtype=torch.float32, device=grad.device)
         with _on(grad.device):
-            _sums[(work.tasks.count,)](grad, buffer, work.tasks.owner, work.tasks.table, BLOCK=BLOCK, COLUMNS=COLUMNS,
-                                       FIELDS=_FIELDS)
+            _sums[(work.tasks.count,)](
+                grad, buffer, work.tasks.owner, work.tasks.table, BLOCK=BLOCK, COLUMNS=COLUMNS, FIELDS=_FIELDS
+            )
         for slots, places in work.rounds:
             sums[slots] += buffer[places]
 
-    def adam_mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                  plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adam_mini(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
             return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.whole, values, out, own_sums=True)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.local, values, out, own_sums=True)
 
-    def adam_mini_cut(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-                      plan: StepPlan, values: StepValues, out: torch.Tensor | None = None) -> None:
+    def adam_mini_presummed(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        plan: StepPlan,
+        values: StepValues,
+        out: torch.Tensor | None = None,
+    ) -> None:
         if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini_cut(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.cut, values, out, own_sums=False)
+            return self._reference.adam_mini_presummed(param, grad, exp_avg, exp_avg_sq, plan, values, out)
+        self._mini(param, grad, exp_avg, exp_avg_sq, plan.shared, values, out, own_sums=False)
 
-    def _mini(self, param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor,
-              rectangles: Rectangles, values: StepValues, out: torch.Tensor | None, own_sums: bool) -> None:
+    def _mini(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        rectangles: Rectangles,
+        values: StepValues,
+        out: torch.Tensor | None,
+        own_sums: bool,
+    ) -> None:
         refuse_other_sizes(rectangles, param, grad, exp_avg, out, slots=exp_avg_sq)
         work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
         if work.count:
             with _on(param.device):
-                _adam_mini[(work.count,)](param, grad, exp_avg, exp_avg_sq, param if out is None else out, work.owner,
-                                          work.table, work.numels, *_numbers(values, param.device),
-                                          OWN_SUMS=own_sums, COPY=out is not None, BLOCK=BLOCK, COLUMNS=COLUMNS,
-                                          FIELDS=_FIELDS)
+                _adam_mini[(work.count,)](
+                    param,
+                    grad,
+                    exp_avg,
+                    exp_avg_sq,
+                    param if out is None else out,
+                    work.owner,
+                    work.table,
+                    work.numels,
+                    *_numbers(values, param.device),
+                    OWN_SUMS=own_sums,
+                    COPY=out is not None,
+                    BLOCK=BLOCK,
+                    COLUMNS=COLUMNS,
+                    FIELDS=_FIELDS,
+                )
 
     def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make):
         known = self._known.setdefault(rectangles, {})
@@ -356,19 +528,36 @@ def _on(device: torch.device):
 
 def _numbers(values: StepValues, device: torch.device) -> tuple:
     """The step's numbers as the device code takes them; those per class by one copy that the host does not wait for."""
-    per_class = torch.tensor([*(lr / values.correction1 for lr in values.lrs),
-                              *(1 - lr * decay for lr, decay in zip(values.lrs, values.decays))], dtype=torch.float32)
+    per_class = torch.tensor(
+        [
+            *(lr / values.correction1 for lr in values.lrs),
+            *(1 - lr * decay for lr, decay in zip(values.lrs, values.decays)),
+        ],
+        dtype=torch.float32,
+    )
     if device.type == "cuda":
         per_class = per_class.pin_memory().to(device, non_blocking=True)
-    return (per_class, len(values.lrs), 1 - values.beta1, values.beta2, 1 - values.beta2, values.eps,
-            1 / values.correction2_sqrt)
+    return (
+        per_class,
+        len(values.lrs),
+        1 - values.beta1,
+        values.beta2,
+        1 - values.beta2,
+        values.eps,
+        1 / values.correction2_sqrt,
+    )
 
 
 def _fits(*tensors: torch.Tensor) -> bool:
     """Whether the first is float32 and the others are, or are gradients of a known type, all where Triton runs."""
     place = ("cpu", "cuda") if interpreted() else ("cuda",)
-    return all(t.device.type in place for t in tensors) and tensors[0].dtype == torch.float32 and all(
-        t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors))
+    return (
+        all(t.device.type in place for t in tensors)
+        and tensors[0].dtype == torch.float32
+        and all(
+            t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors)
+        )
+    )
 
 
 def _takes(out: torch.Tensor | None) -> bool:

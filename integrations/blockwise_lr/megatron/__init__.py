@@ -3,6 +3,7 @@
 ``python -m blockwise_lr.megatron SCRIPT ARGS…`` runs an unmodified pretrain script with our flags. Library users call
 :func:`register` once and go on using ``get_megatron_optimizer``, with ``OptimizerConfig(optimizer="blockwise_adamw")``.
 """
+
 from .door import register
 from .settings import KINDS, BlockSettings
 

@@ -1,4 +1,5 @@
 """``python -m blockwise_lr.megatron [--on-cpu] SCRIPT ARGS…``: runs a Megatron script with blockwise optimizers in it."""
+
 from __future__ import annotations
 
 import os

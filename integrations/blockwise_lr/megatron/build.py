@@ -1,4 +1,5 @@
 """From Megatron's optimizer settings to an optimizer of ours inside Megatron's own wrapper."""
+
 from __future__ import annotations
 
 import copy
@@ -11,9 +12,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ..blocks import BlockMap, BlockType
-from ..checkpoint.errors import together
+from ..collective.errors import run_on_all_ranks
 from ..optim.base import BlockwiseOptimizer
-from ..optim.settings import group_lr
+from ..rules.param_groups import group_lr
 from .checkpoint import save_for_any_layout
 from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
@@ -21,8 +22,14 @@ from .settings import KINDS, BlockSettings
 from .shard_maps import shard_map
 
 
-def build(original: Callable[..., Any], settings: BlockSettings, config: Any, model_chunks: Sequence[torch.nn.Module],
-          param_groups: list[dict], **arguments: Any) -> Any:
+def build(
+    original: Callable[..., Any],
+    settings: BlockSettings,
+    config: Any,
+    model_chunks: Sequence[torch.nn.Module],
+    param_groups: list[dict],
+    **arguments: Any,
+) -> Any:
     """What Megatron's ``_get_megatron_optimizer_based_on_param_groups`` makes, with our optimizer where its Adam would be.
 
     Args:
@@ -50,7 +57,9 @@ def build(original: Callable[..., Any], settings: BlockSettings, config: Any, mo
 
 def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
     """The block types in each param group on any pipeline stage; Megatron makes the same groups on all of them."""
-    here = [{block for p in group["params"] for block in block_map[block_map.name_of(p)].blocks} for group in param_groups]
+    here = [
+        {block for p in group["params"] for block in block_map[block_map.name_of(p)].blocks} for group in param_groups
+    ]
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[list[set[BlockType]]] = [[]] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
@@ -58,13 +67,23 @@ def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: Bloc
 
 
 def _factory(settings: BlockSettings, block_map: BlockMap) -> Callable[..., BlockwiseOptimizer]:
-    def make(params: list[dict], lr: float, weight_decay: float, betas: tuple[float, float], eps: float,
-             **_: Any) -> BlockwiseOptimizer:
-        return KINDS[settings.kind](params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_map=block_map,
-                                    block_lr_ratios=settings.block_lr_ratios or None,
-                                    block_weight_decay=settings.block_weight_decay or None, kernel=settings.kernel,
-                                    accept_mismatch=settings.accept_mismatch,
-                                    ratio_fade_steps=settings.ratio_fade_steps)
+    def make(
+        params: list[dict], lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **_: Any
+    ) -> BlockwiseOptimizer:
+        return KINDS[settings.kind](
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            block_map=block_map,
+            block_lr_ratios=settings.block_lr_ratios or None,
+            block_weight_decay=settings.block_weight_decay or None,
+            kernel=settings.kernel,
+            accept_mismatch=settings.accept_mismatch,
+            ratio_fade_steps=settings.ratio_fade_steps,
+        )
+
     return make
 
 
@@ -87,13 +106,14 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
     common step over it, and is called before loading.
     """
+
     def checked() -> tuple[BlockwiseOptimizer | None, Any]:
         optimizer = ours_in(wrapper, settings)
         if optimizer is None:
             return None, None
         return optimizer, shard_map(wrapper, maps.ours, row_parallel_sums=settings.row_parallel_sums)
 
-    optimizer, shards = together(checked, "building the optimizer")
+    optimizer, shards = run_on_all_ranks(checked, "building the optimizer")
     if optimizer is None:
         return
     optimizer.attach_shards(shards)

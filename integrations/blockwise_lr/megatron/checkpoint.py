@@ -4,6 +4,7 @@ All of Megatron's formats (torch_dist in its several shardings, and the legacy o
 only. Adam-mini's second moment goes through them spread over the elements of its segments, and is taken back from there, so
 that it is resharded to any TP, PP and DP as AdamW's is.
 """
+
 from __future__ import annotations
 
 import functools
@@ -16,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from ..blocks import BlockMap
-from ..checkpoint.moments import gather, spread
+from ..checkpoint.moments import expand_segments, take_segments
 from ..checkpoint.record import same_segments
 from ..checkpoint.restore import averaged
 from ..optim.base import BlockwiseOptimizer
@@ -24,8 +25,12 @@ from ..optim.base import BlockwiseOptimizer
 # What Megatron's own scheduler compares with the checkpoint, and overrides where its flags say so.
 _SCHEDULED = ("lr", "min_lr", "weight_decay")
 # DistributedOptimizer's loaders of states, one per sharding; the legacy format's is from_dp_zero.
-_LOADERS = ("load_parameter_state_from_dp_zero", "load_parameter_state_from_dp_reshardable",
-            "load_parameter_state_from_fully_reshardable", "load_parameter_state_from_fs_model_space")
+_LOADERS = (
+    "load_parameter_state_from_dp_zero",
+    "load_parameter_state_from_dp_reshardable",
+    "load_parameter_state_from_fully_reshardable",
+    "load_parameter_state_from_fs_model_space",
+)
 
 
 def save_for_any_layout(wrapper: Any, optimizer: BlockwiseOptimizer, recorded: BlockMap, row_sums: bool) -> None:
@@ -39,8 +44,9 @@ def save_for_any_layout(wrapper: Any, optimizer: BlockwiseOptimizer, recorded: B
     """
     optimizer.recorded_map = recorded
     optimizer.row_parts = 1 if row_sums else parallel_state.get_tensor_model_parallel_world_size()
-    optimizer.initial_settings = [{key: value for key, value in optimizer.initial_settings[0].items()
-                                   if key not in _SCHEDULED}]  # Megatron makes the groups; their number is no setting
+    optimizer.initial_settings = [
+        {key: value for key, value in optimizer.initial_settings[0].items() if key not in _SCHEDULED}
+    ]  # Megatron makes the groups; their number is no setting
     optimizer.element_state = optimizer.step_in_groups = True
     # Megatron gives every rank the same saved settings, so that all raise the same error without asking each other
     optimizer.loads_together = False
@@ -51,7 +57,9 @@ def save_for_any_layout(wrapper: Any, optimizer: BlockwiseOptimizer, recorded: B
 
 
 def _flag(keys: Sequence[str]) -> str:
-    return f"pass --accept-mismatch {' '.join(keys)} (or accept_mismatch={list(keys)!r} to blockwise_lr.megatron.register)"
+    return (
+        f"pass --accept-mismatch {' '.join(keys)} (or accept_mismatch={list(keys)!r} to blockwise_lr.megatron.register)"
+    )
 
 
 class _Exchange:
@@ -80,7 +88,7 @@ class _Exchange:
         state = self.optimizer.state[main]
         second = state["exp_avg_sq"]
         if self.optimizer.segment_plans:
-            second = spread(second, self.optimizer.plan_of(main)).view_as(main)
+            second = expand_segments(second, self.optimizer.plan_of(main)).view_as(main)
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": second}
 
     @torch.no_grad()
@@ -93,7 +101,7 @@ class _Exchange:
         if not self.optimizer.segment_plans:
             state["exp_avg_sq"].copy_(second)
         elif self.segments_known:
-            state["exp_avg_sq"].copy_(gather(second.reshape(-1).float(), self.optimizer.plan_of(main)))
+            state["exp_avg_sq"].copy_(take_segments(second.reshape(-1).float(), self.optimizer.plan_of(main)))
         else:
             self.to_average[id(main)] = second.reshape(-1).float().clone()
 
@@ -103,6 +111,7 @@ class _Exchange:
 
     def _averaging(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """One of Megatron's loaders, and then the means over the segments, to which all ranks that share one add."""
+
         @functools.wraps(load)
         def loading(*arguments: Any, **options: Any) -> None:
             self.to_average.clear()
@@ -114,4 +123,5 @@ class _Exchange:
                 for number, means in averaged(self.optimizer, tensors, elements).items():
                     self.optimizer.state[tensors[number]]["exp_avg_sq"].copy_(means)
                 self.to_average.clear()
+
         return loading

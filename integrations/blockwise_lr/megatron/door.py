@@ -1,4 +1,5 @@
 """Which patches the Megatron door needs, and their application."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -9,10 +10,17 @@ from ..patches import megatron_arguments, megatron_log, megatron_optimizer, mega
 from .settings import BlockSettings, remember
 
 
-def register(*, block_lr_ratios: Mapping[str, float] | None = None,
-             block_weight_decay: Mapping[str, float] | None = None, block_rules: Iterable[Any] | None = None,
-             block_strict: bool = True, row_parallel_sums: bool = True, kernel: str = "auto",
-             accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> Callable[[], None]:
+def register(
+    *,
+    block_lr_ratios: Mapping[str, float] | None = None,
+    block_weight_decay: Mapping[str, float] | None = None,
+    block_rules: Iterable[Any] | None = None,
+    block_strict: bool = True,
+    row_parallel_sums: bool = True,
+    kernel: str = "auto",
+    accept_mismatch: Iterable[str] = (),
+    ratio_fade_steps: int = 0,
+) -> Callable[[], None]:
     """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw" or "blockwise_adam_mini")``.
 
     Call it before the optimizer is built; a later call replaces the settings. They are those of
@@ -25,10 +33,18 @@ def register(*, block_lr_ratios: Mapping[str, float] | None = None,
         BlockError: a bad setting.
         PatchError: a megatron-core that the patches were not written for.
     """
-    remember(BlockSettings(block_lr_ratios=block_lr_ratios, block_weight_decay=block_weight_decay,
-                           block_rules=() if block_rules is None else block_rules, block_strict=block_strict,
-                           row_parallel_sums=row_parallel_sums, kernel=kernel,
-                           accept_mismatch=accept_mismatch, ratio_fade_steps=ratio_fade_steps))
+    remember(
+        BlockSettings(
+            block_lr_ratios=block_lr_ratios,
+            block_weight_decay=block_weight_decay,
+            block_rules=() if block_rules is None else block_rules,
+            block_strict=block_strict,
+            row_parallel_sums=row_parallel_sums,
+            kernel=kernel,
+            accept_mismatch=accept_mismatch,
+            ratio_fade_steps=ratio_fade_steps,
+        )
+    )
     return apply_patches()
 
 

@@ -1,4 +1,5 @@
 """BlockMaps of Megatron models: layers numbered over all pipeline stages, errors the same on every rank."""
+
 from __future__ import annotations
 
 import re
@@ -14,6 +15,7 @@ from megatron.core.utils import get_model_config
 from ..blocks import BlockMap, head_counts, map_names
 from ..blocks.block_map import plain_name
 from ..blocks.dims import config_values
+from ..blocks.marks import marks_of
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+$")
 _EXPERT = re.compile(r"(\.local_experts\.)\d+(?=\.)|(\.experts\.linear_fc[12]\.(?:weight|bias))\d+\Z")
@@ -49,11 +51,16 @@ def global_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, p in chunk.named_parameters():
         if p.requires_grad:
             prefix = next((prefix for prefix in numbers if name.startswith(prefix)), "")
-            yield plain_name(numbers.get(prefix, "") + name[len(prefix):]), p
+            yield plain_name(numbers.get(prefix, "") + name[len(prefix) :]), p
 
 
-def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), strict: bool = True,
-               pipeline: dist.ProcessGroup | None = None) -> ChunkMaps:
+def map_chunks(
+    chunks: Sequence[torch.nn.Module],
+    *,
+    rules: Iterable[Any] = (),
+    strict: bool = True,
+    pipeline: dist.ProcessGroup | None = None,
+) -> ChunkMaps:
     """The BlockMaps of this rank's model chunks, of all pipeline stages, and of the model without its parallelism.
 
     Collective over the pipeline group: an unmapped parameter or a rule that matches nothing is judged on all stages
@@ -65,16 +72,21 @@ def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), 
         pipeline: the group of stages; Megatron's own by default.
     """
     named = [pair for chunk in chunks for pair in global_names(chunk)]
-    here = {name: (tuple(p.shape), _whole_shape(p), bool(getattr(p, "shared_embedding", False))) for name, p in named}
+    here = {name: (tuple(p.shape), _whole_shape(p), marks_of(p).is_tied_copy) for name, p in named}
     group = pipeline or parallel_state.get_pipeline_model_parallel_group()
     stages: list[dict] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
     everywhere = {name: value for stage in stages for name, value in stage.items()} | here
     config = config_values(get_model_config(chunks[0]))
-    arguments = dict(rules=rules, strict=strict, family="megatron",
-                     copies=[name for name, (_, _, is_copy) in everywhere.items() if is_copy])
-    stages = map_names({name: shape for name, (shape, _, _) in everywhere.items()}, heads=head_counts(config),
-                       **arguments)
+    arguments = dict(
+        rules=rules,
+        strict=strict,
+        family="megatron",
+        copies=[name for name, (_, _, is_copy) in everywhere.items() if is_copy],
+    )
+    stages = map_names(
+        {name: shape for name, (shape, _, _) in everywhere.items()}, heads=head_counts(config), **arguments
+    )
     ours = BlockMap((stages[name] for name in here), stages.heads, stages.unmapped & here.keys())
     ours.bind(named)
     undivided = head_counts({**config, "tensor_model_parallel_size": 1})
@@ -84,16 +96,19 @@ def map_chunks(chunks: Sequence[torch.nn.Module], *, rules: Iterable[Any] = (), 
 
 def slice_group(param: torch.Tensor) -> dist.ProcessGroup:
     """The ranks that hold the slices of a tensor-parallel parameter."""
-    return (parallel_state.get_tensor_model_parallel_group() if getattr(param, "allreduce", True)
-            else parallel_state.get_expert_tensor_parallel_group())
+    return (
+        parallel_state.get_tensor_model_parallel_group()
+        if getattr(param, "allreduce", True)
+        else parallel_state.get_expert_tensor_parallel_group()
+    )
 
 
 def _whole_shape(param: torch.Tensor) -> tuple[int, ...]:
     """A parameter's shape without tensor parallelism."""
     shape = list(param.shape)
-    if getattr(param, "tensor_model_parallel", False):
-        dim = getattr(param, "partition_dim", -1)  # Megatron 0.16 does not state it of what mixers slice: along their rows
-        shape[max(dim, 0)] *= slice_group(param).size()
+    axis = marks_of(param).split_axis
+    if axis is not None:
+        shape[max(axis, 0)] *= slice_group(param).size()  # where the axis is not stated, along their rows
     return tuple(shape)
 
 

@@ -4,6 +4,7 @@ Megatron's features that hand the inner optimizer other tensors than float32 sha
 other ways than ``step()``, are refused by the name of their flag when the optimizer is built, on every rank alike. What is
 built is then compared with what was asked for, so that a feature that is not on this list cannot be trained wrongly.
 """
+
 from __future__ import annotations
 
 import re
@@ -66,15 +67,17 @@ def refuse_unsupported(config: Any, chunks: Sequence[torch.nn.Module], arguments
         if getattr(config, name, torch.float32) != torch.float32:
             raise BlockError(f"blockwise optimizers do not support {flag} other than fp32; leave it out")
     if not getattr(config, "decoupled_weight_decay", True):
-        raise BlockError("blockwise optimizers decouple weight decay from the gradient; leave out "
-                         "--no-decoupled-weight-decay")
+        raise BlockError(
+            "blockwise optimizers decouple weight decay from the gradient; leave out --no-decoupled-weight-decay"
+        )
     for chunk in chunks:
         _refuse(getattr(chunk, "ddp_config", None), _WRAPPERS)
         _refuse(get_model_config(chunk), _SIZES, usual=1)
         _refuse_other_tensors(chunk)
     if arguments.get("skip_megatron_wrapping"):
-        raise BlockError("blockwise optimizers do not support the layer-wise distributed optimizer; "
-                         "use --use-distributed-optimizer")
+        raise BlockError(
+            "blockwise optimizers do not support the layer-wise distributed optimizer; use --use-distributed-optimizer"
+        )
     _refuse_other_groups(arguments.get("pg_collection"))
 
 
@@ -90,20 +93,29 @@ def _refuse_other_tensors(chunk: torch.nn.Module) -> None:
     for name, p in chunk.named_parameters():
         kind = type(p.data)
         if p.requires_grad and kind is not torch.Tensor:
-            mend = ("leave out --use-torch-fsdp2 or Megatron-FSDP and use --use-distributed-optimizer"
-                    if kind.__name__ == "DTensor" else "leave out --fp8-param-gather or whatever makes it so")
-            raise BlockError(f"blockwise optimizers do not support Megatron models whose parameters are of type "
-                             f"{kind.__name__} ({name} in {type(chunk).__name__}); {mend}")
+            mend = (
+                "leave out --use-torch-fsdp2 or Megatron-FSDP and use --use-distributed-optimizer"
+                if kind.__name__ == "DTensor"
+                else "leave out --fp8-param-gather or whatever makes it so"
+            )
+            raise BlockError(
+                f"blockwise optimizers do not support Megatron models whose parameters are of type "
+                f"{kind.__name__} ({name} in {type(chunk).__name__}); {mend}"
+            )
 
 
 def _refuse_other_groups(collection: Any) -> None:
     """Process groups of a caller's own: the shapes and names of a model are made whole with parallel_state's."""
-    for name, get in (("tp", parallel_state.get_tensor_model_parallel_group),
-                      ("pp", parallel_state.get_pipeline_model_parallel_group)):
+    for name, get in (
+        ("tp", parallel_state.get_tensor_model_parallel_group),
+        ("pp", parallel_state.get_pipeline_model_parallel_group),
+    ):
         group = getattr(collection, name, None)
         if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(get()):
-            raise BlockError(f"blockwise optimizers know the process groups of megatron.core.parallel_state only, and "
-                             f"the pg_collection has another {name} group; build the model on parallel_state's")
+            raise BlockError(
+                f"blockwise optimizers know the process groups of megatron.core.parallel_state only, and "
+                f"the pg_collection has another {name} group; build the model on parallel_state's"
+            )
 
 
 def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
@@ -113,15 +125,19 @@ def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
         BlockError: on every rank, if a setting differs on any.
     """
     names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps")
-    mine = {**{name: _plain(getattr(config, name, None)) for name in names},
-            **{field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}}
+    mine = {
+        **{name: _plain(getattr(config, name, None)) for name in names},
+        **{field.name: _plain(getattr(settings, field.name)) for field in fields(settings)},
+    }
     everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     for rank, theirs in enumerate(everywhere):
         for name, value in everywhere[0].items():
             if theirs.get(name) != value:
-                raise BlockError(f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; "
-                                 f"start all ranks with the same flags, settings and rules")
+                raise BlockError(
+                    f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; "
+                    f"start all ranks with the same flags, settings and rules"
+                )
 
 
 def _plain(value: Any) -> str:
@@ -139,8 +155,10 @@ def refuse_cut_heads(settings: BlockSettings, block_map: BlockMap) -> None:
     """
     cut = [name for name, layout in block_map.items() if any(piece.unit is None for piece in layout.pieces)]
     if cut and settings.kind == "blockwise_adam_mini":
-        raise BlockError(f"Adam-mini has one second moment per head, and tensor parallelism cuts the heads of {cut[0]}; use "
-                         f"a tensor-parallel size up to the number of query groups, or --optimizer blockwise_adamw")
+        raise BlockError(
+            f"Adam-mini has one second moment per head, and tensor parallelism cuts the heads of {cut[0]}; use "
+            f"a tensor-parallel size up to the number of query groups, or --optimizer blockwise_adamw"
+        )
 
 
 def ours_in(wrapper: Any, settings: BlockSettings) -> BlockwiseOptimizer | None:
@@ -153,8 +171,10 @@ def ours_in(wrapper: Any, settings: BlockSettings) -> BlockwiseOptimizer | None:
     if inner is None:
         return None
     if type(inner) is not KINDS[settings.kind]:
-        raise BlockError(f"Megatron built {type(inner).__module__}.{type(inner).__name__} where {settings.kind} was asked "
-                         f"for; install a megatron-core that the patches were written for (see `blockwise-lr doctor`)")
+        raise BlockError(
+            f"Megatron built {type(inner).__module__}.{type(inner).__name__} where {settings.kind} was asked "
+            f"for; install a megatron-core that the patches were written for (see `blockwise-lr doctor`)"
+        )
     return inner
 
 
@@ -174,8 +194,11 @@ def check_tensors(optimizer: torch.optim.Optimizer, flats: Iterable[tuple[torch.
             raise BlockError(
                 f"Megatron gave the optimizer a {flat.dtype} {type(flat.data).__name__} of {flat.numel()} elements for a "
                 f"parameter of shape {tuple(param.shape)}, where a plain float32 tensor of {numel} elements was expected; "
-                f"leave out the flag that changes how parameters are stored")
+                f"leave out the flag that changes how parameters are stored"
+            )
     held = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     if held != expected:
-        raise BlockError(f"Megatron's optimizer holds {len(held - expected)} tensors that are no known part of a parameter "
-                         f"and lacks {len(expected - held)}; leave out the flag that changes how parameters are stored")
+        raise BlockError(
+            f"Megatron's optimizer holds {len(held - expected)} tensors that are no known part of a parameter "
+            f"and lacks {len(expected - held)}; leave out the flag that changes how parameters are stored"
+        )

@@ -1,4 +1,5 @@
 """Settings of the Megatron door: as library users register them, or as flags in Megatron's own argument parser."""
+
 from __future__ import annotations
 
 import argparse
@@ -14,7 +15,7 @@ from ..blocks.types import block_values, shown
 from ..checkpoint.record import ACCEPTABLE
 from ..optim import BlockwiseAdamMini, BlockwiseAdamW
 from ..optim.base import BlockwiseOptimizer
-from ..optim.options import OptimizerOptions
+from ..rules.options import OptimizerOptions
 
 KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
     "blockwise_adamw": BlockwiseAdamW,
@@ -55,9 +56,12 @@ class BlockSettings:
         if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise BlockError(f"kind is {shown(self.kind)}; use one of {', '.join(KINDS)}")
         if not isinstance(self.row_parallel_sums, bool):
-            raise BlockError(f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes")
-        options = OptimizerOptions.checked({name: getattr(self, name) for name in vars(self)
-                                            if name in OptimizerOptions.model_fields})
+            raise BlockError(
+                f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes"
+            )
+        options = OptimizerOptions.checked(
+            {name: getattr(self, name) for name in vars(self) if name in OptimizerOptions.model_fields}
+        )
         object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
         object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
@@ -84,24 +88,34 @@ def settings_of(config: Any) -> BlockSettings | None:
         return config.blockwise
     arguments = _megatron_arguments()
     if getattr(arguments, "yaml_cfg", None) is not None and (_asked or config.optimizer in KINDS):
-        raise BlockError(f"--yaml-cfg makes Megatron ignore all flags, and with them the settings of "
-                         f"{_asked or config.optimizer}; give flags and leave out --yaml-cfg")
+        raise BlockError(
+            f"--yaml-cfg makes Megatron ignore all flags, and with them the settings of "
+            f"{_asked or config.optimizer}; give flags and leave out --yaml-cfg"
+        )
     if config.optimizer in KINDS:
         return replace(_registered, kind=config.optimizer)
     if config.optimizer != "adam":
         return None
     kind = getattr(arguments, "blockwise_optimizer", None)
     if kind is None and _asked:
-        raise BlockError(f"--optimizer {_asked} was parsed, and Megatron's global arguments do not hold it; call "
-                         f"Megatron's set_global_variables with what was parsed, or name {_asked!r} in OptimizerConfig")
+        raise BlockError(
+            f"--optimizer {_asked} was parsed, and Megatron's global arguments do not hold it; call "
+            f"Megatron's set_global_variables with what was parsed, or name {_asked!r} in OptimizerConfig"
+        )
     return None if kind is None else _from_flags(kind, arguments)
 
 
 def _from_flags(kind: str, arguments: argparse.Namespace) -> BlockSettings:
-    return BlockSettings(kind, arguments.block_lr_ratios, arguments.block_weight_decay, arguments.block_rules or (),
-                         arguments.block_strict, arguments.adam_mini_row_sums,
-                         accept_mismatch=tuple(arguments.accept_mismatch or ()),
-                         ratio_fade_steps=arguments.ratio_fade_steps)
+    return BlockSettings(
+        kind,
+        arguments.block_lr_ratios,
+        arguments.block_weight_decay,
+        arguments.block_rules or (),
+        arguments.block_strict,
+        arguments.adam_mini_row_sums,
+        accept_mismatch=tuple(arguments.accept_mismatch or ()),
+        ratio_fade_steps=arguments.ratio_fade_steps,
+    )
 
 
 def _megatron_arguments() -> Any:
@@ -110,16 +124,23 @@ def _megatron_arguments() -> Any:
     if module is None:
         return None
     if not hasattr(module, "_GLOBAL_ARGS"):
-        raise BlockError("megatron.training.global_vars has no _GLOBAL_ARGS any more, so that --optimizer cannot be read; "
-                         "install a megatron-core that the patches were written for (see `blockwise-lr doctor`)")
+        raise BlockError(
+            "megatron.training.global_vars has no _GLOBAL_ARGS any more, so that --optimizer cannot be read; "
+            "install a megatron-core that the patches were written for (see `blockwise-lr doctor`)"
+        )
     return module._GLOBAL_ARGS
 
 
 class ChooseOptimizer(argparse.Action):
     """``--optimizer``: ours are Adams to the rest of Megatron, which checks that name in many places."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         global _asked
         setattr(namespace, self.dest, "adam" if values in KINDS else values)
         namespace.blockwise_optimizer = _asked = values if values in KINDS else None
@@ -128,8 +149,13 @@ class ChooseOptimizer(argparse.Action):
 class BlockValues(argparse.Action):
     """``BLOCK=NUMBER …``, each block type once."""
 
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
-                 option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         names = [name for name, _ in values]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -145,29 +171,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     choice.choices = [*choice.choices, *KINDS]
     choice.__class__ = ChooseOptimizer
     parser.set_defaults(blockwise_optimizer=None)
-    _mend_help(parser)
+    _fix_help(parser)
     group = parser.add_argument_group(title="blockwise learning rates")
-    group.add_argument("--block-lr-ratios", nargs="+", type=_ratio, action=BlockValues, metavar="BLOCK=RATIO",
-                       help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
-                            "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.")
-    group.add_argument("--block-weight-decay", nargs="+", type=_decay, action=BlockValues, metavar="BLOCK=DECAY",
-                       help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are "
-                            "named; --weight-decay for the others.")
-    group.add_argument("--block-rules", type=_rules_file, metavar="FILE",
-                       help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].')
-    group.add_argument("--block-strict", action=argparse.BooleanOptionalAction, default=True,
-                       help="Stop where a parameter matches no rule; otherwise it trains at --lr.")
-    group.add_argument("--adam-mini-row-sums", action=argparse.BooleanOptionalAction, default=True,
-                       help="Sum Adam-mini's rows over tensor-parallel ranks, so that TP does not change the result; "
-                            "otherwise each rank's part of a row has a second moment of its own.")
-    group.add_argument("--accept-mismatch", nargs="+", choices=ACCEPTABLE, metavar="NAME",
-                       help=f"In what a loaded checkpoint may contradict this run: {', '.join(ACCEPTABLE)}.")
-    group.add_argument("--ratio-fade-steps", type=_steps, default=0, metavar="N",
-                       help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.")
+    group.add_argument(
+        "--block-lr-ratios",
+        nargs="+",
+        type=_ratio,
+        action=BlockValues,
+        metavar="BLOCK=RATIO",
+        help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
+        "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.",
+    )
+    group.add_argument(
+        "--block-weight-decay",
+        nargs="+",
+        type=_decay,
+        action=BlockValues,
+        metavar="BLOCK=DECAY",
+        help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are "
+        "named; --weight-decay for the others.",
+    )
+    group.add_argument(
+        "--block-rules",
+        type=_rules_file,
+        metavar="FILE",
+        help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].',
+    )
+    group.add_argument(
+        "--block-strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Stop where a parameter matches no rule; otherwise it trains at --lr.",
+    )
+    group.add_argument(
+        "--adam-mini-row-sums",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Sum Adam-mini's rows over tensor-parallel ranks, so that TP does not change the result; "
+        "otherwise each rank's part of a row has a second moment of its own.",
+    )
+    group.add_argument(
+        "--accept-mismatch",
+        nargs="+",
+        choices=ACCEPTABLE,
+        metavar="NAME",
+        help=f"In what a loaded checkpoint may contradict this run: {', '.join(ACCEPTABLE)}.",
+    )
+    group.add_argument(
+        "--ratio-fade-steps",
+        type=_steps,
+        default=0,
+        metavar="N",
+        help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.",
+    )
     return parser
 
 
-def _mend_help(parser: argparse.ArgumentParser) -> None:
+def _fix_help(parser: argparse.ArgumentParser) -> None:
     """Escapes lone percent signs in Megatron's help texts (0.19.2 has one), with which --help fails."""
     for action in parser._actions:
         if action.help is None:

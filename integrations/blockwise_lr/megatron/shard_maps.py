@@ -1,4 +1,5 @@
 """ShardMaps of Megatron's optimizers: which part of which parameter each tensor of the inner optimizer is."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -9,8 +10,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from ..blocks import BlockError, BlockMap, ParamLayout
-from ..optim import Cut, Fragment, InputSplit, ShardMap
-from ..optim.shards import even_cuts, spans_slices
+from ..blocks.marks import marks_of
+from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
+from ..plan.shards import even_boundaries, spans_slices
 from .mapping import slice_group
 from .refusals import check_tensors
 
@@ -39,8 +41,10 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
 def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
     """(the inner optimizer's tensor, the model parameter, where in it the tensor begins, how many elements it has)."""
     if isinstance(wrapper, DistributedOptimizer):
-        for models, shards in ((wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
-                               (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups)):
+        for models, shards in (
+            (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
+            (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
+        ):
             for params, flats in zip(models, shards):
                 for param, flat in zip(params, flats):
                     part = wrapper._get_model_param_range_map(param)["param"]
@@ -50,21 +54,26 @@ def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, in
             yield from ((main, param, 0, param.numel()) for param, main in zip(params, mains))
         yield from ((param, param, 0, param.numel()) for group in wrapper.fp32_from_fp32_groups for param in group)
     elif isinstance(wrapper, FP32Optimizer):
-        yield from ((param, param, 0, param.numel()) for group in wrapper.optimizer.param_groups
-                    for param in group["params"])
+        yield from (
+            (param, param, 0, param.numel()) for group in wrapper.optimizer.param_groups for param in group["params"]
+        )
     else:
-        raise BlockError(f"Megatron wrapped the optimizer in {type(wrapper).__name__}, which blockwise_lr does not know; "
-                         f"use the distributed optimizer or none")
+        raise BlockError(
+            f"Megatron wrapped the optimizer in {type(wrapper).__name__}, which blockwise_lr does not know; "
+            f"use the distributed optimizer or none"
+        )
 
 
 def _name(block_map: BlockMap, param: torch.Tensor) -> str:
     name = block_map.name_of(param)
     if name is None:
-        raise BlockError(f"Megatron's optimizer holds a parameter of shape {tuple(param.shape)} that is in no model chunk")
+        raise BlockError(
+            f"Megatron's optimizer holds a parameter of shape {tuple(param.shape)} that is in no model chunk"
+        )
     return name
 
 
-def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, Cut]:
+def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, ShardBoundaries]:
     """Where the distributed optimizer's shards end: every bucket of a gradient buffer is cut evenly over the ranks."""
     cuts = {}
     for buffer in wrapper.buffers:
@@ -73,20 +82,23 @@ def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, Cut]:
             shard = bucket.grad_data.numel() // ranks
             for param in bucket.params_list:
                 start, end, _ = buffer.param_index_map[param]
-                positions = even_cuts(end - start, shard, start - bucket.offset)
+                positions = even_boundaries(end - start, shard, start - bucket.offset)
                 if len(positions):
                     # Megatron cuts the copies of a shared embedding alike: it gives each a bucket of its own
-                    shared = getattr(param, "shared_embedding", False)
-                    cuts[_name(block_map, param)] = Cut(positions, buffer.data_parallel_group, has_copies=shared)
+                    shared = marks_of(param).is_tied_copy
+                    cuts[_name(block_map, param)] = ShardBoundaries(
+                        positions, buffer.data_parallel_group, has_replicas=shared
+                    )
     return cuts
 
 
-def _splits(params: list[torch.Tensor], block_map: BlockMap,
-            layout_of: Callable[[str], ParamLayout]) -> dict[str, InputSplit]:
+def _splits(
+    params: list[torch.Tensor], block_map: BlockMap, layout_of: Callable[[str], ParamLayout]
+) -> dict[str, TensorParallelSplit]:
     """Row-parallel weights, whose slices make whole rows only together, and vectors of one segment that are sliced."""
     splits = {}
     for param in params:
         name, group = _name(block_map, param), slice_group(param)
         if group.size() > 1 and spans_slices(param, layout_of(name)):
-            splits[name] = InputSplit(group, group.size())
+            splits[name] = TensorParallelSplit(group, group.size())
     return splits

@@ -1,6 +1,18 @@
 """BlockwiseAdamW and BlockwiseAdamMini over whole parameters or flat shards. Knows no framework."""
+
+from ..plan.shards import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
 from .adam_mini import BlockwiseAdamMini
 from .adamw import BlockwiseAdamW
-from .shards import Cut, Fragment, InputSplit, ShardMap
 
-__all__ = ["BlockwiseAdamMini", "BlockwiseAdamW", "Cut", "Fragment", "InputSplit", "ShardMap"]
+__all__ = [
+    "BlockwiseAdamMini",
+    "BlockwiseAdamW",
+    "Cut",
+    "Fragment",
+    "InputSplit",
+    "ShardBoundaries",
+    "ShardMap",
+    "TensorParallelSplit",
+]
+
+Cut, InputSplit = ShardBoundaries, TensorParallelSplit  # their names before 0.3

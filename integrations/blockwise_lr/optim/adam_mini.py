@@ -1,4 +1,5 @@
 """Adam-mini with one learning rate per block type, exact under any sharding."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,13 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, ParamLayout
+from ..checkpoint.units import UnitMoments
 from ..kernels import StepValues
+from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
+from ..plan.step_plan import StepPlan, element_biases, segment_plan, slot_numel
+from ..rules.options import AdamMiniOptions
 from .base import BlockwiseOptimizer
-from .dtensor import UnitMoments
-from .options import AdamMiniOptions
-from .plan import StepPlan, adam_mini_plan, element_biases, slot_numel
 from .segment_sync import SegmentSync, sync_of
-from .shards import Fragment, ShardMap, split_where_copies_are_cut
 from .tensors import row
 
 
@@ -58,24 +59,52 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     Options = AdamMiniOptions
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
-                 eps: float = 1e-8, weight_decay: float = 0.1, *, block_map: BlockMap | None = None,
-                 block_lr_ratios: Mapping[str, float] | None = None,
-                 block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
-                 min_lr: float | None = None, bias_segments: str = "element",
-                 block_rules: Iterable[dict] | None = None, kernel: str = "auto",
-                 accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        block_map: BlockMap | None = None,
+        block_lr_ratios: Mapping[str, float] | None = None,
+        block_weight_decay: Mapping[str, float] | None = None,
+        decay_norms_and_biases: bool = False,
+        min_lr: float | None = None,
+        bias_segments: str = "element",
+        block_rules: Iterable[dict] | None = None,
+        kernel: str = "auto",
+        accept_mismatch: Iterable[str] = (),
+        ratio_fade_steps: int = 0,
+    ) -> None:
         self._sync: SegmentSync | None = None
-        self._early: dict[int, torch.Tensor] = {}  # sums that begin_step has reduced, by id of the flat tensor
-        super().__init__(params, dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_lr_ratios=block_lr_ratios,
-            block_weight_decay=block_weight_decay, decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr,
-            bias_segments=bias_segments, block_rules=block_rules, kernel=kernel, accept_mismatch=accept_mismatch,
-            ratio_fade_steps=ratio_fade_steps), block_map=block_map)
+        self._prereduced: dict[
+            int, torch.Tensor
+        ] = {}  # sums that prereduce_segment_sums has reduced, by id of the flat tensor
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                block_lr_ratios=block_lr_ratios,
+                block_weight_decay=block_weight_decay,
+                decay_norms_and_biases=decay_norms_and_biases,
+                min_lr=min_lr,
+                bias_segments=bias_segments,
+                block_rules=block_rules,
+                kernel=kernel,
+                accept_mismatch=accept_mismatch,
+                ratio_fade_steps=ratio_fade_steps,
+            ),
+            block_map=block_map,
+        )
 
     def _forget_tensors(self) -> None:
         super()._forget_tensors()
-        self._sync, self._early = None, {}
+        self._sync, self._prereduced = None, {}
         self._cut_slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._units: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -90,20 +119,20 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         splits = self.shards.splits if self.shards is not None else {}
-        return adam_mini_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
+        return segment_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
 
     def attach_shards(self, shards: ShardMap) -> None:
-        shards = split_where_copies_are_cut(shards, self.layout_of)
+        shards = split_at_replica_boundaries(shards, self.layout_of)
         super().attach_shards(shards)
         self._cut_slots, self._units = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        layouts = {name: self.layout_of(name) for name in {*shards.cuts, *shards.splits}}
+        layouts = {name: self.layout_of(name) for name in {*shards.boundaries, *shards.splits}}
         self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
 
     @property
     def segment_plans(self) -> bool:
         return True
 
-    def reduce_cut(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    def all_reduce_shared(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Adds the sums of cut segments over the ranks that share them, in place.
 
         Args:
@@ -133,7 +162,7 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     # ---- sums of cut segments
 
-    def begin_step(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+    def prereduce_segment_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
         """Reduces the sums of all cut segments of a step at once, for callers that step one flat tensor at a time.
 
         Every rank of the groups must call it, before the first of the step's calls of :meth:`step`. Without it, each
@@ -143,20 +172,20 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
             grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
                 gradient may have another shape or dtype than the tensor, but its elements in the same order.
         """
-        self._early = self.reduce_cut(self._partial_sums(grads))
+        self._prereduced = self.all_reduce_shared(self._partial_sums(grads))
 
     @property
-    def has_early_sums(self) -> bool:
-        """Whether begin_step's sums wait for tensors that are still to be stepped."""
-        return bool(self._early)
+    def has_prereduced_sums(self) -> bool:
+        """Whether prereduce_segment_sums's sums wait for tensors that are still to be stepped."""
+        return bool(self._prereduced)
 
     def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
         sums = {}
         for p, grad, factor in grads:
             plan = self.plan_of(p)
             sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
-            if len(plan.cut):
-                self._kernel(p).sum_squares(row(grad), plan.cut, sums[id(p)])
+            if len(plan.shared):
+                self._kernel(p).sum_squares(row(grad), plan.shared, sums[id(p)])
                 if factor != 1:
                     sums[id(p)].mul_(factor * factor)
         return sums
@@ -171,8 +200,8 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
     # ---- the step
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
-        sums, started = self._early, None
-        reduce_now = not self._early
+        sums, started = self._prereduced, None
+        reduce_now = not self._prereduced
         if reduce_now:
             sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
             started = self._sync and self._sync.start(self._in_order(sums))
@@ -198,12 +227,12 @@ class BlockwiseAdamMini(BlockwiseOptimizer):
 
     def _step_cut(self, p: torch.Tensor, sums: torch.Tensor, values: StepValues) -> None:
         plan = self.plan_of(p)
-        if not len(plan.cut):
+        if not len(plan.shared):
             return
         if p not in self._cut_slots:
-            slots, numel = slot_numel(plan.cut)
+            slots, numel = slot_numel(plan.shared)
             self._cut_slots[p] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
         slots, numel = self._cut_slots[p]
         with self._rows(p) as (param, grad, exp_avg), self._slots(p) as moments:
             moments[slots] = moments[slots] * values.beta2 + sums[slots] / numel * (1 - values.beta2)
-            self._kernel(p).adam_mini_cut(param, grad, exp_avg, moments, plan, values, self.copy_of(p))
+            self._kernel(p).adam_mini_presummed(param, grad, exp_avg, moments, plan, values, self.copy_of(p))

@@ -1,4 +1,5 @@
 """AdamW with one learning rate per block type."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -8,9 +9,9 @@ import torch
 
 from ..blocks import BlockMap, ParamLayout
 from ..kernels import StepValues
+from ..plan.shards import Fragment
+from ..plan.step_plan import StepPlan, element_plan
 from .base import BlockwiseOptimizer
-from .plan import StepPlan, adamw_plan
-from .shards import Fragment
 from .tensors import empty_moment, row
 
 
@@ -48,20 +49,45 @@ class BlockwiseAdamW(BlockwiseOptimizer):
         BlockError: a value out of range, an unknown block type, or a parameter that is not mapped.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
-                 eps: float = 1e-8, weight_decay: float = 0.1, *, block_map: BlockMap | None = None,
-                 block_lr_ratios: Mapping[str, float] | None = None,
-                 block_weight_decay: Mapping[str, float] | None = None, decay_norms_and_biases: bool = False,
-                 min_lr: float | None = None, block_rules: Iterable[dict] | None = None, kernel: str = "auto",
-                 accept_mismatch: Iterable[str] = (), ratio_fade_steps: int = 0) -> None:
-        super().__init__(params, dict(
-            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, block_lr_ratios=block_lr_ratios,
-            block_weight_decay=block_weight_decay, decay_norms_and_biases=decay_norms_and_biases, min_lr=min_lr,
-            block_rules=block_rules, kernel=kernel, accept_mismatch=accept_mismatch,
-            ratio_fade_steps=ratio_fade_steps), block_map=block_map)
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        block_map: BlockMap | None = None,
+        block_lr_ratios: Mapping[str, float] | None = None,
+        block_weight_decay: Mapping[str, float] | None = None,
+        decay_norms_and_biases: bool = False,
+        min_lr: float | None = None,
+        block_rules: Iterable[dict] | None = None,
+        kernel: str = "auto",
+        accept_mismatch: Iterable[str] = (),
+        ratio_fade_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                block_lr_ratios=block_lr_ratios,
+                block_weight_decay=block_weight_decay,
+                decay_norms_and_biases=decay_norms_and_biases,
+                min_lr=min_lr,
+                block_rules=block_rules,
+                kernel=kernel,
+                accept_mismatch=accept_mismatch,
+                ratio_fade_steps=ratio_fade_steps,
+            ),
+            block_map=block_map,
+        )
 
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
-        return adamw_plan(numel, fragments, layouts)
+        return element_plan(numel, fragments, layouts)
 
     def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
         return empty_moment(tensor)
@@ -72,5 +98,6 @@ class BlockwiseAdamW(BlockwiseOptimizer):
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         for p, values in work:
             with self._rows(p) as (param, grad, exp_avg):
-                self._kernel(p).adamw(param, grad, exp_avg, row(self.state[p]["exp_avg_sq"]), self.plan_of(p), values,
-                                      self.copy_of(p))
+                self._kernel(p).adamw(
+                    param, grad, exp_avg, row(self.state[p]["exp_avg_sq"]), self.plan_of(p), values, self.copy_of(p)
+                )

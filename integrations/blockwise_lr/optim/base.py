@@ -1,4 +1,5 @@
 """What the blockwise optimizers share: named parameters or flat shards, plans, learning rates per block type."""
+
 from __future__ import annotations
 
 import math
@@ -12,21 +13,28 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, ParamLayout
 from ..blocks.block_map import full_shape, map_named
-from ..checkpoint.agreement import same_on_all_ranks
+from ..collective.agreement import same_on_all_ranks
 from ..kernels import Kernel, StepValues, kernel_for
 from ..kernels.huge_pages import use_huge_pages
-from .dtensor import dtensor_shards, groups_of, local
+from ..plan.dtensor import dtensor_shards, groups_of, local
+from ..plan.shards import Fragment, ShardMap
+from ..plan.step_plan import StepPlan
+from ..rules.options import OptimizerOptions, checked_group
+from ..rules.param_groups import advance_fade, class_decay, group_lr
 from .groups import listed, names_of, settings_of, tensors_of
-from .options import OptimizerOptions, checked_group
-from .plan import StepPlan
 from .saving import Saving
-from .settings import advance_fade, class_decay, group_lr
-from .shards import Fragment, ShardMap
 from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_numel, write_back
 
 # what copies and pickles of an optimizer keep besides torch's own
-_KEPT = ("block_map", "kernel_name", "accept_mismatch", "ratio_fade_steps", "initial_settings", "_block_rules",
-         "bias_segments")
+_KEPT = (
+    "block_map",
+    "kernel_name",
+    "accept_mismatch",
+    "ratio_fade_steps",
+    "initial_settings",
+    "_block_rules",
+    "bias_segments",
+)
 
 
 class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
@@ -52,12 +60,15 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], options: Mapping[str, Any], *, block_map: BlockMap | None) -> None:
         if isinstance(params, torch.Tensor):
-            raise TypeError("params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
-                            "one tensor")
+            raise TypeError(
+                "params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
+                "one tensor"
+            )
         params = [listed(entry) for entry in params]
         groups = groups_of(tensors_of(params))  # parameters of several ranks: what must be equal on them is compared
-        same_on_all_ranks(groups, lambda: self._build(params, options, block_map), self._described,
-                          f"building {type(self).__name__}")
+        same_on_all_ranks(
+            groups, lambda: self._build(params, options, block_map), self._described, f"building {type(self).__name__}"
+        )
 
     def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
         options = self.Options.checked(given)
@@ -91,8 +102,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
                 been added then.
         """
         if self.shards is not None and not self._shards_are_dtensors():
-            raise BlockError("param groups cannot be added once a framework has sharded the parameters; build the engine "
-                             "again with all of them")
+            raise BlockError(
+                "param groups cannot be added once a framework has sharded the parameters; build the engine "
+                "again with all of them"
+            )
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         number = len(self.param_groups)
@@ -114,8 +127,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         named = [(name, p) for group in groups for name, p in zip(names_of(group), group["params"])]
         if self.block_map is None:
             if all(name is None for name, _ in named):
-                raise BlockError(f"{type(self).__name__} needs to know which parameter is which; pass "
-                                 f"model.named_parameters(), or block_map=map_blocks(model)")
+                raise BlockError(
+                    f"{type(self).__name__} needs to know which parameter is which; pass "
+                    f"model.named_parameters(), or block_map=map_blocks(model)"
+                )
             self.block_map = map_named(named, rules=self._block_rules)
         else:
             self._complete_map(named)
@@ -133,16 +148,20 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         new = [(name, p) for name, p in named if known.name_of(p) is None and p.requires_grad]
         if new and (not self.initial_settings or any(name is None for name, _ in new)):
             name, p = new[0]
-            raise BlockError(f"a parameter {name or ''} of shape {tuple(p.shape)} is in no block; it is not in the block_map, "
-                             f"so make the map from the model that holds it")
+            raise BlockError(
+                f"a parameter {name or ''} of shape {tuple(p.shape)} is in no block; it is not in the block_map, "
+                f"so make the map from the model that holds it"
+            )
         if new:
             known.add(map_named(new, rules=self._block_rules, heads=known.heads))
 
     def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
         """Refuses a parameter that is not as the map says, or cannot be stepped, before the first step."""
         if math.prod(full_shape(tensor)) != self.block_map[name].numel:
-            raise BlockError(f"{name} is of shape {tuple(full_shape(tensor))} and the block_map has it of shape "
-                             f"{self.block_map[name].shape}; make the map from the model that is trained")
+            raise BlockError(
+                f"{name} is of shape {tuple(full_shape(tensor))} and the block_map has it of shape "
+                f"{self.block_map[name].shape}; make the map from the model that is trained"
+            )
         self._plan(0, [Fragment(name, 0, 0, 0)], [self._layout_in(tensor, name)])
 
     def all_tensors(self) -> list[torch.Tensor]:
@@ -177,12 +196,16 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             if layout is None:
                 raise BlockError(f"a shard holds {fragment.name}, which the block map does not know")
             if fragment.start < 0 or fragment.numel < 0 or fragment.start + fragment.numel > layout.numel:
-                raise BlockError(f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
-                                 f"{fragment.name}, which has {layout.numel}")
+                raise BlockError(
+                    f"a shard holds elements {fragment.start} to {fragment.start + fragment.numel} of "
+                    f"{fragment.name}, which has {layout.numel}"
+                )
             if fragment.offset < end or fragment.offset + fragment.numel > size:
-                raise BlockError(f"{fragment.name} is said to lie at {fragment.offset} to "
-                                 f"{fragment.offset + fragment.numel} of a shard of {size} elements, the first {end} of "
-                                 f"which are taken")
+                raise BlockError(
+                    f"{fragment.name} is said to lie at {fragment.offset} to "
+                    f"{fragment.offset + fragment.numel} of a shard of {size} elements, the first {end} of "
+                    f"which are taken"
+                )
             end = fragment.offset + fragment.numel
 
     def _shards_are_dtensors(self) -> bool:
@@ -212,8 +235,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             return found
         name = self.block_map.name_of(tensor)
         if name is None:
-            raise BlockError(f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a parameter of "
-                             f"the block map nor an attached shard; add it with add_param_group, by name")
+            raise BlockError(
+                f"the optimizer was given a tensor of shape {tuple(tensor.shape)} that is neither a parameter of "
+                f"the block map nor an attached shard; add it with add_param_group, by name"
+            )
         return [Fragment(name, 0, row_numel(tensor), 0)]
 
     def _make_plan(self, tensor: torch.Tensor, fragments: Iterable[Fragment]) -> StepPlan:
@@ -243,13 +268,21 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         mine = {id(p) for p in self.all_tensors()}
         for tensor, copy in copies.items():
             if id(tensor) not in mine:
-                raise BlockError(f"write_copies was given a tensor of shape {tuple(tensor.shape)} that is not in this "
-                                 f"optimizer's param groups; use the tensors that it steps")
-            if copy.dtype != torch.bfloat16 or copy.shape != tensor.shape or copy.device != tensor.device or not (
-                    is_row(copy) and is_row(tensor)):
-                raise BlockError(f"the copy of a parameter of shape {tuple(tensor.shape)} on {tensor.device} must be a "
-                                 f"bfloat16 tensor of that shape there, both contiguous, not {copy.dtype} of "
-                                 f"{tuple(copy.shape)} on {copy.device}")
+                raise BlockError(
+                    f"write_copies was given a tensor of shape {tuple(tensor.shape)} that is not in this "
+                    f"optimizer's param groups; use the tensors that it steps"
+                )
+            if (
+                copy.dtype != torch.bfloat16
+                or copy.shape != tensor.shape
+                or copy.device != tensor.device
+                or not (is_row(copy) and is_row(tensor))
+            ):
+                raise BlockError(
+                    f"the copy of a parameter of shape {tuple(tensor.shape)} on {tensor.device} must be a "
+                    f"bfloat16 tensor of that shape there, both contiguous, not {copy.dtype} of "
+                    f"{tuple(copy.shape)} on {copy.device}"
+                )
         self._copies = WeakIdKeyDictionary({tensor: row(copy) for tensor, copy in copies.items()})
 
     def copy_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -270,8 +303,14 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
         beta1, beta2 = group["betas"]
-        return StepValues(tuple(group_lr(group, of.block) for of in plan.classes),
-                          tuple(class_decay(group, of) for of in plan.classes), beta1, beta2, group["eps"], step)
+        return StepValues(
+            tuple(group_lr(group, of.block) for of in plan.classes),
+            tuple(class_decay(group, of) for of in plan.classes),
+            beta1,
+            beta2,
+            group["eps"],
+            step,
+        )
 
     # ---- the step
 
@@ -357,8 +396,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self.shards is not None and not self._shards_are_dtensors():
-            raise TypeError(f"{type(self).__name__} cannot be copied or pickled while a framework's shards are attached to it; "
-                            f"save with the framework's checkpoints")
+            raise TypeError(
+                f"{type(self).__name__} cannot be copied or pickled while a framework's shards are attached to it; "
+                f"save with the framework's checkpoints"
+            )
         names = [[self.block_map.name_of(p) for p in group["params"]] for group in self.param_groups]
         return {**super().__getstate__(), "blockwise": {key: getattr(self, key) for key in _KEPT}, "names": names}
 
@@ -377,7 +418,9 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         self._note_record()
 
     def __repr__(self) -> str:
-        hidden = {key: [group.pop(key, None) for group in self.param_groups] for key in (self.RECORD_KEY, "param_names")}
+        hidden = {
+            key: [group.pop(key, None) for group in self.param_groups] for key in (self.RECORD_KEY, "param_names")
+        }
         try:
             return super().__repr__()
         finally:

@@ -1,4 +1,5 @@
 """Param groups as torch.optim takes them: parameters, named parameters, or dicts of either with options of their own."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .options import OptimizerOptions
+from ..rules.options import OptimizerOptions
 
 
 def listed(entry: Any) -> Any:

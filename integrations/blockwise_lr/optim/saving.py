@@ -1,4 +1,5 @@
 """State dicts of the blockwise optimizers: what they hold, what they say of their origin, and how they are loaded."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ from torch.distributed.tensor import DTensor
 from .._version import __version__
 from ..blocks.block_map import plain_name
 from ..checkpoint.matching import Contents, merged
-from ..checkpoint.moments import spread
+from ..checkpoint.moments import expand_segments
 from ..checkpoint.record import ELEMENTS, KEY, SEGMENTS, UNITS, Record, in_parameters, plain_layouts
-from ..checkpoint.restore import prepared
-from .dtensor import UnitMoments, like
+from ..checkpoint.restore import prepare_state_dict
+from ..checkpoint.units import UnitMoments
+from ..plan.dtensor import like
 
 
 class Saving:
@@ -30,7 +32,9 @@ class Saving:
         self.loaded_record: Record | None = None  # that of the last loaded state; None where it had none
         self.element_state = False  # saved second moments are spread over elements
         self.step_in_groups = False  # param groups are saved with the step count too
-        self.states_apart = False  # the framework saves and loads the states' tensors itself; only steps come with groups
+        self.states_apart = (
+            False  # the framework saves and loads the states' tensors itself; only steps come with groups
+        )
         self.loads_together = False  # all ranks load at the same time, and hear of each other's errors
         self.to_accept: Callable[[Sequence[str]], str] = in_parameters  # how a user accepts differences of such names
 
@@ -53,8 +57,10 @@ class Saving:
 
     def contents(self) -> list[list[Contents]]:
         """Per param group, what lies in each of its tensors; a DTensor stands for the whole parameter."""
-        return [[self._contents(tensor, number) for number, tensor in enumerate(group["params"])]
-                for group in self.param_groups]
+        return [
+            [self._contents(tensor, number) for number, tensor in enumerate(group["params"])]
+            for group in self.param_groups
+        ]
 
     def _contents(self, tensor: torch.Tensor, number: int) -> Contents:
         fragments = None if isinstance(tensor, DTensor) else self._fragments.get(tensor)
@@ -66,8 +72,17 @@ class Saving:
     def record(self) -> Record:
         """Where a state saved now comes from; it lies in every param group of a state dict."""
         tensors = self.contents() if self.recorded_map is self.block_map else None
-        return Record(type(self).__name__, __version__, self.recorded_map.fingerprint(), plain_layouts(self.recorded_map),
-                      self.initial_settings, self.bias_segments, self._form, self.row_parts, tensors)
+        return Record(
+            type(self).__name__,
+            __version__,
+            self.recorded_map.fingerprint(),
+            plain_layouts(self.recorded_map),
+            self.initial_settings,
+            self.bias_segments,
+            self._form,
+            self.row_parts,
+            tensors,
+        )
 
     def _note_record(self) -> None:
         """Keeps the record in the param groups themselves: torch's flattened state dicts have the keys of these only."""
@@ -94,7 +109,7 @@ class Saving:
 
     def _saved_second(self, tensor: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         if self._form == ELEMENTS:
-            return spread(second, self.plan_of(tensor)).view_as(tensor)
+            return expand_segments(second, self.plan_of(tensor)).view_as(tensor)
         return second if isinstance(tensor, DTensor) else self.unit_moments(tensor).placed(second)
 
     def unit_moments(self, tensor: torch.Tensor) -> UnitMoments:
@@ -115,7 +130,7 @@ class Saving:
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        states, groups, record = prepared(self, state_dict)
+        states, groups, record = prepare_state_dict(self, state_dict)
         self.was_loaded, self.loaded_record = True, record
         if not self.states_apart:
             self.state.clear()

@@ -1,4 +1,5 @@
 """Sums of squares of segments that shard edges cut: one small all-reduce a step and process group."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -9,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from ..blocks.layout import ParamLayout
-from .plan import SegmentRun, StepPlan, cut_segments, segment_numel
-from .shards import Cut, ShardMap
+from ..plan.shards import ShardBoundaries, ShardMap
+from ..plan.step_plan import SegmentRun, StepPlan, segment_numel, shared_segments
 
 
 @dataclass(frozen=True)
-class _Share:
+class _LocalToBuffer:
     """This rank's part of one flat tensor in a buffer: ``slots[i]`` of the flat's sums goes to ``index[i]`` of the buffer,
     and the whole segment's sum is found at ``total[i]``."""
 
@@ -33,7 +34,7 @@ class SyncStage:
 
     group: dist.ProcessGroup | None
     size: int
-    shares: tuple[_Share, ...]
+    shares: tuple[_LocalToBuffer, ...]
     additions: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     def start(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dist.Work]:
@@ -75,42 +76,48 @@ class SegmentSync:
 def sync_of(shards: ShardMap, plans: Sequence[StepPlan], layouts: Mapping[str, ParamLayout]) -> SegmentSync:
     """The all-reduces of a step: one per group that shards parameters, then one per group that splits their inputs.
 
-    The order within a buffer follows ``shards.cuts`` (the same on all ranks), the parameter's pieces, and the segment's
+    The order within a buffer follows ``shards.boundaries`` (the same on all ranks), the parameter's pieces, and the segment's
     number, so ranks agree on it without talking. Every rank of a group takes part, also one that holds no cut segment.
     """
     over_shards = [
-        _cut_stage(group, {name: cut for name, cut in shards.cuts.items() if cut.group is group}, plans, layouts)
-        for group in dict.fromkeys(cut.group for cut in shards.cuts.values())]
+        _cut_stage(group, {name: cut for name, cut in shards.boundaries.items() if cut.group is group}, plans, layouts)
+        for group in dict.fromkeys(cut.group for cut in shards.boundaries.values())
+    ]
     over_slices = [
         _split_stage(group, {name for name, split in shards.splits.items() if split.group is group}, plans)
-        for group in dict.fromkeys(split.group for split in shards.splits.values())]
+        for group in dict.fromkeys(split.group for split in shards.splits.values())
+    ]
     return SegmentSync(tuple(s for s in over_shards if s.size), tuple(s for s in over_slices if s.size))
 
 
-def _cut_stage(group: dist.ProcessGroup | None, cuts: Mapping[str, Cut], plans: Sequence[StepPlan],
-               layouts: Mapping[str, ParamLayout]) -> SyncStage:
-    places: dict[tuple[str, int], _Places | _Stretches] = {}
+def _cut_stage(
+    group: dist.ProcessGroup | None,
+    cuts: Mapping[str, ShardBoundaries],
+    plans: Sequence[StepPlan],
+    layouts: Mapping[str, ParamLayout],
+) -> SyncStage:
+    places: dict[tuple[str, int], _SlotIndex | _OrderedPartials] = {}
     size = 0
     for name, cut in cuts.items():
         layout = layouts[name]
         for piece in range(len(layout.pieces)):
-            if cut.has_copies and layout.is_consecutive:
-                found = _Stretches.of(size, segment_numel(layout, piece), cut.positions)
+            if cut.has_replicas and layout.is_consecutive:
+                found = _OrderedPartials.of(size, segment_numel(layout, piece), cut.positions)
             else:
-                found = _Places(size, cut_segments(layout, piece, cut.positions))
+                found = _SlotIndex(size, shared_segments(layout, piece, cut.positions))
             if found.size:
                 places[name, piece] = found
                 size += found.size
     shares = []
     for flat, plan in enumerate(plans):
         runs = [(run, places[run.name, run.piece]) for run in plan.runs if (run.name, run.piece) in places]
-        shares += _share(flat, *zip(*(found.share(run) for run, found in runs))) if runs else []
+        shares += _local_to_buffer(flat, *zip(*(found.share(run) for run, found in runs))) if runs else []
     additions = [pair for found in places.values() for pair in found.additions()]
     return SyncStage(group, size, tuple(shares), tuple(additions))
 
 
 @dataclass(frozen=True)
-class _Places:
+class _SlotIndex:
     """One place of the buffer, from ``base`` on, for each of a piece's cut ``segments``."""
 
     base: int
@@ -132,7 +139,7 @@ class _Places:
 
 
 @dataclass(frozen=True)
-class _Stretches:
+class _OrderedPartials:
     """One place of the buffer, from ``base`` on, for every stretch between two edges in a cut segment.
 
     Only one rank writes to a place, and the places are added in order, so a sum depends on nothing but the edges.
@@ -147,17 +154,17 @@ class _Stretches:
     begins: np.ndarray
 
     @staticmethod
-    def of(base: int, numel: int, positions: np.ndarray) -> _Stretches:
+    def of(base: int, numel: int, positions: np.ndarray) -> _OrderedPartials:
         """The stretches that edges at ``positions`` make of the segments they cut."""
         inside = positions[positions % numel != 0]
-        return _Stretches(base, numel, np.unique(np.concatenate([inside // numel * numel, inside])))
+        return _OrderedPartials(base, numel, np.unique(np.concatenate([inside // numel * numel, inside])))
 
     @property
     def size(self) -> int:
         return len(self.begins)
 
     def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As of :class:`_Places`."""
+        """As of :class:`_SlotIndex`."""
         segments = np.unique(self.begins // self.numel)
         segments = segments[slice(*np.searchsorted(segments, (run.first, run.first + run.count)))]
         firsts = np.searchsorted(self.begins, segments * self.numel)
@@ -178,7 +185,7 @@ def _split_stage(group: dist.ProcessGroup, names: set[str], plans: Sequence[Step
         slots = [np.arange(run.slot, run.slot + run.count) for run in plan.runs if run.name in names]
         count = sum(len(s) for s in slots)
         places = [np.arange(size, size + count)]
-        shares += _share(flat, slots, places, places)
+        shares += _local_to_buffer(flat, slots, places, places)
         size += count
     _agree(group, size)
     return SyncStage(group, size, tuple(shares))
@@ -189,12 +196,14 @@ def _agree(group: dist.ProcessGroup, size: int) -> None:
     sizes: list[int] = [0] * dist.get_world_size(group)
     dist.all_gather_object(sizes, size, group=group)
     if len(set(sizes)) > 1:
-        raise RuntimeError(f"the tensor-parallel ranks hold different shards of their slices ({sizes} segments), so "
-                           f"Adam-mini cannot sum rows over them; use the local form (row_parallel_sums=False)")
+        raise RuntimeError(
+            f"the tensor-parallel ranks hold different shards of their slices ({sizes} segments), so "
+            f"Adam-mini cannot sum rows over them; use the local form (row_parallel_sums=False)"
+        )
 
 
-def _share(flat: int, *parts: Sequence[np.ndarray]) -> list[_Share]:
+def _local_to_buffer(flat: int, *parts: Sequence[np.ndarray]) -> list[_LocalToBuffer]:
     """The share with these slots, places and places of totals; none where there are no slots."""
     if not sum(map(len, parts[0])):
         return []
-    return [_Share(flat, *(torch.from_numpy(np.concatenate(part)) for part in parts))]
+    return [_LocalToBuffer(flat, *(torch.from_numpy(np.concatenate(part)) for part in parts))]

@@ -1,4 +1,5 @@
 """An optimizer's tensors as kernels need them: one contiguous row each, checked before any of them is touched."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..blocks import BlockError, ParamLayout
-from .dtensor import local
+from ..plan.dtensor import local
 
 
 def row(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,8 +54,10 @@ def real_layout(layout: ParamLayout) -> ParamLayout:
         BlockError: its output axis is the last one, where the pairs come between.
     """
     if layout.transposed:
-        raise BlockError(f"{layout.name} is complex and transposed, which blockwise optimizers do not support; store it with "
-                         f"its output rows first")
+        raise BlockError(
+            f"{layout.name} is complex and transposed, which blockwise optimizers do not support; store it with "
+            f"its output rows first"
+        )
     return replace(layout, shape=(*layout.shape, 2))
 
 
@@ -73,21 +76,36 @@ def refuse_unlike(name: str, tensor: torch.Tensor, state: Mapping[str, Any], num
     """
     grad = tensor.grad
     if grad.layout != torch.strided:
-        raise BlockError(f"{name} has a sparse gradient, which AdamW does not support; build the embedding with sparse=False")
+        raise BlockError(
+            f"{name} has a sparse gradient, which AdamW does not support; build the embedding with sparse=False"
+        )
     if row_numel(tensor) != numel:
-        raise BlockError(f"{name} has {row_numel(tensor)} elements and had {numel} when the optimizer was built; its data was "
-                         f"replaced by a tensor of another size, so build a new optimizer")
-    if isinstance(grad, DTensor) != isinstance(tensor, DTensor) or row_numel(grad) != numel or (
-            isinstance(grad, DTensor) and grad.placements != tensor.placements):
-        raise BlockError(f"the gradient of {name} is of shape {tuple(grad.shape)} and another placement or size than the "
-                         f"parameter, of shape {tuple(tensor.shape)}; set .grad to a tensor like the parameter")
+        raise BlockError(
+            f"{name} has {row_numel(tensor)} elements and had {numel} when the optimizer was built; its data was "
+            f"replaced by a tensor of another size, so build a new optimizer"
+        )
+    if (
+        isinstance(grad, DTensor) != isinstance(tensor, DTensor)
+        or row_numel(grad) != numel
+        or (isinstance(grad, DTensor) and grad.placements != tensor.placements)
+    ):
+        raise BlockError(
+            f"the gradient of {name} is of shape {tuple(grad.shape)} and another placement or size than the "
+            f"parameter, of shape {tuple(tensor.shape)}; set .grad to a tensor like the parameter"
+        )
     if grad.device != tensor.device:
-        raise BlockError(f"the gradient of {name} is on {grad.device} and the parameter on {tensor.device}; move one of them")
+        raise BlockError(
+            f"the gradient of {name} is on {grad.device} and the parameter on {tensor.device}; move one of them"
+        )
     for key, wanted in (("exp_avg", numel), ("exp_avg_sq", second_numel)) if state else ():
         moment = state.get(key)
         if not isinstance(moment, torch.Tensor) or row_numel(moment) != wanted:
-            raise BlockError(f"the state of {name} has no {key} of {wanted} elements; load a state that fits, or clear "
-                             f"optimizer.state to start anew")
+            raise BlockError(
+                f"the state of {name} has no {key} of {wanted} elements; load a state that fits, or clear "
+                f"optimizer.state to start anew"
+            )
         if moment.device != tensor.device or (key == "exp_avg" and moment.dtype != tensor.dtype):
-            raise BlockError(f"{name} is {tensor.dtype} on {tensor.device} and its {key} {moment.dtype} on {moment.device}; "
-                             f"build the optimizer after the model is moved or converted")
+            raise BlockError(
+                f"{name} is {tensor.dtype} on {tensor.device} and its {key} {moment.dtype} on {moment.device}; "
+                f"build the optimizer after the model is moved or converted"
+            )

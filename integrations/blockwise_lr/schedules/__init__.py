@@ -1,4 +1,5 @@
 """Learning-rate schedules. Pure."""
+
 from .warmup_cosine import BlockwiseWarmupCosine, warmup_cosine
 
 __all__ = ["BlockwiseWarmupCosine", "warmup_cosine"]

@@ -1,4 +1,5 @@
 """The paper's schedule: every block type warms up from 0 to its own peak and decays to one shared minimum."""
+
 from __future__ import annotations
 
 import logging
@@ -10,8 +11,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..blocks.types import BlockError, BlockType, shown
-from ..optim.options import as_number
-from ..optim.settings import ratio_now, set_lr, state_block_lrs
+from ..rules.options import as_number
+from ..rules.param_groups import ratio_now, set_lr, state_block_lrs
 
 log = logging.getLogger("blockwise_lr")
 
@@ -49,16 +50,29 @@ class BlockwiseWarmupCosine(LRScheduler):
         BlockError: counts that are not whole or out of order, or min_lr above a group's lr.
     """
 
-    def __init__(self, optimizer: Any, total_num_steps: int, warmup_num_steps: int = 0, min_lr: float | None = None,
-                 last_batch_iteration: int = -1) -> None:
-        for name, value, least in (("total_num_steps", total_num_steps, 1), ("warmup_num_steps", warmup_num_steps, 0),
-                                   ("last_batch_iteration", last_batch_iteration, -1)):
+    def __init__(
+        self,
+        optimizer: Any,
+        total_num_steps: int,
+        warmup_num_steps: int = 0,
+        min_lr: float | None = None,
+        last_batch_iteration: int = -1,
+    ) -> None:
+        for name, value, least in (
+            ("total_num_steps", total_num_steps, 1),
+            ("warmup_num_steps", warmup_num_steps, 0),
+            ("last_batch_iteration", last_batch_iteration, -1),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise BlockError(f"BlockwiseWarmupCosine: {name} is {shown(value)}; give a whole number of optimizer steps, "
-                                 f"{least} or above")
+                raise BlockError(
+                    f"BlockwiseWarmupCosine: {name} is {shown(value)}; give a whole number of optimizer steps, "
+                    f"{least} or above"
+                )
         if warmup_num_steps > total_num_steps:
-            raise BlockError(f"BlockwiseWarmupCosine: warmup_num_steps is {warmup_num_steps} and total_num_steps is "
-                             f"{total_num_steps}; warm up in fewer steps than there are")
+            raise BlockError(
+                f"BlockwiseWarmupCosine: warmup_num_steps is {warmup_num_steps} and total_num_steps is "
+                f"{total_num_steps}; warm up in fewer steps than there are"
+            )
         inner = _torch_optimizer(optimizer)
         self.total_num_steps = total_num_steps
         self.warmup_num_steps = warmup_num_steps
@@ -104,8 +118,13 @@ class BlockwiseWarmupCosine(LRScheduler):
                 state_block_lrs(group, {block: weight * top + floor * min(low, top) for block, top in tops.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_batch_iteration": self.last_batch_iteration, "total_num_steps": self.total_num_steps,
-                "warmup_num_steps": self.warmup_num_steps, "peaks": self.peaks, "min_lrs": self.min_lrs}
+        return {
+            "last_batch_iteration": self.last_batch_iteration,
+            "total_num_steps": self.total_num_steps,
+            "warmup_num_steps": self.warmup_num_steps,
+            "peaks": self.peaks,
+            "min_lrs": self.min_lrs,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues at the saved step, on this scheduler's own settings; logs where these are not the saved ones.
@@ -115,12 +134,16 @@ class BlockwiseWarmupCosine(LRScheduler):
         """
         saved = state_dict.get("last_batch_iteration") if isinstance(state_dict, Mapping) else None
         if not isinstance(saved, int):
-            raise BlockError("the checkpoint's scheduler state does not say where BlockwiseWarmupCosine is to go on (it was "
-                             "saved without a scheduler, or with another); load with load_lr_scheduler_states=False and "
-                             "call the scheduler's step(last_batch_iteration=optimizer steps done - 1)")
+            raise BlockError(
+                "the checkpoint's scheduler state does not say where BlockwiseWarmupCosine is to go on (it was "
+                "saved without a scheduler, or with another); load with load_lr_scheduler_states=False and "
+                "call the scheduler's step(last_batch_iteration=optimizer steps done - 1)"
+            )
         for key, now in self.state_dict().items():
             if key != "last_batch_iteration" and state_dict.get(key, now) != now:
-                log.warning("BlockwiseWarmupCosine goes on with %s = %s; the checkpoint had %s", key, now, state_dict[key])
+                log.warning(
+                    "BlockwiseWarmupCosine goes on with %s = %s; the checkpoint had %s", key, now, state_dict[key]
+                )
         self.last_epoch = saved + 1
         for group, lr in zip(self.optimizer.param_groups, self.get_lr()):
             set_lr(group, lr)
@@ -141,8 +164,10 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 def _peaks(optimizer: torch.optim.Optimizer) -> list[Any]:
     """The rates a schedule starts from: ``lr`` of a loaded optimizer is that of the step it was saved at."""
     built = getattr(optimizer, "built_lrs", None)
-    return [group.get("initial_lr", group["lr"] if built is None else lr)
-            for group, lr in zip(optimizer.param_groups, built or [None] * len(optimizer.param_groups))]
+    return [
+        group.get("initial_lr", group["lr"] if built is None else lr)
+        for group, lr in zip(optimizer.param_groups, built or [None] * len(optimizer.param_groups))
+    ]
 
 
 def _group_min_lr(min_lr: float | None, group: dict[str, Any]) -> float:
@@ -154,5 +179,7 @@ def _group_min_lr(min_lr: float | None, group: dict[str, Any]) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number <= peak:
-        raise BlockError(f"BlockwiseWarmupCosine: min_lr is {shown(value)} and lr is {peak!r}; give a min_lr from 0 up to lr")
+        raise BlockError(
+            f"BlockwiseWarmupCosine: min_lr is {shown(value)} and lr is {peak!r}; give a min_lr from 0 up to lr"
+        )
     return number

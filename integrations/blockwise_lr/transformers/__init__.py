@@ -2,6 +2,7 @@
 
 With DeepSpeed nothing of this is needed: ``TrainingArguments(deepspeed=...)`` and ``import blockwise_lr.deepspeed``.
 """
+
 from .trainer import BlockwiseAdamMiniFactory, BlockwiseAdamWFactory
 
 __all__ = ["BlockwiseAdamMiniFactory", "BlockwiseAdamWFactory"]

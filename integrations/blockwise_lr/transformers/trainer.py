@@ -4,6 +4,7 @@ The Trainer calls what is no optimizer class as a factory, with the model (trans
 ``is_optimizer_factory``), when the model is what will be trained: wrapped, sharded, with adapters. Its
 learning-rate schedulers scale ``lr`` and so keep the ratios.
 """
+
 from __future__ import annotations
 
 from typing import Any, ClassVar

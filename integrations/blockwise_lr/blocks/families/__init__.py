@@ -10,6 +10,7 @@ one entry in one of these tables and one row in the tests:
     megatron.py  Megatron's own models
     encoders.py  BERT, T5, ViT and other models that are not decoders
 """
+
 from __future__ import annotations
 
 from ..rules import Rule

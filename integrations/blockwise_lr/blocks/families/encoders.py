@@ -1,4 +1,5 @@
 """BERT, T5, ViT, vision towers and OPT: names that mean something else in other families."""
+
 from __future__ import annotations
 
 from ..rules import Rule

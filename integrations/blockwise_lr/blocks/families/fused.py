@@ -1,5 +1,6 @@
 """Families that keep q, k and v in one weight, each in its own order (named by the attribute or by its split in
 the model's forward)."""
+
 from __future__ import annotations
 
 from ..dims import HeadCounts

@@ -1,4 +1,5 @@
 """Names that mean the same wherever they appear: those of LLaMA, GPT-2, GPT-NeoX, Mamba and torchtitan."""
+
 from __future__ import annotations
 
 from ..rules import Rule
@@ -11,8 +12,10 @@ GENERIC: tuple[Rule, ...] = (
     Rule("*.{ln,ln_1,ln_2,ln_f,ln1,ln2,ln_attn,ln_mlp,norm1,norm2}.*", NORM, vector=True),
     Rule("*.{q_norm,k_norm}.weight", NORM),  # Cohere's has a row per head
     # embeddings and heads
-    Rule("*.{embed_tokens,wte,wpe,tok_embeddings,word_embeddings,position_embeddings,token_type_embeddings}.weight",
-         EMBEDDING),
+    Rule(
+        "*.{embed_tokens,wte,wpe,tok_embeddings,word_embeddings,position_embeddings,token_type_embeddings}.weight",
+        EMBEDDING,
+    ),
     Rule("*.{embed_positions,embed_in,embeddings}.weight", EMBEDDING),
     Rule("*.multi_modal_projector.*", EMBEDDING),  # makes the input vectors of the image's tokens
     Rule("*.{lm_head,embed_out}.*", HEAD),

@@ -4,6 +4,7 @@ Sources: megatron.core.transformer.attention (SelfAttention.get_query_key_value_
 weight), multi_latent_attention, moe, multi_token_prediction, megatron.core.ssm.mamba_mixer; for the legacy names
 Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism every layout is that of this rank's slice.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -34,20 +35,26 @@ def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tu
     """
     parts, rank = heads.config["tensor_model_parallel_size"], heads.config.get("tensor_model_parallel_rank")
     if rank is None:
-        raise BlockError(f"{parts} tensor-parallel ranks share fewer query groups, and which part of a group this rank "
-                         f"holds is not known; state tensor_model_parallel_rank in the config")
+        raise BlockError(
+            f"{parts} tensor-parallel ranks share fewer query groups, and which part of a group this rank "
+            f"holds is not known; state tensor_model_parallel_rank in the config"
+        )
     whole = head_counts({**heads.config, "tensor_model_parallel_size": 1})
     pieces, groups = qkv_pieces(rows * parts, whole.q, whole.kv, "group", roles)
     cut = rows % pieces[-1].size  # a head is as long as a group's v
-    return tuple(replace(piece, size=size, unit=None if cut else piece.unit)
-                 for piece, size in _run(pieces * groups, rank * rows, rows))
+    return tuple(
+        replace(piece, size=size, unit=None if cut else piece.unit)
+        for piece, size in _run(pieces * groups, rank * rows, rows)
+    )
 
 
 def _kv_up(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
     """MLA: [k without positions, v] per head."""
     k, v = heads.config.get("qk_head_dim"), heads.config.get("v_head_dim")
     if not k or not v:
-        raise BlockError("linear_kv_up_proj needs the config's qk_head_dim and v_head_dim; pass map_blocks(model, config=…)")
+        raise BlockError(
+            "linear_kv_up_proj needs the config's qk_head_dim and v_head_dim; pass map_blocks(model, config=…)"
+        )
     return (Piece(QK, k, k, "k"), Piece(VO, v, 1, "v")), shape[0] // (k + v)
 
 
@@ -80,7 +87,9 @@ def _down(rows: int, pieces: tuple[Piece, ...], heads: HeadCounts) -> tuple[Piec
     rank = 0 if rows == total else heads.config.get("tensor_model_parallel_rank")
     if rank is None or rows not in (total, total / parts):
         return (Piece(VO, rows, 1, "latent"),)
-    return tuple(replace(piece, size=size, unit=min(piece.unit, size)) for piece, size in _run(pieces, rank * rows, rows))
+    return tuple(
+        replace(piece, size=size, unit=min(piece.unit, size)) for piece, size in _run(pieces, rank * rows, rows)
+    )
 
 
 def _run(pieces: tuple[Piece, ...], begin: int, rows: int) -> Iterator[tuple[Piece, int]]:
@@ -96,8 +105,9 @@ def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:
     """(this rank's experts, their equal parts of ``columns``)."""
     experts = (heads.config.get("num_moe_experts") or 1) // (heads.config.get("expert_model_parallel_size") or 1)
     if columns % experts:
-        raise BlockError(f"grouped experts' {columns} columns do not divide over the config's {experts} experts; "
-                         f"give a rule")
+        raise BlockError(
+            f"grouped experts' {columns} columns do not divide over the config's {experts} experts; give a rule"
+        )
     return experts, columns // experts
 
 
@@ -112,39 +122,43 @@ def _weight2(shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
     return *_per_expert(shape[0], heads), shape[1]
 
 
-MEGATRON: dict[str, tuple[Rule, ...]] = {"megatron": (
-    # attention
-    Rule("*.linear_qkv.{weight,bias}", special=_qkv),
-    Rule("*.linear_q.{weight,bias}", QK, heads="q"),
-    Rule("*.linear_kv.{weight,bias}", split=("k", "v"), interleave="group"),
-    Rule("*.linear_proj.{weight,bias}", VO),
-    # multi-latent attention
-    Rule("*.{linear_q_proj,linear_q_up_proj}.{weight,bias}", QK, heads="q"),
-    Rule("*.linear_q_down_proj.{weight,bias}", QK),
-    Rule("*.linear_kv_down_proj.{weight,bias}", special=_kv_down),
-    Rule("*.linear_qkv_down_proj.{weight,bias}", special=_qkv_down),
-    Rule("*.linear_kv_up_proj.{weight,bias}", special=_kv_up),
-    # feed-forward: dense, local and grouped experts (weight0, weight1, ...), shared experts, multi-token prediction
-    Rule("*.{router,gate}.{weight,bias}", ROUTER),
-    Rule("*.shared_experts.gate_weight", ROUTER),
-    Rule("*.{linear_fc1,linear_fc2}.{weight,bias}*", FFN),
-    Rule("*.experts.weight1", FFN, batch_dims=1, transposed=True, view=_weight1),
-    Rule("*.experts.weight2", FFN, batch_dims=1, transposed=True, view=_weight2),
-    Rule("*.{eh_proj,fc1_latent_proj,fc2_latent_proj}.{weight,bias}", FFN),
-    # state-space mixers: Mamba's, and gated delta nets in the place of self-attention
-    Rule("*.{mixer,self_attention}.{in_proj,out_proj}.{weight,bias}", SSM),
-    Rule("*.{mixer,self_attention}.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
-    Rule("*.{mixer,self_attention}.{A_log,D,dt_bias}", SSM, undecayed=True),
-    # what else goes into attention's scores: learnt softmax offsets, the indexer of sparse attention
-    Rule("*.core_attention.softmax_offset", QK),
-    Rule("*.indexer.{linear_wq_b,linear_wk,linear_weights_proj}.weight", QK),
-    # embeddings and output layers
-    Rule("*.{word_embeddings,position_embeddings,tokentype_embeddings}.weight", EMBEDDING),
-    Rule("*.tied_modules.{embed,embedding,embeddings,word_embeddings}.weight", EMBEDDING),
-    Rule("*.{output_layer,lm_head}.{weight,bias}", HEAD),
-    # Megatron-DeepSpeed and Megatron before its core
-    Rule("*.query_key_value.{weight,bias}", split=("q", "k", "v"), interleave="group"),
-    Rule("*.{attention,self_attention,inter_attention}.query.{weight,bias}", QK, heads="q"),
-    Rule("*.{attention,self_attention,inter_attention}.key_value.{weight,bias}", split=("k", "v"), interleave="group"),
-    Rule("*.{attention,self_attention,inter_attention}.dense.{weight,bias}", VO),
-)}
+MEGATRON: dict[str, tuple[Rule, ...]] = {
+    "megatron": (
+        # attention
+        Rule("*.linear_qkv.{weight,bias}", special=_qkv),
+        Rule("*.linear_q.{weight,bias}", QK, heads="q"),
+        Rule("*.linear_kv.{weight,bias}", split=("k", "v"), interleave="group"),
+        Rule("*.linear_proj.{weight,bias}", VO),
+        # multi-latent attention
+        Rule("*.{linear_q_proj,linear_q_up_proj}.{weight,bias}", QK, heads="q"),
+        Rule("*.linear_q_down_proj.{weight,bias}", QK),
+        Rule("*.linear_kv_down_proj.{weight,bias}", special=_kv_down),
+        Rule("*.linear_qkv_down_proj.{weight,bias}", special=_qkv_down),
+        Rule("*.linear_kv_up_proj.{weight,bias}", special=_kv_up),
+        # feed-forward: dense, local and grouped experts (weight0, weight1, ...), shared experts, multi-token prediction
+        Rule("*.{router,gate}.{weight,bias}", ROUTER),
+        Rule("*.shared_experts.gate_weight", ROUTER),
+        Rule("*.{linear_fc1,linear_fc2}.{weight,bias}*", FFN),
+        Rule("*.experts.weight1", FFN, batch_dims=1, transposed=True, view=_weight1),
+        Rule("*.experts.weight2", FFN, batch_dims=1, transposed=True, view=_weight2),
+        Rule("*.{eh_proj,fc1_latent_proj,fc2_latent_proj}.{weight,bias}", FFN),
+        # state-space mixers: Mamba's, and gated delta nets in the place of self-attention
+        Rule("*.{mixer,self_attention}.{in_proj,out_proj}.{weight,bias}", SSM),
+        Rule("*.{mixer,self_attention}.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
+        Rule("*.{mixer,self_attention}.{A_log,D,dt_bias}", SSM, undecayed=True),
+        # what else goes into attention's scores: learnt softmax offsets, the indexer of sparse attention
+        Rule("*.core_attention.softmax_offset", QK),
+        Rule("*.indexer.{linear_wq_b,linear_wk,linear_weights_proj}.weight", QK),
+        # embeddings and output layers
+        Rule("*.{word_embeddings,position_embeddings,tokentype_embeddings}.weight", EMBEDDING),
+        Rule("*.tied_modules.{embed,embedding,embeddings,word_embeddings}.weight", EMBEDDING),
+        Rule("*.{output_layer,lm_head}.{weight,bias}", HEAD),
+        # Megatron-DeepSpeed and Megatron before its core
+        Rule("*.query_key_value.{weight,bias}", split=("q", "k", "v"), interleave="group"),
+        Rule("*.{attention,self_attention,inter_attention}.query.{weight,bias}", QK, heads="q"),
+        Rule(
+            "*.{attention,self_attention,inter_attention}.key_value.{weight,bias}", split=("k", "v"), interleave="group"
+        ),
+        Rule("*.{attention,self_attention,inter_attention}.dense.{weight,bias}", VO),
+    )
+}

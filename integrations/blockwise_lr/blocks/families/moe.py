@@ -1,4 +1,5 @@
 """Families with stacked experts of another orientation, attention sinks, or multi-head latent attention."""
+
 from __future__ import annotations
 
 from ..dims import HeadCounts

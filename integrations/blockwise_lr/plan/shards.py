@@ -1,4 +1,5 @@
 """ShardMap: which part of which parameter lies where in the flat tensors that this rank's optimizer steps on."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..blocks import ParamLayout
+from ..blocks.marks import marks_of
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,25 @@ class Fragment:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardBoundaries:
     """Where shard edges cut a parameter.
 
     Attributes:
         positions: element positions strictly inside the parameter where one rank's shard ends and another's begins,
             ascending; the same on every rank of the group.
         group: the ranks that hold the parameter's shards (data parallel); None for the default group.
-        has_copies: other pipeline stages hold copies of the parameter (a tied embedding), cut at places of their own, and
+        has_replicas: other pipeline stages hold copies of the parameter (a tied embedding), cut at places of their own, and
             ``positions`` are those of all copies. What lies between two positions is then summed alone and the sums
             are added in the order of the positions, so that all stages get the same sum of a row to the bit.
     """
 
     positions: np.ndarray
     group: ProcessGroup | None = None
-    has_copies: bool = False
+    has_replicas: bool = False
 
 
 @dataclass(frozen=True)
-class InputSplit:
+class TensorParallelSplit:
     """A parameter whose segments go on in the slices of other ranks: output rows, under tensor parallelism along the input
     axis, or a vector that is one segment.
 
@@ -62,37 +64,43 @@ class ShardMap:
 
     Attributes:
         flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
-        cuts: parameters that shard edges cut, in an order that is the same on all ranks. Only Adam-mini needs them.
+        boundaries: parameters that shard edges cut, in an order that is the same on all ranks. Only Adam-mini needs them.
         splits: parameters whose segments span tensor-parallel ranks. Only Adam-mini needs them.
     """
 
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
-    splits: Mapping[str, InputSplit] = field(default_factory=dict)
+    boundaries: Mapping[str, ShardBoundaries] = field(default_factory=dict)
+    splits: Mapping[str, TensorParallelSplit] = field(default_factory=dict)
 
 
 def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
-    """Whether the segments of a slice of Megatron's tensor parallelism go on in the slices of other ranks.
+    """Whether the segments of a tensor-parallel slice go on in the slices of other ranks.
 
     Args:
-        param: with the marks that Megatron puts on parameters (``tensor_model_parallel``, ``partition_dim``).
+        param: with its framework's marks.
         layout: of the slice, as the optimizer's step uses it.
     """
-    if not getattr(param, "tensor_model_parallel", False):
+    axis = marks_of(param).split_axis
+    if axis is None:
         return False
-    inputs = 0 if layout.transposed else 1
-    return getattr(param, "partition_dim", -1) == inputs or all(piece.unit == 0 for piece in layout.pieces)
+    return axis == (0 if layout.transposed else 1) or all(piece.unit == 0 for piece in layout.pieces)
 
 
-def split_where_copies_are_cut(shards: ShardMap, layout_of: Callable[[str], ParamLayout]) -> ShardMap:
+def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], ParamLayout]) -> ShardMap:
     """The same shards with the fragments of parameters that have copies ending where any copy is cut.
 
     Parameters whose segments do not lie one after another stay as they are; their parts are summed as without copies.
     """
-    split = {name: cut.positions for name, cut in shards.cuts.items() if cut.has_copies and layout_of(name).is_consecutive}
-    flats = [(flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])
-             for flat, fragments in shards.flats]
-    return ShardMap(flats, shards.cuts, shards.splits)
+    split = {
+        name: cut.positions
+        for name, cut in shards.boundaries.items()
+        if cut.has_replicas and layout_of(name).is_consecutive
+    }
+    flats = [
+        (flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])
+        for flat, fragments in shards.flats
+    ]
+    return ShardMap(flats, shards.boundaries, shards.splits)
 
 
 def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:
@@ -101,11 +109,13 @@ def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:
     end = fragment.start + fragment.numel
     inside = positions[(positions > fragment.start) & (positions < end)]
     edges = [fragment.start, *map(int, inside), end]
-    return [Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
-            for low, high in zip(edges, edges[1:])]
+    return [
+        Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
+        for low, high in zip(edges, edges[1:])
+    ]
 
 
-def even_cuts(numel: int, shard: int, first: int = 0) -> np.ndarray:
+def even_boundaries(numel: int, shard: int, first: int = 0) -> np.ndarray:
     """Positions inside a parameter that lies at ``first`` of a buffer cut every ``shard`` elements."""
     edges = np.arange(first // shard + 1, -(-(first + numel) // shard), dtype=np.int64) * shard - first
     return edges[(edges > 0) & (edges < numel)]

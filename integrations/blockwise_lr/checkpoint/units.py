@@ -1,89 +1,23 @@
-"""Parameters that are DTensors, as PyTorch's FSDP2 (``fully_shard``) makes them: their shards, and states placed as they are.
+"""Adam-mini's second moment as one value per *output unit*, a row of the weight or a column of a transposed one.
 
 States of a DTensor parameter are DTensors too, so that torch.distributed.checkpoint knows which part each rank holds and
-can reshard it. Adam-mini's second moment has one value per *output unit* there, a row of the weight or a column of a
-transposed one: rows are sharded as the parameter's are, and how segments lie in a shard does not show.
+can reshard it: output units are sharded as the parameter's rows are, and how segments lie in a shard does not show.
 """
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ..blocks.layout import ParamLayout
 from ..blocks.types import BlockError
-from ..checkpoint.errors import CheckpointError
-from .plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, StepPlan
-from .shards import Cut, Fragment, ShardMap, even_cuts
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: of a DTensor its local shard, sharing memory; anything else as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def groups_of(tensors: Iterable[torch.Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups of the meshes on which any of the tensors lie; none where no tensor is a DTensor."""
-    groups: dict[dist.ProcessGroup, None] = {}
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            groups.update(dict.fromkeys(tensor.device_mesh.get_all_groups()))
-    return list(groups)
-
-
-def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Tensor], str]) -> ShardMap | None:
-    """The ShardMap of the DTensors among an optimizer's tensors; None where there are none.
-
-    FSDP2 shards dimension 0 of every parameter as torch.chunk does: ceil(rows / ranks) rows per rank, the last ranks
-    fewer or none. A mesh with a replicated dimension besides (HSDP) changes nothing.
-
-    Raises:
-        BlockError: another placement (tensor parallelism, or a shard of another dimension).
-    """
-    found, cuts = [], {}
-    for tensor in tensors:
-        if not isinstance(tensor, DTensor):
-            continue
-        name = name_of(tensor)
-        dimension = _sharded_dimension(tensor, name)
-        numel = local(tensor).numel()
-        if dimension is not None:
-            positions = even_cuts(tensor.numel(), _chunk(tensor, dimension))
-            if len(positions):
-                cuts[name] = Cut(positions, tensor.device_mesh.get_group(dimension))
-        found.append((tensor, [Fragment(name, _start(tensor, dimension), numel, 0)] if numel else []))
-    return ShardMap(found, cuts) if found else None
-
-
-def _chunk(tensor: DTensor, dimension: int) -> int:
-    """Elements of a full shard."""
-    row = tensor.numel() // max(tensor.shape[0], 1)
-    return -(-tensor.shape[0] // tensor.device_mesh.size(dimension)) * row
-
-
-def _start(tensor: DTensor, dimension: int | None) -> int:
-    return 0 if dimension is None else tensor.device_mesh.get_local_rank(dimension) * _chunk(tensor, dimension)
-
-
-def _sharded_dimension(tensor: DTensor, name: str) -> int | None:
-    """The mesh dimension over which dimension 0 is sharded."""
-    dimensions = [number for number, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    plain = all(type(placement) is Shard and placement.dim == 0
-                for placement in map(tensor.placements.__getitem__, dimensions))
-    if len(dimensions) > 1 or not plain:
-        raise BlockError(f"{name} is a DTensor placed {tensor.placements}; blockwise optimizers support parameters "
-                         f"sharded once, in dimension 0 (fully_shard), and replicated otherwise")
-    return dimensions[0] if dimensions else None
-
-
-def like(tensor: DTensor, values: torch.Tensor) -> DTensor:
-    """This rank's values as a DTensor of the tensor's shape and placements."""
-    return DTensor.from_local(values.view(tensor.to_local().shape), tensor.device_mesh, tensor.placements, run_check=False,
-                              shape=tensor.shape, stride=tensor.stride())
+from ..plan.dtensor import chunk_numel, local, shard_start, sharded_dimension
+from ..plan.shards import even_boundaries
+from ..plan.step_plan import INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, StepPlan
+from .errors import CheckpointError
 
 
 def local_part(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -98,8 +32,8 @@ def local_part(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             value = value.redistribute(tensor.device_mesh, tensor.placements)
         return value.to_local()
     if isinstance(tensor, DTensor) and value.numel() == tensor.numel() and value.numel() != tensor.to_local().numel():
-        start = _start(tensor, _sharded_dimension(tensor, "the parameter"))
-        return value.reshape(-1)[start:start + tensor.to_local().numel()].view(tensor.to_local().shape)
+        start = shard_start(tensor, sharded_dimension(tensor, "the parameter"))
+        return value.reshape(-1)[start : start + tensor.to_local().numel()].view(tensor.to_local().shape)
     return value
 
 
@@ -116,14 +50,16 @@ class UnitMoments:
     """
 
     def __init__(self, tensor: torch.Tensor, layout: ParamLayout, plan: StepPlan) -> None:
-        self._shape = torch.Size((*layout.shape[:layout.batch_dims], layout.outputs))
+        self._shape = torch.Size((*layout.shape[: layout.batch_dims], layout.outputs))
         self._tensor = tensor
         if isinstance(tensor, DTensor) and _in_every_shard(layout):
-            dimension = _sharded_dimension(tensor, layout.name)
+            dimension = sharded_dimension(tensor, layout.name)
             ranks = 1 if dimension is None else tensor.device_mesh.size(dimension)
-            if ranks > 1 and len(even_cuts(tensor.numel(), _chunk(tensor, dimension))) + 1 < ranks:
-                raise BlockError(f"{layout.name} is transposed and its {tensor.shape[0]} rows leave some of {ranks} ranks "
-                                 f"without any, which Adam-mini does not support; shard it over fewer ranks")
+            if ranks > 1 and len(even_boundaries(tensor.numel(), chunk_numel(tensor, dimension))) + 1 < ranks:
+                raise BlockError(
+                    f"{layout.name} is transposed and its {tensor.shape[0]} rows leave some of {ranks} ranks "
+                    f"without any, which Adam-mini does not support; shard it over fewer ranks"
+                )
         self._placements = _unit_placements(tensor, layout) if isinstance(tensor, DTensor) else ()
         self._slot_of = torch.from_numpy(_slot_of_units(layout, plan)).to(local(tensor).device)
         units = torch.arange(len(self._slot_of), device=self._slot_of.device)
@@ -140,9 +76,14 @@ class UnitMoments:
         if not isinstance(self._tensor, DTensor):
             return units.view(self._shape)
         rows = len(units) // max(math.prod(self._shape[1:]), 1)
-        return DTensor.from_local(units.view(rows, *self._shape[1:]), self._tensor.device_mesh, self._placements,
-                                  run_check=False, shape=self._shape,
-                                  stride=torch.empty(self._shape, device="meta").stride())
+        return DTensor.from_local(
+            units.view(rows, *self._shape[1:]),
+            self._tensor.device_mesh,
+            self._placements,
+            run_check=False,
+            shape=self._shape,
+            stride=torch.empty(self._shape, device="meta").stride(),
+        )
 
     def slots(self, state: torch.Tensor) -> torch.Tensor:
         """The value of every segment that this rank holds: (slots,), a copy."""
@@ -173,20 +114,22 @@ def units_to_elements(tensor: torch.Tensor, layout: ParamLayout, value: torch.Te
     Raises:
         CheckpointError: it has another shape.
     """
-    shape = (*layout.shape[:layout.batch_dims], layout.outputs)
+    shape = (*layout.shape[: layout.batch_dims], layout.outputs)
     if tuple(value.shape) != shape:
-        raise CheckpointError(f"the saved exp_avg_sq of {layout.name} is of shape {tuple(value.shape)} and should be of {shape}; "
-                              f"the checkpoint is damaged or of another model")
+        raise CheckpointError(
+            f"the saved exp_avg_sq of {layout.name} is of shape {tuple(value.shape)} and should be of {shape}; "
+            f"the checkpoint is damaged or of another model"
+        )
     held = local(tensor)
     if isinstance(value, DTensor):
         if isinstance(tensor, DTensor) and value.placements != _unit_placements(tensor, layout):
             value = value.redistribute(tensor.device_mesh, _unit_placements(tensor, layout))
         value = value.to_local()
     elif isinstance(tensor, DTensor) and not _in_every_shard(layout):
-        dimension = _sharded_dimension(tensor, layout.name)
+        dimension = sharded_dimension(tensor, layout.name)
         row = max(tensor.numel() // max(tensor.shape[0], 1), 1)
-        first = _start(tensor, dimension) // row
-        value = value[first:first + held.shape[0]] if tensor.dim() else value
+        first = shard_start(tensor, dimension) // row
+        value = value[first : first + held.shape[0]] if tensor.dim() else value
     if layout.transposed:
         matrices = value.reshape(-1, 1, layout.outputs)
         return matrices.expand(-1, held.numel() // max(value.numel(), 1), -1).reshape(-1)
@@ -197,7 +140,7 @@ def _slot_of_units(layout: ParamLayout, plan: StepPlan) -> np.ndarray:
     """The slot of every output unit that lies in a shard of whole rows, in memory's order: int64, (units,)."""
     element, slot = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     width = layout.outputs if layout.transposed else layout.inputs
-    for table in (plan.whole.table, plan.cut.table):
+    for table in (plan.local.table, plan.shared.table):
         for row in table:
             # the segments of a transposed weight run through all of its rows, so one row tells
             runs = np.arange(1 if layout.transposed else row[OUTER])
@@ -214,8 +157,11 @@ def _slot_of_units(layout: ParamLayout, plan: StepPlan) -> np.ndarray:
         units = elements // matrix * layout.outputs + elements % width if layout.batch_dims else elements % width
     else:
         units = elements // max(width, 1)
-    count = plan.numel // max(width, 1) if not layout.transposed else (
-        plan.numel // (layout.inputs * layout.outputs) * layout.outputs if layout.batch_dims else layout.outputs)
+    count = (
+        plan.numel // max(width, 1)
+        if not layout.transposed
+        else (plan.numel // (layout.inputs * layout.outputs) * layout.outputs if layout.batch_dims else layout.outputs)
+    )
     found = np.zeros(count, np.int64)
     found[units] = slots
     return found

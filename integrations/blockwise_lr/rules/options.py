@@ -3,6 +3,7 @@
 Values are not converted from other types: a number in quotes, a word for a truth value or a truth value for a number is
 refused, because each of them usually means that something else was intended.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -80,6 +81,7 @@ def _one_of(*names: str) -> BeforeValidator:
         if not isinstance(value, str) or value not in names:
             raise ValueError(f"use one of {', '.join(names)}")
         return value
+
     return BeforeValidator(check)
 
 
@@ -88,14 +90,14 @@ def _ratios(value: Any) -> dict[str, float]:
 
 
 def _decays(value: Any) -> dict[str, float]:
-    return {block.value: decay for block, decay in
-            block_values(value, "block_weight_decay", positive=False).items()}
+    return {block.value: decay for block, decay in block_values(value, "block_weight_decay", positive=False).items()}
 
 
 def _rules(value: Any) -> Any:
     if value is not None and (isinstance(value, (str, Mapping)) or not isinstance(value, Iterable)):
-        raise BlockError(f'block_rules is {shown(value)}; give a list of rules like {{"match": "*.adapter.*", '
-                         f'"block": "ffn"}}')
+        raise BlockError(
+            f'block_rules is {shown(value)}; give a list of rules like {{"match": "*.adapter.*", "block": "ffn"}}'
+        )
     rules = None if value is None else tuple(value)
     user_rules(rules)
     return rules
@@ -131,8 +133,10 @@ class _Checked(BaseModel):
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
             close = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            raise BlockError(f"{where}unknown parameter {unknown[0]!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
-                             f"; the valid ones are {', '.join(cls.model_fields)}")
+            raise BlockError(
+                f"{where}unknown parameter {unknown[0]!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
+                f"; the valid ones are {', '.join(cls.model_fields)}"
+            )
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -176,7 +180,6 @@ class OptimizerOptions(GroupOptions):
     # those that become the defaults of param groups
     GROUP: ClassVar[tuple[str, ...]] = tuple(GroupOptions.model_fields)
 
-
     def group_defaults(self) -> dict[str, Any]:
         """The defaults of a param group: plain numbers and strings, so that a state dict stays loadable everywhere."""
         found = {name: getattr(self, name) for name in self.GROUP if name != "min_lr"}
@@ -203,12 +206,16 @@ def checked_group(group: Mapping[str, Any], lr: Any, where: str) -> dict[str, An
     """
     for name in _NOT_OFFERED:
         if group.get(name):
-            raise BlockError(f"{where}{name} is {shown(group[name])}, which blockwise optimizers do not offer; leave it out")
+            raise BlockError(
+                f"{where}{name} is {shown(group[name])}, which blockwise optimizers do not offer; leave it out"
+            )
     for name in group:
         close = difflib.get_close_matches(str(name), OptimizerOptions.GROUP, n=1, cutoff=0.85)
         if close and name not in OptimizerOptions.GROUP:
-            raise BlockError(f"{where}unknown parameter {name!r} (did you mean {close[0]!r}?); the valid ones are "
-                             f"{', '.join(OptimizerOptions.GROUP)}")
+            raise BlockError(
+                f"{where}unknown parameter {name!r} (did you mean {close[0]!r}?); the valid ones are "
+                f"{', '.join(OptimizerOptions.GROUP)}"
+            )
     said = {name: group[name] for name in OptimizerOptions.GROUP if name in group}
     checked = GroupOptions.checked({"lr": lr, **said} if "min_lr" in said else said, where)
     return {name: getattr(checked, name) for name in said}

@@ -5,6 +5,7 @@ ratio. A schedule that knows blocks may state every block's rate instead (:func:
 only as long as ``lr`` is what it set along with it. So whoever sets ``lr`` afterwards, another scheduler, a resume or a
 user who writes 0, is followed, and rates cannot be made up of numbers that do not belong together.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,7 +16,7 @@ import torch
 
 from ..blocks.layout import MATRIX
 from ..blocks.types import BlockError, BlockType
-from .plan import StepClass
+from ..plan.step_plan import StepClass
 
 STATED, STATED_AT = "block_lrs", "block_lrs_at"
 
@@ -74,8 +75,10 @@ def group_lr(group: Mapping[str, Any], block: BlockType) -> float:
 
 def _refuse_bad_rate(rate: float, what: str) -> None:
     if not math.isfinite(rate) or rate < 0:
-        raise BlockError(f"{what} is {rate!r}; a learning rate is a finite number, 0 or above, so correct the scheduler or "
-                         f"the code that sets param_groups[...][\"lr\"]")
+        raise BlockError(
+            f"{what} is {rate!r}; a learning rate is a finite number, 0 or above, so correct the scheduler or "
+            f'the code that sets param_groups[...]["lr"]'
+        )
 
 
 def class_decay(group: Mapping[str, Any], of: StepClass) -> float:

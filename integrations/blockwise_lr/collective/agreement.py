@@ -1,4 +1,5 @@
 """What must be equal on the ranks that share parameters, compared once while something is built."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from ..blocks.types import BlockError
 
 
-def same_on_all_ranks(groups: Sequence[dist.ProcessGroup], build: Callable[[], None],
-                      describe: Callable[[], Mapping[str, Any]], what: str) -> None:
+def same_on_all_ranks(
+    groups: Sequence[dist.ProcessGroup], build: Callable[[], None], describe: Callable[[], Mapping[str, Any]], what: str
+) -> None:
     """Builds something on all ranks of some groups and compares what came of it: a digest per group, and where digests
     differ what they are of.
 
@@ -57,8 +59,10 @@ def _problem(answers: Sequence[tuple[str | None, Mapping[str, Any]]], ranks: Seq
     for rank, (_, other) in zip(ranks, answers):
         for key in {**first, **other}:
             if first.get(key) != other.get(key):
-                return (f"{what}: rank {ranks[0]} and rank {rank} differ in {_where(key, first.get(key), other.get(key))}; "
-                        f"build the same model and optimizer on all ranks")
+                return (
+                    f"{what}: rank {ranks[0]} and rank {rank} differ in {_where(key, first.get(key), other.get(key))}; "
+                    f"build the same model and optimizer on all ranks"
+                )
     raise AssertionError("ranks with different digests say the same")
 
 

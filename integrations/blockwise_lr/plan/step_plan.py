@@ -4,6 +4,7 @@ A rectangle is ``outer`` runs of ``inner`` consecutive elements, one every ``str
 QKV weight fused per head two or three however many heads it has, a transposed one three. So a plan's size grows with the
 number of parameters and cuts, never with rows or elements.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -90,8 +91,8 @@ class StepPlan:
     Attributes:
         numel: elements of the flat tensor, padding included.
         classes: what the CLASS column points to.
-        whole: rectangles whose segments lie in this shard whole (AdamW: all rectangles).
-        cut: rectangles of segments that go on in other shards; their sums of squares are reduced before they are
+        local: rectangles whose segments lie in this shard whole (AdamW: all rectangles).
+        shared: rectangles of segments that go on in other shards; their sums of squares are reduced before they are
             stepped. Empty for AdamW.
         slots: second moments of this shard (Adam-mini); 0 for AdamW.
         runs: which segments the slots are.
@@ -99,18 +100,18 @@ class StepPlan:
 
     numel: int
     classes: tuple[StepClass, ...]
-    whole: Rectangles
-    cut: Rectangles
+    local: Rectangles
+    shared: Rectangles
     slots: int = 0
     runs: tuple[SegmentRun, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Memory the plan takes."""
-        return sum(r.table.nbytes + r.segment_numel.nbytes for r in (self.whole, self.cut)) + 100 * len(self.runs)
+        return sum(r.table.nbytes + r.segment_numel.nbytes for r in (self.local, self.shared)) + 100 * len(self.runs)
 
 
-def adamw_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout]) -> StepPlan:
+def element_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout]) -> StepPlan:
     """The plan of an element-wise optimizer: fragments in rectangles of equal block type.
 
     Args:
@@ -126,12 +127,13 @@ def adamw_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[Para
     return StepPlan(numel, tuple(classes), _rectangles(rows, [0.0] * len(rows)), _rectangles([], []))
 
 
-def adam_mini_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout], *,
-                   parts: dict[str, int] | None = None) -> StepPlan:
+def segment_plan(
+    numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout], *, parts: dict[str, int] | None = None
+) -> StepPlan:
     """The plan of Adam-mini: rectangles with a slot of the second moment for every segment in this shard.
 
     Args:
-        numel, fragments, layouts: as for :func:`adamw_plan`.
+        numel, fragments, layouts: as for :func:`element_plan`.
         parts: parameters whose rows span that many tensor-parallel slices.
 
     Raises:
@@ -156,8 +158,14 @@ def adam_mini_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[
                 numels[key].append(segment)
             runs.append(SegmentRun(fragment.name, index, first, slots, last - first + 1, fragment.start))
             slots += last - first + 1
-    return StepPlan(numel, tuple(classes), _rectangles(rows[False], numels[False]),
-                    _rectangles(rows[True], numels[True]), slots, tuple(runs))
+    return StepPlan(
+        numel,
+        tuple(classes),
+        _rectangles(rows[False], numels[False]),
+        _rectangles(rows[True], numels[True]),
+        slots,
+        tuple(runs),
+    )
 
 
 def element_biases(layout: ParamLayout) -> ParamLayout:
@@ -165,8 +173,9 @@ def element_biases(layout: ParamLayout) -> ParamLayout:
     if layout.kind != BIAS:
         return layout
     pieces = tuple(Piece(piece.block, piece.size, 1, piece.role) for piece in layout.pieces)
-    return ParamLayout(layout.name, layout.shape, pieces, layout.repeat, layout.transposed, layout.batch_dims,
-                       layout.kind)
+    return ParamLayout(
+        layout.name, layout.shape, pieces, layout.repeat, layout.transposed, layout.batch_dims, layout.kind
+    )
 
 
 def segments_per_repeat(piece: Piece) -> int:
@@ -180,7 +189,7 @@ def segment_numel(layout: ParamLayout, index: int) -> int:
     return (piece.unit or piece.size * layout.repeat) * layout.inputs
 
 
-def cut_segments(layout: ParamLayout, index: int, positions: np.ndarray) -> np.ndarray:
+def shared_segments(layout: ParamLayout, index: int, positions: np.ndarray) -> np.ndarray:
     """Numbers of the segments of a piece that shard edges cut, ascending.
 
     Args:
@@ -222,8 +231,10 @@ def slot_numel(rectangles: Rectangles) -> tuple[np.ndarray, np.ndarray]:
 
 def _known(layout: ParamLayout) -> ParamLayout:
     if any(piece.unit is None for piece in layout.pieces):
-        raise BlockError(f"{layout.name}: Adam-mini needs the number of heads, and nothing says it (or a tensor-parallel "
-                         f"slice cuts heads); pass block_map=map_blocks(model, config={{'num_attention_heads': …}})")
+        raise BlockError(
+            f"{layout.name}: Adam-mini needs the number of heads, and nothing says it (or a tensor-parallel "
+            f"slice cuts heads); pass block_map=map_blocks(model, config={{'num_attention_heads': …}})"
+        )
     return layout
 
 
@@ -237,8 +248,9 @@ def _by_block(layout: ParamLayout) -> ParamLayout:
             merged.append(Piece(piece.block, piece.size))
     if len(merged) == 1:  # all of one block: plain memory, whatever the axis and the repeats
         return ParamLayout(layout.name, (layout.numel,), (Piece(merged[0].block, layout.numel),), kind=layout.kind)
-    return ParamLayout(layout.name, layout.shape, tuple(merged), layout.repeat, layout.transposed, layout.batch_dims,
-                       layout.kind)
+    return ParamLayout(
+        layout.name, layout.shape, tuple(merged), layout.repeat, layout.transposed, layout.batch_dims, layout.kind
+    )
 
 
 Row = tuple[tuple[int, ...], bool]  # (columns of the table with the segment's number for SLOT, whether it is cut)
@@ -275,8 +287,12 @@ def _chunks(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, n
         rows += _run(low, high, repeat * period + base, unit, repeat * per_repeat, shift, number, shared)
     if full_end > full_first:
         at = full_first * period + base
-        rows.append(((at + shift, full_end - full_first, period, size, number, full_first * per_repeat, per_repeat,
-                      unit), False))
+        rows.append(
+            (
+                (at + shift, full_end - full_first, period, size, number, full_first * per_repeat, per_repeat, unit),
+                False,
+            )
+        )
     if shared:  # in several rectangles its sum needs the way of a cut segment, even where no other rank adds to it
         return [(row, shared_cut or len(rows) > 1) for row, _ in rows]
     return rows
@@ -301,8 +317,9 @@ def _run(low: int, high: int, base: int, unit: int, segment: int, shift: int, nu
     for begin, stop, is_cut in ((low, head, True), (head, tail, False), (tail, high, True)):
         if begin < stop:
             length = stop - begin if is_cut else unit
-            rows.append(((begin + shift, 1, 0, stop - begin, number, segment + (begin - base) // unit, 0, length),
-                         is_cut))
+            rows.append(
+                ((begin + shift, 1, 0, stop - begin, number, segment + (begin - base) // unit, 0, length), is_cut)
+            )
     return rows
 
 
@@ -325,8 +342,21 @@ def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, 
                 rows += [(row, True) for row, _ in found]
             full_first, full_end = -(-low // width), high // width
             if full_end > full_first:
-                rows.append(((full_first * width + base + shift, full_end - full_first, width, piece.size, number,
-                              segment, 0, unit), is_cut))
+                rows.append(
+                    (
+                        (
+                            full_first * width + base + shift,
+                            full_end - full_first,
+                            width,
+                            piece.size,
+                            number,
+                            segment,
+                            0,
+                            unit,
+                        ),
+                        is_cut,
+                    )
+                )
     return rows
 
 

@@ -4,6 +4,7 @@ ZeRO scales the gradients of a param group or sub group and steps it before it t
 each of these steps would be one all-reduce per group; so at the first of them the sums of all are taken from the
 gradients where they wait, unscaled, and the scale is put on the sums.
 """
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -15,16 +16,16 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from ..optim import BlockwiseAdamMini
 
 
-def reduce_cut_segments_once(wrapper: Any, optimizer: BlockwiseAdamMini) -> None:
-    """Makes a ZeRO optimizer with several flat tensors call ``optimizer.begin_step`` before the first of them is scaled."""
+def prereduce_once_per_step(wrapper: Any, optimizer: BlockwiseAdamMini) -> None:
+    """Makes a ZeRO optimizer with several flat tensors call prereduce_segment_sums before the first of them is scaled."""
     is_stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
     scale = wrapper.unscale_and_clip_grads
     waiting = _waiting_stage3 if is_stage3 else _waiting_stage12
 
     def scale_after_sums(target: Any, total_norm: Any) -> None:
-        if not optimizer.has_early_sums:
+        if not optimizer.has_prereduced_sums:
             factor = (_factor_stage3 if is_stage3 else _factor_stage12)(wrapper, total_norm)
-            optimizer.begin_step([(flat, grad, factor) for flat, grad in waiting(wrapper)])
+            optimizer.prereduce_segment_sums([(flat, grad, factor) for flat, grad in waiting(wrapper)])
         scale(target, total_norm)
 
     wrapper.unscale_and_clip_grads = scale_after_sums
@@ -39,8 +40,11 @@ def _factor_stage12(wrapper: Any, total_norm: Any) -> float:
 
 def _factor_stage3(wrapper: Any, total_norm: Any) -> float:
     probe = torch.ones(1, dtype=torch.float32)
-    stand_in = SimpleNamespace(loss_scale=wrapper.loss_scale, clip_grad=wrapper.clip_grad,
-                               fp32_partitioned_groups_flat=[SimpleNamespace(grad=probe)])
+    stand_in = SimpleNamespace(
+        loss_scale=wrapper.loss_scale,
+        clip_grad=wrapper.clip_grad,
+        fp32_partitioned_groups_flat=[SimpleNamespace(grad=probe)],
+    )
     type(wrapper).unscale_and_clip_grads(stand_in, 0, _on_cpu(total_norm))
     return float(probe)
 
@@ -64,5 +68,7 @@ def _waiting_stage12(wrapper: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _waiting_stage3(wrapper: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(flat, flat.grad if flat.grad is not None else wrapper.flatten(wrapper.averaged_gradients[number]))
-            for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)]
+    return [
+        (flat, flat.grad if flat.grad is not None else wrapper.flatten(wrapper.averaged_gradients[number]))
+        for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
+    ]

@@ -1,0 +1,6 @@
+"""What all ranks do, compare and fail together. Knows no framework and no optimizer."""
+
+from .agreement import same_on_all_ranks
+from .errors import is_rank_zero, raise_on_all_ranks, run_on_all_ranks
+
+__all__ = ["is_rank_zero", "raise_on_all_ranks", "run_on_all_ranks", "same_on_all_ranks"]
