@@ -254,7 +254,32 @@ class LoopAdamMini:
         leaf.tensor.copy_(torch.cat(rows).view_as(leaf.tensor))
 
 
-REFERENCES = {"BlockwiseAdamW": TorchAdamW, "BlockwiseAdamMini": LoopAdamMini}
+class PlainLion:
+    """Lion (arXiv 2302.06675, algorithm 2) with decoupled decay, leaf by leaf; the sign of 0 is 0.
+
+    The gradient of a bias of k is rounding noise around 0 (softmax does not see it), whose sign differs from run to run, so
+    models without such biases are compared.
+    """
+
+    def __init__(
+        self, twin: Twin, betas: tuple[float, float], eps: float, decay: float, ratios: dict[str, float]
+    ) -> None:
+        self.twin, self.betas, self.decay, self.ratios = twin, betas, decay, ratios
+        self.momentum = {name: torch.zeros_like(leaf.tensor) for name, leaf in twin.leaves.items()}
+
+    @torch.no_grad()
+    def step(self, lr_of: Callable[[float], float]) -> None:
+        beta1, beta2 = self.betas
+        for name, leaf in self.twin.leaves.items():
+            p, g, m, lr = leaf.tensor, leaf.tensor.grad, self.momentum[name], lr_of(self.ratios[leaf.block])
+            mixed = beta1 * m + (1 - beta1) * g
+            moved = (mixed > 0).float() - (mixed < 0).float() + (self.decay * p if leaf.decayed else 0)
+            p -= lr * moved
+            self.momentum[name] = beta2 * m + (1 - beta2) * g
+            p.grad = None
+
+
+REFERENCES = {"BlockwiseAdamW": TorchAdamW, "BlockwiseAdamMini": LoopAdamMini, "BlockwiseLion": PlainLion}
 
 
 def token_ids(steps: int, accumulation: int, ranks: int, batch: int = 2, length: int = 12) -> torch.Tensor:

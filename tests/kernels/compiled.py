@@ -11,12 +11,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from blockwise_lr.kernels import triton as kernel
+from blockwise_lr.rules import RULES
 
-NUMBERS = {
-    "numbers": "*fp32",
-    "classes": "i32",
-    **dict.fromkeys(("rest1", "beta2", "rest2", "eps", "inverse_root"), "fp32"),
-}
+NUMBERS = {"numbers": "*fp32", "classes": "i32"}
 WORK = {"owner": "*i32", "table": "*i64"}
 SIZES = {"BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS, "FIELDS": kernel._FIELDS}
 
@@ -41,11 +38,19 @@ def main() -> None:
     for capability, gradient in ((80, "*fp16"), (90, "*fp32"), (90, "*bf16")):
         tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK
         at = f"sm_{capability} {gradient}"
-        found[f"{at} adamw"] = memory_instructions(kernel._adamw, tensors | NUMBERS, capability, COPY=True)
-        for own in (True, False):
-            found[f"{at} adam_mini {own}"] = memory_instructions(
-                kernel._adam_mini, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own, COPY=True
-            )
+        for rule in RULES.values():
+            body = {"BODY": kernel.compiled_body(rule.triton), "COPY": True}
+            if rule.segment_state is None:
+                body["STATES"] = len(rule.states)
+                found[f"{at} {rule.name}"] = memory_instructions(
+                    kernel._element_step, tensors | NUMBERS, capability, **body
+                )
+                continue
+            body["MOMENT"] = kernel.compiled_body(rule.triton_moment)
+            for own in (True, False):
+                found[f"{at} {rule.name} {own}"] = memory_instructions(
+                    kernel._segment_step, tensors | {"numels": "*fp32"} | NUMBERS, capability, OWN_SUMS=own, **body
+                )
         found[f"{at} sums"] = memory_instructions(kernel._sums, {"g": gradient, "sums": "*fp32"} | WORK, capability)
     json.dump(found, sys.stdout)
 

@@ -14,8 +14,10 @@ from random_layouts import random_layouts
 
 from blockwise_lr.blocks import BlockType, ParamLayout, Piece
 from blockwise_lr.kernels import ReferenceKernel, StepValues, kernel_for
+from blockwise_lr.optim import CLASSES
 from blockwise_lr.plan.shards import Fragment
 from blockwise_lr.plan.step_plan import element_plan, segment_plan, slot_numel
+from blockwise_lr.rules import RULES
 
 DEVICES = {"cpp": torch.device("cpu"), "triton": torch.device("cuda" if torch.cuda.is_available() else "cpu")}
 REFERENCE = ReferenceKernel()
@@ -54,14 +56,12 @@ def tensors(numel, seed, dtype=torch.float32):
     )
 
 
-def values(plan, step=3):
+def values(rule, plan, step=3):
+    group = {"betas": (0.9, 0.95), "eps": 1e-8}
     return StepValues(
         tuple(0.01 * (i + 1) for i in range(len(plan.classes))),
         tuple(0.1 * i for i in range(len(plan.classes))),
-        0.9,
-        0.95,
-        1e-8,
-        step,
+        rule.scalars(group, step),
     )
 
 
@@ -69,52 +69,51 @@ def device_of(kernel):
     return DEVICES.get(kernel.name, torch.device("cpu"))
 
 
-def adamw(kernel, case, dtype=torch.float32, tweak=None, out=None):
+def step(rule, kernel, case, dtype=torch.float32, tweak=None, out=None):
+    """One step of a rule by a kernel: the parameter and the states after it."""
     numel, fragments, used = case
-    plan = element_plan(numel, fragments, used)
-    param, grad, first, second = tensors(numel, 5, dtype)
+    device = device_of(kernel)
+    param, grad, *states = tensors(numel, 5, dtype)
     if tweak is not None:
         tweak(grad)
-    param, grad, first, second = (t.to(device_of(kernel)) for t in (param, grad, first, second))
-    kernel.adamw(param, grad, first, second, plan, values(plan), out)
-    return param.cpu(), first.cpu(), second.cpu()
-
-
-def adam_mini(kernel, case, dtype=torch.float32, tweak=None, out=None):
-    numel, fragments, used = case
+    param, grad, *states = (t.to(device) for t in (param, grad, *states[: len(rule.element_states)]))
+    if rule.segment_state is None:
+        plan = element_plan(numel, fragments, used)
+        kernel.element_step(rule, param, grad, states, plan, values(rule, plan), out)
+        return [t.cpu() for t in (param, *states)]
     plan = segment_plan(numel, fragments, used, parts={"plain": 2})
-    param, grad, first, _ = tensors(numel, 5, dtype)
-    if tweak is not None:
-        tweak(grad)
-    second = torch.rand(plan.slots, generator=torch.Generator().manual_seed(6))
-    param, grad, first, second = (t.to(device_of(kernel)) for t in (param, grad, first, second))
-    kernel.adam_mini(param, grad, first, second, plan, values(plan), out)
-    sums = torch.zeros(plan.slots, device=device_of(kernel))
+    moments = torch.rand(plan.slots, generator=torch.Generator().manual_seed(6)).to(device)
+    numbers = values(rule, plan)
+    kernel.segment_step(rule, param, grad, states, moments, plan, numbers, out)
+    sums = torch.zeros(plan.slots, device=device)
     kernel.sum_squares(grad, plan.shared, sums)
-    slots, sizes = (torch.from_numpy(a).to(device_of(kernel)) for a in slot_numel(plan.shared))
-    second[slots] = 0.95 * second[slots] + 0.05 * sums[slots] / sizes
-    kernel.adam_mini_presummed(param, grad, first, second, plan, values(plan), out)
-    return param.cpu(), first.cpu(), second.cpu()
+    slots, sizes = (torch.from_numpy(a).to(device) for a in slot_numel(plan.shared))
+    moments[slots] = 0.95 * moments[slots] + 0.05 * sums[slots] / sizes
+    kernel.segment_step_presummed(rule, param, grad, states, moments, plan, numbers, out)
+    return [t.cpu() for t in (param, *states, moments)]
 
 
 def close(found, wanted):
-    for name, a, b in zip(("parameter", "exp_avg", "exp_avg_sq"), found, wanted):
+    for name, a, b in zip(("parameter", "first state", "second state"), found, wanted, strict=False):
         assert float((a - b).norm() / b.norm().clamp_min(1e-30)) < 1e-6, name
 
 
+@pytest.fixture(params=RULES)
+def rule(request):
+    return RULES[request.param]
+
+
 @pytest.mark.parametrize("seed", range(25))
-def test_random_layouts_and_cuts(kernel, seed):
+def test_random_layouts_and_cuts(rule, kernel, seed):
     case = shard(random.Random(seed))
-    close(adamw(kernel, case), adamw(REFERENCE, case))
-    close(adam_mini(kernel, case), adam_mini(REFERENCE, case))
+    close(step(rule, kernel, case), step(rule, REFERENCE, case))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_gradients_are_read_as_they_are(kernel, dtype):
+def test_low_precision_gradients_are_read_as_they_are(rule, kernel, dtype):
     for seed in range(8):
         case = shard(random.Random(seed))
-        close(adamw(kernel, case, dtype), adamw(REFERENCE, case, dtype))
-        close(adam_mini(kernel, case, dtype), adam_mini(REFERENCE, case, dtype))
+        close(step(rule, kernel, case, dtype), step(rule, REFERENCE, case, dtype))
 
 
 def rounded(kernel, param):
@@ -124,13 +123,12 @@ def rounded(kernel, param):
     return param.bfloat16()
 
 
-@pytest.mark.parametrize("step", [adamw, adam_mini])
-def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(kernel, step):
+def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(rule, kernel):
     for seed in range(8):
         numel, fragments, used = case = shard(random.Random(seed))
         out = torch.full((numel,), 7.0, dtype=torch.bfloat16, device=device_of(kernel))
-        found = step(kernel, case, out=out)
-        assert all(torch.equal(a, b) for a, b in zip(found, step(kernel, case)))
+        found = step(rule, kernel, case, out=out)
+        assert all(torch.equal(a, b) for a, b in zip(found, step(rule, kernel, case)))
         held = torch.zeros(numel, dtype=torch.bool)
         for fragment in fragments:
             held[fragment.offset : fragment.offset + fragment.numel] = True
@@ -146,18 +144,19 @@ def spoil(value, every):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e-42, 3e38])
-@pytest.mark.parametrize("step", [adamw, adam_mini])
-def test_nan_inf_and_denormals_go_where_torch_lets_them(kernel, step, value):
+def test_nan_inf_and_denormals_go_where_torch_lets_them(rule, kernel, value):
     for seed in range(6):
         case = shard(random.Random(seed))
-        found, wanted = step(kernel, case, tweak=spoil(value, 37)), step(REFERENCE, case, tweak=spoil(value, 37))
+        found, wanted = (
+            step(rule, kernel, case, tweak=spoil(value, 37)),
+            step(rule, REFERENCE, case, tweak=spoil(value, 37)),
+        )
         for a, b in zip(found, wanted):
             assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
         close([a[b.isfinite()].double() for a, b in zip(found, wanted)], [b[b.isfinite()].double() for b in wanted])
 
 
-@pytest.mark.parametrize("step", [adamw, adam_mini])
-def test_results_do_not_depend_on_run_or_threads(kernel, step):
+def test_results_do_not_depend_on_run_or_threads(rule, kernel):
     scale = 1 if device_of(kernel).type == "cpu" and kernel.name == "triton" else 10  # the interpreter is slow
     rows, width, columns = 60 * scale, 70 * scale, 120 * scale
     layout = ParamLayout("big", (rows, width), (Piece(QK, rows, 5 * scale),))
@@ -169,25 +168,25 @@ def test_results_do_not_depend_on_run_or_threads(kernel, step):
     threads, runs = torch.get_num_threads(), []
     for count in (1, 2, 3, 2):
         torch.set_num_threads(count)
-        runs.append(step(kernel, case))
+        runs.append(step(rule, kernel, case))
     torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
-    close(runs[0], step(REFERENCE, case))
+    close(runs[0], step(rule, REFERENCE, case))
 
 
 def test_many_tiles_and_several_steps_of_a_real_optimizer():
     from twins import make
 
-    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+    from blockwise_lr import map_blocks
 
-    for kind in (BlockwiseAdamW, BlockwiseAdamMini):
+    for kind in CLASSES.values():
         results = []
         for kernel in ("reference", "auto"):
             model = make("gpt2")
             optimizer = kind(model.named_parameters(), lr=1e-2, block_map=map_blocks(model), kernel=kernel)
-            for step in range(5):
-                generator = torch.Generator().manual_seed(step)
+            for number in range(5):
+                generator = torch.Generator().manual_seed(number)
                 for p in model.parameters():
                     p.grad = torch.randn(p.shape, generator=generator)
                 optimizer.step()
@@ -198,9 +197,9 @@ def test_many_tiles_and_several_steps_of_a_real_optimizer():
 def test_optimizers_write_bfloat16_copies_for_those_who_ask():
     from twins import make
 
-    from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+    from blockwise_lr import map_blocks
 
-    for kind in (BlockwiseAdamW, BlockwiseAdamMini):
+    for kind in CLASSES.values():
         for kernel in ("reference", "auto"):
             model = make("gpt2")
             optimizer = kind(model.named_parameters(), lr=1e-2, block_map=map_blocks(model), kernel=kernel)
@@ -226,3 +225,18 @@ def test_without_a_compiler_it_warns_once_and_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "['reference', 'reference', 'reference']", done.stderr
     assert done.stderr.count("the C++ kernel could not be built") == 1
+
+
+def test_a_rule_without_compiled_bodies_is_stepped_by_the_reference(kernel):
+    class Plain(type(RULES["lion"])):  # unnamed: no rule of its own
+        cpp = triton = None
+
+    for seed in range(3):
+        case = shard(random.Random(seed))
+        for found, wanted in zip(step(Plain(), kernel, case), step(RULES["lion"], REFERENCE, case), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_rule_has_a_name_of_its_own():
+    with pytest.raises(ValueError, match="the update rule Other is named 'lion', as Lion is; rename it"):
+        type("Other", (type(RULES["lion"]),), {"name": "lion"})

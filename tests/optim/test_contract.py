@@ -11,12 +11,13 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from twins import make
 
-from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from blockwise_lr import map_blocks
+from blockwise_lr.optim import CLASSES
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 LR, BETAS, EPS, DECAY = 2e-3, (0.9, 0.95), 1e-8, 0.1
 SAME = {"embedding": 1.0, "head": 1.0, "qk": 1.0, "vo": 1.0, "ffn": 1.0, "norm": 1.0}
-KINDS = ["torch AdamW", "BlockwiseAdamW", "BlockwiseAdamW cpp", "BlockwiseAdamMini", "BlockwiseAdamMini cpp"]
+KINDS = ["torch AdamW", *(f"{name}{kernel}" for name in CLASSES for kernel in ("", " cpp"))]
 OURS = KINDS[1:]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -27,7 +28,8 @@ def build(kind, model, params=None, **options):
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, **options}
     if kind == "torch AdamW":
         return torch.optim.AdamW(params, foreach=False, **settings)
-    cls = BlockwiseAdamMini if "Mini" in kind else BlockwiseAdamW
+    cls = CLASSES[kind.removesuffix(" cpp")]
+    settings = {name: value for name, value in settings.items() if name in cls.Options.model_fields}
     return cls(
         params,
         block_map=map_blocks(model),
@@ -63,7 +65,7 @@ def assert_equal(found, wanted, tolerance=0.0):
 def as_torch_adamw(kind, run):
     """Runs something with an optimizer and with torch's AdamW, and compares where the two are one formula."""
     found = run(kind)
-    if "Mini" not in kind:
+    if "AdamW" in kind:
         assert_equal(found, run("torch AdamW"), 0.0 if "cpp" not in kind else 1e-6)
     return found
 
@@ -253,8 +255,7 @@ def test_a_groups_own_decay_holds_for_its_norms(kind):
     model = make("llama")
     named = dict(model.named_parameters())
     norm = ("model.norm.weight", named.pop("model.norm.weight"))
-    cls = BlockwiseAdamMini if "Mini" in kind else BlockwiseAdamW
-    optimizer = cls(list(named.items()), lr=LR, weight_decay=0.5, block_map=map_blocks(model))
+    optimizer = CLASSES[kind.removesuffix(" cpp")](list(named.items()), lr=LR, weight_decay=0.5, block_map=map_blocks(model))
     optimizer.add_param_group({"params": [norm], "weight_decay": 0.25})
     before = weights(model)
     for p in model.parameters():
@@ -439,10 +440,11 @@ def test_complex_parameters(kind):
     as_torch_adamw(kind, run)
 
 
-def test_adam_mini_refuses_complex_parameters():
+@pytest.mark.parametrize("kind", [name for name, cls in CLASSES.items() if not cls.rule.complex_as_pairs])
+def test_other_rules_refuse_complex_parameters(kind):
     model = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(6, 4)}).to(torch.complex64)
     with pytest.raises(ValueError, match="up_proj.weight is complex"):
-        BlockwiseAdamMini(model.named_parameters())
+        CLASSES[kind](model.named_parameters())
 
 
 @kinds
@@ -514,8 +516,9 @@ def test_compiled_steps_are_the_steps(kind):
 # ---- states of flat shards are checked too
 
 
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW cpp", "BlockwiseAdamMini cpp"])
-@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize(
+    "kind, key", [(f"{name} cpp", state.name) for name, cls in CLASSES.items() for state in cls.rule.states]
+)
 def test_a_state_of_another_size_never_reaches_a_kernel(kind, key):
     model = make("llama")
     optimizer = build(kind, model)

@@ -6,7 +6,8 @@ import torch
 from twins import make
 
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
-from blockwise_lr.rules.options import AdamMiniOptions, OptimizerOptions
+from blockwise_lr.rules.adam_mini import AdamMiniOptions
+from blockwise_lr.rules.adamw import AdamWOptions
 from blockwise_lr.transformers import BlockwiseAdamWFactory
 
 BAD = [
@@ -52,7 +53,7 @@ BAD = [
     ("block_rules", {"match": "*"}, "give a list of rules"),
     ("block_rules", "*.adapter.*", "give a list of rules"),
 ]
-IN_GROUPS = [bad for bad in BAD if bad[0] in OptimizerOptions.GROUP]
+IN_GROUPS = [bad for bad in BAD if bad[0] in AdamWOptions.group_names()]
 
 
 @pytest.mark.parametrize("name, value, words", BAD)
@@ -75,16 +76,16 @@ def test_bad_values_in_param_groups(name, value, words):
 
 def test_a_number_that_python_does_not_print():
     with pytest.raises(BlockError, match="lr is a int too long to be shown; give a finite number"):
-        OptimizerOptions.checked({"lr": 10**5000})
+        AdamWOptions.checked({"lr": 10**5000})
 
 
 def test_unknown_options_name_the_nearest():
     with pytest.raises(
         BlockError, match="optimizer X: unknown parameter 'block_lr_ratio' .did you mean 'block_lr_ratios'"
     ):
-        OptimizerOptions.checked({"block_lr_ratio": {}}, "optimizer X: ")
+        AdamWOptions.checked({"block_lr_ratio": {}}, "optimizer X: ")
     with pytest.raises(BlockError, match="unknown parameter 'bias_segments'.*valid ones are lr, betas"):
-        OptimizerOptions.checked({"bias_segments": "vector"})
+        AdamWOptions.checked({"bias_segments": "vector"})
     with pytest.raises(BlockError, match="bias_segments is 'row'; use one of element, vector"):
         AdamMiniOptions.checked({"bias_segments": "row"})
 

@@ -2,7 +2,7 @@
 
 from .errors import CheckpointError, MismatchError
 from .manifest import Manifest
-from .record import ACCEPTABLE, Record
+from .record import Record
 from .survey import newest_complete, verify
 
-__all__ = ["ACCEPTABLE", "CheckpointError", "Manifest", "MismatchError", "Record", "newest_complete", "verify"]
+__all__ = ["CheckpointError", "Manifest", "MismatchError", "Record", "newest_complete", "verify"]

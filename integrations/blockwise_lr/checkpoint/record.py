@@ -14,8 +14,10 @@ from ..blocks.block_map import plain_name
 from ..blocks.layout import ParamLayout, Piece
 from ..blocks.types import BlockType
 from ..collective.errors import is_rank_zero
+from ..rules.base import UpdateRule, rule_of_class
 from .errors import CheckpointError, MismatchError
 from .matching import Contents
+from .target import in_parameters
 
 log = logging.getLogger("blockwise_lr")
 
@@ -25,17 +27,6 @@ KEY = "blockwise_lr"
 # Raised when an older package could misread what a newer one wrote. 2: the record is a packed string, and says what lies
 # in each tensor; second moments per output unit.
 FORMAT = 2
-GROUP_SETTINGS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "min_lr",
-    "block_lr_ratios",
-    "block_weight_decay",
-    "decay_norms_and_biases",
-)
-ACCEPTABLE = ("optimizer", "block_map", "bias_segments", *GROUP_SETTINGS)
 # the forms in which exp_avg_sq is saved: a value per element, per segment of the tensor's plan, or per output unit of the
 # parameter (a row, or a column of a transposed weight), which needs no plan to be read
 ELEMENTS, SEGMENTS, UNITS = "elements", "segments", "units"
@@ -53,8 +44,8 @@ class Record:
         fingerprint: that of its block map.
         layouts: plain parameter name -> its layout.
         settings: per param group, the settings the optimizer was built with.
-        bias_segments: Adam-mini's setting; None for AdamW.
-        second_moment: "elements", "segments" or "units": the form exp_avg_sq is saved in.
+        bias_segments: Adam-mini's setting; None for other optimizers.
+        second_moment: "elements", "segments" or "units": the form a segment state is saved in.
         row_parts: in how many segments Adam-mini cuts the rows that tensor-parallel ranks hold parts of.
         tensors: per param group, what lies in each of its tensors; None where that is not to be compared.
         format: number of the format.
@@ -81,6 +72,20 @@ class Record:
         if layout is None:
             raise CheckpointError(f"the checkpoint knows no parameter {name}; it is of another model")
         return layout
+
+    @property
+    def rule(self) -> UpdateRule | None:
+        """That of the optimizer; None for one that this package does not know."""
+        return rule_of_class(self.optimizer)
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether the optimizer keeps a state per segment."""
+        return self.rule is not None and self.rule.segment_state is not None
+
+    def setting_names(self) -> list[str]:
+        """The settings of param groups that it tells of."""
+        return list(dict.fromkeys(key for group in self.settings for key in group))
 
     def settings_of(self, number: int) -> Mapping[str, Any]:
         """The settings of a param group; of all groups, where the framework makes the groups itself."""
@@ -228,7 +233,7 @@ def differences(saved: Record, now: Record) -> list[Difference]:
         found += _map_differences(saved, now)
     if len(saved.settings) != len(now.settings):
         found.append(Difference(None, f"param groups: {len(saved.settings)} -> {len(now.settings)}"))
-    for key in GROUP_SETTINGS:
+    for key in _compared(saved, now):
         found += _setting_difference(key, saved, now)
     if saved.bias_segments != now.bias_segments and None not in (saved.bias_segments, now.bias_segments):
         found.append(Difference("bias_segments", f"bias_segments: {saved.bias_segments} -> {now.bias_segments}"))
@@ -243,7 +248,7 @@ def _map_differences(saved: Record, now: Record) -> list[Difference]:
         for name in shared
         if saved.layouts[name].shape != now.layouts[name].shape
     ]
-    with_heads = "BlockwiseAdamMini" in (saved.optimizer, now.optimizer)
+    with_heads = saved.has_segments or now.has_segments
     rules = [
         f"{name} {_shown(saved.layouts[name])} -> {_shown(now.layouts[name])}"
         for name in shared
@@ -268,7 +273,7 @@ def _map_differences(saved: Record, now: Record) -> list[Difference]:
 
 
 def same_segments(saved: Record | None, now: Record) -> bool:
-    """Whether both are Adam-mini's with the same segments, so that one saved element stands for all of its segment."""
+    """Whether both have the same rule and the same segments, so that one saved element stands for all of its segment."""
     return (
         saved is not None
         and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
@@ -302,6 +307,14 @@ def _some(items: Sequence[str]) -> str:
     return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _compared(saved: Record, now: Record) -> list[str]:
+    """The settings to compare: what only one of two rules has is told by their names."""
+    before, after = saved.setting_names(), now.setting_names()
+    if saved.optimizer == now.optimizer:
+        return list(dict.fromkeys([*after, *before]))
+    return [key for key in after if key in before]
+
+
 def _setting_difference(key: str, saved: Record, now: Record) -> list[Difference]:
     for number, (old, new) in enumerate(zip(saved.settings, now.settings)):
         before, after = plain(old.get(key)), plain(new.get(key))
@@ -322,12 +335,6 @@ def _setting_difference(key: str, saved: Record, now: Record) -> list[Difference
 def plain(value: Any) -> Any:
     """A setting as it comes back from a file: tuples are lists."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def in_parameters(keys: Sequence[str]) -> str:
-    """What to write where the optimizer's parameters are stated, to accept differences."""
-    listed = ", ".join(f'"{key}"' for key in keys)
-    return f'add "accept_mismatch": [{listed}] to the optimizer\'s parameters'
 
 
 def reject_mismatches(
@@ -363,19 +370,6 @@ def reject_mismatches(
     if is_rank_zero():
         for difference in found:
             log.warning("%s: going on with accepted difference (checkpoint -> now): %s", origin, difference.text)
-
-
-def checked_accepts(names: Iterable[str]) -> tuple[str, ...]:
-    """The ``accept_mismatch`` setting, checked.
-
-    Raises:
-        CheckpointError: an unknown name; the message lists those there are.
-    """
-    names = (names,) if isinstance(names, str) else tuple(names)
-    unknown = [name for name in names if name not in ACCEPTABLE]
-    if unknown:
-        raise CheckpointError(f"accept_mismatch names {unknown[0]!r}; use any of {', '.join(ACCEPTABLE)}")
-    return names
 
 
 def plain_layouts(layouts: Mapping[str, ParamLayout]) -> dict[str, ParamLayout]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..collective.errors import is_rank_zero
-from ..plan.step_plan import StepPlan, element_biases, segment_plan
+from ..plan.step_plan import StepPlan, segment_plan
 from ..rules.param_groups import STATED, STATED_AT
 from .errors import CheckpointError, raise_on_all_ranks
 from .matching import positions
 from .moments import expand_segments, segment_means, segment_sums, take_segments
 from .record import (
     ELEMENTS,
-    GROUP_SETTINGS,
     KEY,
     SEGMENTS,
     UNITS,
@@ -28,18 +27,15 @@ from .record import (
     reject_mismatches,
     same_segments,
 )
+from .target import RestoreTarget, SegmentTarget
 from .units import local_part, units_to_elements
 
-if TYPE_CHECKING:
-    from ..optim.base import BlockwiseOptimizer
-
 log = logging.getLogger("blockwise_lr")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Any]
 
 
 def prepare_state_dict(
-    optimizer: BlockwiseOptimizer, state_dict: Mapping[str, Any]
+    optimizer: RestoreTarget, state_dict: Mapping[str, Any]
 ) -> tuple[dict[int, State], list[dict[str, Any]], Record | None]:
     """What a state dict holds for an optimizer: its tensors' states, by position; its param groups, without tensors; and
     the record of the state's origin.
@@ -64,7 +60,7 @@ def prepare_state_dict(
         groups = [dict(group) for group in state_dict["param_groups"]]
         record = Record.of_groups(groups)
         check_record(optimizer, record)
-        if optimizer.states_apart:
+        if optimizer.saving.external_state:
             states = _steps(optimizer, groups)
         else:
             states = _states(optimizer, state_dict["state"], groups, record)
@@ -75,19 +71,18 @@ def prepare_state_dict(
             f"this is no state dict of an optimizer ({type(problem).__name__}: {problem}); give what "
             f"optimizer.state_dict() returned"
         )
-    if optimizer.loads_together:
+    if optimizer.saving.collective_load:
         raise_on_all_ranks(error)
     elif error is not None:
         raise error
     step = max((int(state["step"]) for state in states.values()), default=0)
     _tell(optimizer, record)
-    merged = [_merged_group(optimizer, number, group, record, step) for number, group in enumerate(groups)]
-    return states if optimizer.states_apart else _converted(optimizer, states, record), merged, record
+    now = optimizer.record()
+    merged = [_merged_group(optimizer, number, group, record, now, step) for number, group in enumerate(groups)]
+    return states if optimizer.saving.external_state else _converted(optimizer, states, record), merged, record
 
 
-def check_record(
-    optimizer: BlockwiseOptimizer, record: Record | None, origin: str = "the saved optimizer state"
-) -> None:
+def check_record(optimizer: RestoreTarget, record: Record | None, origin: str = "the saved optimizer state") -> None:
     """Raises MismatchError where a record contradicts an optimizer; see :func:`~.record.reject_mismatches`."""
     if record is None:
         found = [
@@ -98,10 +93,10 @@ def check_record(
         ]
     else:
         found = differences(record, optimizer.record())
-    reject_mismatches(found, optimizer.accept_mismatch, origin, optimizer.to_accept)
+    reject_mismatches(found, optimizer.accept_mismatch, origin, optimizer.saving.mismatch_hint)
 
 
-def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[int, State]:
+def _steps(optimizer: RestoreTarget, groups: list[dict[str, Any]]) -> dict[int, State]:
     """The step count of every tensor by its position, where that is all of a state that the groups come with."""
     steps = [group["step"] for group in groups for _ in group["params"] if group.get("step") is not None]
     if len(steps) != len(optimizer.all_tensors()):
@@ -113,7 +108,7 @@ def _steps(optimizer: BlockwiseOptimizer, groups: list[dict[str, Any]]) -> dict[
 
 
 def _states(
-    optimizer: BlockwiseOptimizer, saved: Mapping[Any, Any], groups: list[dict[str, Any]], record: Record | None
+    optimizer: RestoreTarget, saved: Mapping[Any, Any], groups: list[dict[str, Any]], record: Record | None
 ) -> dict[int, State]:
     """This rank's parts of the saved states by position among the optimizer's tensors; all else is left out."""
     tensors, own = optimizer.all_tensors(), optimizer.contents()
@@ -130,27 +125,31 @@ def _states(
             continue
         name = ", ".join(dict.fromkeys(fragment[0] for fragment in contents[position][:2])) or "an empty shard"
         step = state.get("step", group_steps[index])
-        if step is None or any(not isinstance(state.get(key), torch.Tensor) for key in MOMENTS):
+        missing = [spec.name for spec in optimizer.rule.states if not isinstance(state.get(spec.name), torch.Tensor)]
+        if step is None or missing:
+            needed = ", ".join(["step", *(spec.name for spec in optimizer.rule.states)])
             raise CheckpointError(
-                f"the saved optimizer state of {name} has {sorted(map(str, state))} where step, exp_avg and "
-                f"exp_avg_sq are needed; only AdamW and Adam-mini states can be loaded"
+                f"the saved optimizer state of {name} has {sorted(map(str, state))} where {needed} are needed; only states of "
+                f"optimizers that keep these can be loaded by {optimizer.rule.class_name}, so load the weights alone"
             )
         states[position] = {"step": float(step), **_parts(optimizer, tensors[position], state, record, name)}
     return states
 
 
 def _parts(
-    optimizer: BlockwiseOptimizer, tensor: torch.Tensor, state: Mapping[str, Any], record: Record | None, name: str
+    optimizer: RestoreTarget, tensor: torch.Tensor, state: Mapping[str, Any], record: Record | None, name: str
 ) -> dict[str, torch.Tensor]:
-    """This rank's parts of a tensor's saved moments: exp_avg_sq per element, or per segment of the saved layouts."""
-    form = ELEMENTS if record is None else record.second_moment
-    numel = optimizer.plan_of(tensor).numel
-    first, second = local_part(tensor, state["exp_avg"]), state["exp_avg_sq"]
-    if form == UNITS:
-        second = units_to_elements(tensor, record.layout(optimizer.block_map.name_of(tensor)), second)
-    wanted = _source_plan(optimizer, tensor, record).slots if form == SEGMENTS else numel
-    second = local_part(tensor, second) if form == ELEMENTS else second
-    for key, value, expected in (("exp_avg", first, numel), ("exp_avg_sq", second, wanted)):
+    """This rank's parts of a tensor's saved states: per element, or per segment of the saved layouts."""
+    numel, parts = optimizer.plan_of(tensor).numel, {}
+    for spec in optimizer.rule.states:
+        key, value, expected = spec.name, state[spec.name], numel
+        form = _saved_form(record, key)
+        if form == ELEMENTS or record is None:
+            value = local_part(tensor, value)
+        elif form == UNITS:
+            value = units_to_elements(tensor, record.layout(optimizer.block_map.name_of(tensor)), value)
+        else:
+            expected = _source_plan(optimizer, tensor, record).slots
         size = value.numel() * (2 if value.is_complex() else 1)
         as_parameter = value.dim() < 2 or tuple(value.shape) in (
             tuple(local_part(tensor, tensor).shape),
@@ -162,53 +161,68 @@ def _parts(
                 f"saved on another number of ranks, another ZeRO stage or another model; convert the checkpoint to a "
                 f"universal one and load that"
             )
-    return {"exp_avg": first, "exp_avg_sq": second}
+        parts[key] = value
+    return parts
 
 
-def _source_plan(optimizer: BlockwiseOptimizer, tensor: torch.Tensor, record: Record) -> StepPlan:
+def _saved_form(record: Record | None, key: str) -> str:
+    """The form a state was saved in: that of segment states, where it was one of the saving optimizer's."""
+    rule = None if record is None else record.rule
+    if record is None or rule is None or rule.segment_state is None or rule.segment_state.name != key:
+        return ELEMENTS
+    return record.second_moment
+
+
+def _source_plan(optimizer: RestoreTarget, tensor: torch.Tensor, record: Record) -> StepPlan:
     """The plan the saved segments followed: the saved layouts over what this optimizer's tensor holds."""
     fragments = optimizer.fragments_of(tensor)
     layouts = [record.layout(fragment.name) for fragment in fragments]
-    if record.bias_segments == "element":
-        layouts = [element_biases(layout) for layout in layouts]
+    if record.rule is not None:
+        layouts = [record.rule.segments(layout, record.bias_segments) for layout in layouts]
     return segment_plan(optimizer.plan_of(tensor).numel, fragments, layouts)
 
 
-# ---- second moments
+# ---- segment states
 
 
-def _converted(optimizer: BlockwiseOptimizer, states: dict[int, State], record: Record | None) -> dict[int, State]:
-    """States with exp_avg_sq in the optimizer's own form: per element, or per segment of its plan."""
-    tensors = optimizer.all_tensors()
-    form = SEGMENTS if record is not None and record.second_moment == SEGMENTS else ELEMENTS
+def _converted(optimizer: RestoreTarget, states: dict[int, State], record: Record | None) -> dict[int, State]:
+    """States in the optimizer's own form: per element, or per segment of its plan."""
+    tensors, own = optimizer.all_tensors(), optimizer.rule.segment_state
     known = same_segments(record, optimizer.record())
-    if form == SEGMENTS and not (optimizer.segment_plans and known):
-        for position, state in states.items():
-            state["exp_avg_sq"] = expand_segments(
-                state["exp_avg_sq"], _source_plan(optimizer, tensors[position], record)
-            )
-        form = ELEMENTS
-    if optimizer.segment_plans and form == ELEMENTS:
-        moments = {position: state["exp_avg_sq"].float().reshape(-1) for position, state in states.items()}
-        if known:
-            found = {
-                position: take_segments(elements, optimizer.plan_of(tensors[position]))
-                for position, elements in moments.items()
-            }
-        else:
-            found = averaged(optimizer, tensors, moments)
-        for position, value in found.items():
-            states[position]["exp_avg_sq"] = value
+    for key in [spec.name for spec in optimizer.rule.states]:
+        in_segments = _saved_form(record, key) == SEGMENTS
+        wanted_in_segments = own is not None and own.name == key
+        if in_segments and wanted_in_segments and known:
+            continue
+        if in_segments and record is not None:
+            for position, state in states.items():
+                state[key] = expand_segments(state[key], _source_plan(optimizer, tensors[position], record))
+        if wanted_in_segments:
+            _take_means(optimizer, tensors, states, key, known)
     return states
 
 
+def _take_means(optimizer: Any, tensors: list[torch.Tensor], states: dict[int, State], key: str, known: bool) -> None:
+    """A state per element becomes one per segment: any of its elements where they are equal, or else their mean."""
+    moments = {position: state[key].float().reshape(-1) for position, state in states.items()}
+    if known:
+        found = {
+            position: take_segments(elements, optimizer.plan_of(tensors[position]))
+            for position, elements in moments.items()
+        }
+    else:
+        found = averaged(optimizer, tensors, moments)
+    for position, value in found.items():
+        states[position][key] = value
+
+
 def averaged(
-    optimizer: Any, tensors: list[torch.Tensor], moments: Mapping[int, torch.Tensor]
+    optimizer: SegmentTarget, tensors: list[torch.Tensor], moments: Mapping[int, torch.Tensor]
 ) -> dict[int, torch.Tensor]:
     """Means over segments; those that shard edges cut are summed over the ranks that share them, so all must call it.
 
     Args:
-        optimizer: a BlockwiseAdamMini.
+        optimizer: one whose rule keeps a state per segment.
         tensors: its flat tensors.
         moments: position among the tensors -> (numel,), the second moments of its elements.
 
@@ -231,15 +245,21 @@ def averaged(
     return found
 
 
-def _tell(optimizer: BlockwiseOptimizer, record: Record | None) -> None:
+def _tell(optimizer: RestoreTarget, record: Record | None) -> None:
     before, now = ("AdamW" if record is None else record.optimizer), type(optimizer).__name__
     if before == now or not is_rank_zero():
         return
-    done = {
-        (False, True): "second moments are averaged over each of Adam-mini's segments",
-        (True, False): "every element gets its segment's second moment",
-    }.get((before == "BlockwiseAdamMini", bool(optimizer.segment_plans)), "both moments are kept as they are")
-    log.warning("a state saved by %s continues in %s: first moments and step counts are kept, %s", before, now, done)
+    kept = [spec.name for spec in optimizer.rule.states if spec.per == "element"]
+    done = f"step counts and {' and '.join(kept)} are kept"
+    own, saved = (
+        optimizer.rule.segment_state,
+        None if record is None or record.rule is None else record.rule.segment_state,
+    )
+    if own is not None and (saved is None or saved.name != own.name):
+        done += f", {own.name} is averaged over each segment"
+    if saved is not None and own is None and saved.name in kept:
+        done += f", every element getting its segment's {saved.name}"
+    log.warning("a state saved by %s continues in %s: %s", before, now, done)
 
 
 # ---- param groups
@@ -252,7 +272,12 @@ _OF_THE_RUN = (STATED, STATED_AT, "lr_floor")
 
 
 def _merged_group(
-    optimizer: BlockwiseOptimizer, number: int, saved: Mapping[str, Any], record: Record | None, step: int
+    optimizer: RestoreTarget,
+    number: int,
+    saved: Mapping[str, Any],
+    record: Record | None,
+    now: Record,
+    step: int,
 ) -> dict[str, Any]:
     """The saved group with this optimizer's settings where they were accepted to differ, without tensors."""
     current = {key: value for key, value in optimizer.param_groups[number].items() if key not in _NOT_SETTINGS}
@@ -261,13 +286,16 @@ def _merged_group(
     else:
         old = record.settings_of(number)
         # torch's full state dicts leave out empty dicts, and make lists of tuples
-        saved = {"block_weight_decay": old["block_weight_decay"], **saved, "betas": tuple(saved["betas"])}
+        saved = {"block_weight_decay": old["block_weight_decay"], **saved}
+        saved = {key: tuple(value) if key == "betas" else value for key, value in saved.items()}
+        if record.optimizer != type(optimizer).__name__:  # what only the other rule has
+            saved = {key: value for key, value in saved.items() if key in current or key not in old}
         merged = {
             **current,
             **{key: value for key, value in saved.items() if key not in (*_NOT_SETTINGS, *_OF_THE_RUN)},
         }
-        new = optimizer.initial_settings[min(number, len(optimizer.initial_settings) - 1)]
-        for key in GROUP_SETTINGS:
+        new = now.settings_of(number)
+        for key in new:
             if key in optimizer.accept_mismatch and plain(old.get(key)) != plain(new.get(key)):
                 _take_current(merged, current, key)
         if plain(merged["block_weight_decay"]) != plain(saved["block_weight_decay"]):

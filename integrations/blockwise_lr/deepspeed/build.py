@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from ..collective.errors import run_on_all_ranks
-from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from .stages import map_engine_module
 
-OPTIMIZER_TYPES: Mapping[str, type[BlockwiseOptimizer]] = {
-    "BlockwiseAdamW": BlockwiseAdamW,
-    "BlockwiseAdamMini": BlockwiseAdamMini,
-}
+OPTIMIZER_TYPES: Mapping[str, type[BlockwiseOptimizer]] = CLASSES
 _MAPPING_KEYS = ("block_rules", "block_strict")
 
 

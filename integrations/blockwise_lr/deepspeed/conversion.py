@@ -27,7 +27,7 @@ from ..checkpoint.moments import expand_segments
 from ..checkpoint.record import ELEMENTS, SEGMENTS, Record, by_names
 from ..checkpoint.survey import verify
 from ..plan.shards import Fragment
-from ..plan.step_plan import StepPlan, element_biases, segment_plan
+from ..plan.step_plan import StepPlan, segment_plan
 from .flats import KEY, ordering_settings, slice_mappings
 from .reading import read
 
@@ -165,11 +165,13 @@ def _rewrite(states: dict[str, Any], target: Path) -> bool:
     known = Record.of_groups(base["param_groups"])
     if known is None or known.second_moment != SEGMENTS:
         return False  # the slice mappings were put right when it was saved
+    segment_states = {spec.name for spec in known.rule.states if spec.per == "segment"} if known.rule else set()
     found = dict(base["state"])
     indices = [index for group in base["param_groups"] for index in group["params"]]
     for index, (numel, fragments) in zip(indices, flats, strict=True):
-        if "exp_avg_sq" in found.get(index, ()):
-            found[index] = {**found[index], "exp_avg_sq": _elements(found[index], numel, fragments, known, target.name)}
+        for key in found.get(index, {}).keys() & segment_states:
+            values = _elements(found[index][key], numel, fragments, known, target.name)
+            found[index] = {**found[index], key: values}
     rewritten = {**zero, key: {**base, "state": found, "param_groups": by_names(base["param_groups"])}}
     if "param_slice_mappings" in zero:
         rewritten["param_slice_mappings"] = slice_mappings(flats)
@@ -177,23 +179,21 @@ def _rewrite(states: dict[str, Any], target: Path) -> bool:
     return True
 
 
-def _elements(
-    state: Mapping[str, Any], numel: int, fragments: list[list[Any]], record: Record, name: str
-) -> torch.Tensor:
-    """A flat tensor's second moments, (numel,), from those of its segments."""
+def _elements(moments: torch.Tensor, numel: int, fragments: list[list[Any]], record: Record, name: str) -> torch.Tensor:
+    """A flat tensor's state per element, (numel,), from that of its segments."""
     plan = _plan(numel, [Fragment(*fragment) for fragment in fragments], record)
-    if len(state["exp_avg_sq"]) != plan.slots:
+    if len(moments) != plan.slots:
         raise CheckpointError(
-            f"{name} has {len(state['exp_avg_sq'])} second moments where its record tells of "
+            f"{name} has {len(moments)} second moments where its record tells of "
             f"{plan.slots}; it is damaged, load another checkpoint"
         )
-    return expand_segments(state["exp_avg_sq"], plan)
+    return expand_segments(moments, plan)
 
 
 def _plan(numel: int, fragments: list[Fragment], record: Record) -> StepPlan:
     layouts = [record.layout(fragment.name) for fragment in fragments]
-    if record.bias_segments == "element":
-        layouts = [element_biases(layout) for layout in layouts]
+    if record.rule is not None:
+        layouts = [record.rule.segments(layout, record.bias_segments) for layout in layouts]
     return segment_plan(numel, fragments, layouts)
 
 

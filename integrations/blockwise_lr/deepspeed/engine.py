@@ -9,8 +9,10 @@ from typing import Any
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..blocks import BlockError
-from ..optim import BlockwiseAdamMini
+from ..checkpoint.target import SavePolicy
+from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
+from ..optim.segmentwise import SegmentwiseOptimizer
 from .agreement import compare_slices, is_callable
 from .flats import correct_mappings
 from .segment_sums_hook import prereduce_once_per_step
@@ -59,15 +61,14 @@ def attach(engine: Any) -> None:
     if engine.autotp_size() > 1:
         compare_slices(optimizer)
     shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
-    if shards is not None:
-        optimizer.attach_shards(shards)
+    is_pipeline = isinstance(engine.module, PipelineModule)
+    whole_map = whole_model_map(optimizer.block_map) if is_pipeline else None
+    optimizer.attach(Attachment(shards, SavePolicy(recorded_map=whole_map, collective_load=shards is not None)))
     if hasattr(engine.optimizer, "_link_all_hp_params"):  # ZeRO and BF16_Optimizer
         serve_optimizer_states(engine.optimizer, optimizer)
-    if isinstance(optimizer, BlockwiseAdamMini) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
+    if isinstance(optimizer, SegmentwiseOptimizer) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
         if shards is not None and shards.boundaries and len(shards.flats) > 1:
             prereduce_once_per_step(engine.optimizer, optimizer)
-    if isinstance(engine.module, PipelineModule):
-        optimizer.recorded_map = whole_model_map(optimizer.block_map)
     _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
 

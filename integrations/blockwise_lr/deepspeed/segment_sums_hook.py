@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from ..optim import BlockwiseAdamMini
+from ..optim.segmentwise import SegmentwiseOptimizer
 
 
-def prereduce_once_per_step(wrapper: Any, optimizer: BlockwiseAdamMini) -> None:
+def prereduce_once_per_step(wrapper: Any, optimizer: SegmentwiseOptimizer) -> None:
     """Makes a ZeRO optimizer with several flat tensors call prereduce_segment_sums before the first of them is scaled."""
     is_stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
     scale = wrapper.unscale_and_clip_grads

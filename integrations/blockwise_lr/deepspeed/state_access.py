@@ -22,8 +22,6 @@ from ..optim import Fragment
 from ..optim.base import BlockwiseOptimizer
 from ..plan.step_plan import StepPlan
 
-KEYS = ("exp_avg", "exp_avg_sq")
-
 
 def serve_optimizer_states(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
     """Lets DeepSpeed's functions that get and set optimizer states of a parameter work on an optimizer of ours.
@@ -127,7 +125,7 @@ class _States:
         Raises:
             BlockError: there is no such state; on every rank that asks for it.
         """
-        _check(key)
+        self._check(key)
         found = torch.zeros(size, dtype=torch.float32, device=get_accelerator().current_device_name())
         for tensor, fragment in self._fragments(parameter):
             state = self._optimizer.state.get(tensor)
@@ -144,30 +142,41 @@ class _States:
             BlockError: no such state, a value of another size, or one that differs within a segment of Adam-mini.
                 Nothing has been written then.
         """
-        _check(key)
+        self._check(key)
         name = self._name(parameter)
         if value.numel() != size:
             raise BlockError(f"{key} of {name} was given {value.numel()} elements and has {size}")
         value = value.detach().reshape(-1).float()
-        if key == "exp_avg_sq" and self._optimizer.segment_plans:
-            self._check_segments(name, value, first)
+        if self._in_segments(key):
+            self._check_segments(name, key, value, first)
         for tensor, fragment in self._fragments(parameter):
             begin = fragment.start - first
             self._write(
                 tensor, fragment, self._optimizer.init_state(tensor)[key], key, value[begin : begin + fragment.numel]
             )
 
-    def _check_segments(self, name: str, value: torch.Tensor, first: int) -> None:
+    def _check_segments(self, name: str, key: str, value: torch.Tensor, first: int) -> None:
         """Padding beyond the parameter's end is not looked at."""
         held = max(0, min(value.numel(), self._optimizer.layout_of(name).numel - first))
         plan = self._plan(Fragment(name, first, held, 0))
         value = value[:held].cpu()
         if not torch.equal(expand_segments(take_segments(value, plan), plan), value):
             raise BlockError(
-                f"exp_avg_sq of {name} was given values that differ within a segment, and Adam-mini keeps "
-                f"one second moment per segment (a head of q and k, a row of other weights, a whole norm); "
+                f"{key} of {name} was given values that differ within a segment, and {self._optimizer.rule.title} "
+                f"keeps one per segment (a head of q and k, a row of other weights, a whole norm); "
                 f"give every element of a segment the same value, such as their mean"
             )
+
+    def _check(self, key: str) -> None:
+        keys = [spec.name for spec in self._optimizer.rule.states]
+        if key not in keys:
+            raise BlockError(
+                f"{type(self._optimizer).__name__} has no state {key!r} per element; use one of {', '.join(keys)}"
+            )
+
+    def _in_segments(self, key: str) -> bool:
+        segments = self._optimizer.rule.segment_state
+        return segments is not None and segments.name == key
 
     def _name(self, parameter: torch.Tensor) -> str:
         return self._optimizer.block_map.name_of(parameter)
@@ -180,7 +189,7 @@ class _States:
                     yield tensor, fragment
 
     def _read(self, tensor: torch.Tensor, fragment: Fragment, state: torch.Tensor, key: str) -> torch.Tensor:
-        if key == "exp_avg" or not self._optimizer.segment_plans:
+        if not self._in_segments(key):
             return state.narrow(0, fragment.offset, fragment.numel)
         plan, slots = self._slots(tensor, fragment)
         return expand_segments(state[slots.to(state.device)], plan)
@@ -188,7 +197,7 @@ class _States:
     def _write(
         self, tensor: torch.Tensor, fragment: Fragment, state: torch.Tensor, key: str, value: torch.Tensor
     ) -> None:
-        if key == "exp_avg" or not self._optimizer.segment_plans:
+        if not self._in_segments(key):
             state.narrow(0, fragment.offset, fragment.numel).copy_(value)
             return
         plan, slots = self._slots(tensor, fragment)
@@ -209,8 +218,3 @@ class _States:
 
     def _plan(self, fragment: Fragment) -> StepPlan:
         return self._optimizer._plan(fragment.numel, [fragment], [self._optimizer.layout_of(fragment.name)])
-
-
-def _check(key: str) -> None:
-    if key not in KEYS:
-        raise BlockError(f"blockwise optimizers have no state {key!r} per element; use one of {', '.join(KEYS)}")

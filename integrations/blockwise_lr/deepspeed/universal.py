@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 
 from ..checkpoint.errors import CheckpointError, raise_on_all_ranks
 from ..checkpoint.record import Record, by_names
-from ..checkpoint.restore import MOMENTS, check_record
+from ..checkpoint.restore import check_record
 from ..optim.base import BlockwiseOptimizer
 from .conversion import convert
 from .reading import read
@@ -57,14 +58,18 @@ class UniversalFolder:
         states = self.common.get("optimizer_state_dict", {}).get("state", {})
         return float(states[0]["step"]) if states and "step" in states[0] else None
 
-    def has_moments(self, name: str) -> bool:
-        """Whether the parameter was ever stepped (DeepSpeed writes no moments for one that was not).
+    def has_states(self, name: str, states: Sequence[str]) -> bool:
+        """Whether the parameter was ever stepped (DeepSpeed writes no states for one that was not).
+
+        Args:
+            name: the parameter's.
+            states: what the loading optimizer keeps.
 
         Raises:
-            CheckpointError: its weights, or one of two moments, are missing.
+            CheckpointError: its weights, or some of the states, are missing.
         """
-        missing = [key for key in ("fp32", *MOMENTS) if not (self.folder / name / f"{key}.pt").is_file()]
-        if missing and missing != list(MOMENTS):
+        missing = [key for key in ("fp32", *states) if not (self.folder / name / f"{key}.pt").is_file()]
+        if missing and missing != list(states):
             raise CheckpointError(
                 f"the universal checkpoint {self.folder.parent} lacks {', '.join(missing)} of "
                 f"{name}; it is incomplete or of another model"
@@ -87,6 +92,10 @@ class UniversalFolder:
         return saved.reshape(-1)
 
 
+def _state_names(optimizer: BlockwiseOptimizer) -> list[str]:
+    return [spec.name for spec in optimizer.rule.states]
+
+
 def _load(path: Path) -> Any:
     try:
         return read(path, mapped=True)
@@ -103,8 +112,9 @@ def check_universal(optimizer: BlockwiseOptimizer, folder: str) -> None:
     """
     source = UniversalFolder(folder)
     check_record(optimizer, source.record(), f"checkpoint {folder}")
+    states = _state_names(optimizer)
     for name in {fragment.name for _, fragments in optimizer.shards.flats for fragment in fragments}:
-        for key in ("fp32", *MOMENTS) if source.has_moments(name) else ("fp32",):
+        for key in ("fp32", *states) if source.has_states(name, states) else ("fp32",):
             source.values(name, key, optimizer.block_map[name].numel)
 
 
@@ -145,13 +155,14 @@ def _moments(
     source: UniversalFolder, optimizer: BlockwiseOptimizer, flat: torch.Tensor, fragments: Any
 ) -> dict[str, Any]:
     """A flat tensor's state with element-shaped moments, or an empty one where no parameter in it was ever stepped."""
-    state: dict[str, Any] = {key: torch.zeros(flat.numel()) for key in MOMENTS}
+    states = _state_names(optimizer)
+    state: dict[str, Any] = {key: torch.zeros(flat.numel()) for key in states}
     steps = set()
     for fragment in fragments:
-        if not source.has_moments(fragment.name):
+        if not source.has_states(fragment.name, states):
             continue
         steps.add(source.step(fragment.name))
-        for key in MOMENTS:
+        for key in states:
             values = source.values(fragment.name, key, optimizer.block_map[fragment.name].numel)
             state[key][fragment.offset : fragment.offset + fragment.numel] = values[
                 fragment.start : fragment.start + fragment.numel

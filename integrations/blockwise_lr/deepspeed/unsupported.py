@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..blocks import BlockError
-from ..optim import BlockwiseAdamMini
+from ..optim import CLASSES
 from .stages import map_engine_module
 
 
@@ -78,9 +78,10 @@ def _refuse_autotp(config: Any, module: torch.nn.Module, optimizer: Any) -> None
             "tensor_parallel.autotp_size cuts parameters after an optimizer object was built, whose block "
             "map is then of other shapes; name the optimizer in the ds_config instead"
         )
-    if config.optimizer_name == BlockwiseAdamMini.__name__:
+    kind = CLASSES.get(config.optimizer_name)
+    if kind is not None and kind.rule.segment_state is not None:
         raise BlockError(
-            "BlockwiseAdamMini does not support tensor_parallel.autotp_size: the slices hold parts of "
+            f"{kind.__name__} does not support tensor_parallel.autotp_size: the slices hold parts of "
             "heads' and rows' segments, and DeepSpeed does not mark which; use BlockwiseAdamW, or remove "
             "tensor_parallel"
         )

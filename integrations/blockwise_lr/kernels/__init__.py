@@ -7,13 +7,13 @@ import os
 
 import torch
 
+from ..rules.options import KERNELS
 from . import cpu
 from .interface import Kernel, StepValues
 from .reference import ReferenceKernel
 
 __all__ = ["KERNELS", "Kernel", "ReferenceKernel", "StepValues", "kernel_for", "usable"]
 
-KERNELS = ("auto", "reference", "cpp", "triton")
 _REFERENCE = ReferenceKernel()
 
 

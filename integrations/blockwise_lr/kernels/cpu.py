@@ -10,18 +10,20 @@ import os
 import platform
 import sysconfig
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..plan.step_plan import Rectangles, StepPlan
+from ..rules.base import RULES, CppBody, UpdateRule
 from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 from .tiling import tiles
 
 _LOG = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_LOOPS = Path(__file__).with_name("loops.h")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17"]
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # no effect where the processor has none
@@ -54,21 +56,68 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def source() -> str:
+    """The kernel's source: the loops, and the bodies of all rules that have one."""
+    parts = [_LOOPS.read_text()]
+    for rule in RULES.values():
+        if rule.cpp is not None:
+            parts.append(_struct(rule, rule.cpp))
+    return "\n".join(parts)
+
+
+def _struct(rule: UpdateRule, body: CppBody) -> str:
+    moment = ""
+    if body.moment is not None:
+        moment = (
+            f"  static inline float moment(float moment, float mean, const Scalars s) {{ return {body.moment}; }}\n"
+        )
+    macro = "ELEMENT_RULE" if rule.segment_state is None else "SEGMENT_RULE"
+    return f"""
+namespace {{
+struct {rule.title} {{
+{moment}  template <typename G>
+  static inline __attribute__((always_inline)) void update(int64_t n, float *p, const G *g, float *first, float *second,
+                                                           float moment, float lr, float keep, const Scalars s) {{
+{body.update}
+  }}
+}};
+}}  // namespace
+{macro}({rule.name}, {rule.title})
+"""
+
+
 def _build() -> str:
     from torch.utils import cpp_extension
 
+    text = source()
     # the flags of the processor too: a home shared by different machines must not share -march=native code
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([*_FLAGS, platform.machine(), _processor()]).encode())
+    key = hashlib.sha256(" ".join([text, *_FLAGS, platform.machine(), _processor()]).encode())
     name = f"blockwise_lr_cpu_{key.hexdigest()[:12]}"
-    built = Path(cpp_extension._get_build_directory(name, verbose=False)) / f"{name}.so"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    built = folder / f"{name}.so"
     finished = built.with_suffix(".finished")  # another rank may be half-way through writing the library itself
     if not finished.exists():
         _find_ninja()
+        file = folder / f"{name}.cpp"
+        _write(file, text)
         cpp_extension.load(
-            name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False, verbose=False
+            name,
+            [str(file)],
+            extra_cflags=_FLAGS,
+            extra_ldflags=["-fopenmp"],
+            is_python_module=False,
+            verbose=False,
         )
         finished.touch()
     return str(built)
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all, for other ranks do the same; an equal file stays, so that nothing is built again."""
+    if not file.exists() or file.read_text() != text:
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(file)
 
 
 def _find_ninja() -> None:
@@ -87,18 +136,19 @@ def _processor() -> str:
 
 
 def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, number, count, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    step = [pointer, pointer, number, pointer, pointer, pointer, pointer, count, pointer, pointer] + [real] * 5
-    built.blockwise_adamw.argtypes = [*step, number]
-    built.blockwise_adam_mini.argtypes = [*step, number, number]
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    for name in (rule.name for rule in RULES.values() if rule.cpp is not None):
+        step = getattr(built, f"blockwise_step_{name}")
+        step.argtypes = [pointer, pointer, number, *[pointer] * 4, count, *[pointer] * 3, number, number]
+        step.restype = None
     built.blockwise_sum_squares.argtypes = [pointer, number, pointer, pointer, count, number]
-    for function in (built.blockwise_adamw, built.blockwise_adam_mini, built.blockwise_sum_squares):
-        function.restype = None
+    built.blockwise_sum_squares.restype = None
     return built
 
 
 class CppKernel:
-    """The kernel in C++. float32 tensors; others go to the reference. No element-sized temporaries."""
+    """The kernel in C++. float32 tensors and rules with a body for it; others go to the reference. No element-sized
+    temporaries."""
 
     name = "cpp"
 
@@ -107,22 +157,20 @@ class CppKernel:
         self._reference = ReferenceKernel()
         self._tiles: weakref.WeakKeyDictionary[Rectangles, np.ndarray] = weakref.WeakKeyDictionary()
 
-    def adamw(
+    def element_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, exp_avg, exp_avg_sq, out)
-        self._built.blockwise_adamw(
-            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.local, values, out), torch.get_num_threads()
-        )
+        if rule.cpp is None or not _fits(param, grad, *states) or not _takes(out):
+            return self._reference.element_step(rule, param, grad, states, plan, values, out)
+        refuse_other_sizes(plan.local, param, grad, *states, out)
+        self._step(rule, param, grad, states, None, plan.local, values, out, own_sums=False)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not _fits(sums, grad):
@@ -138,70 +186,66 @@ class CppKernel:
             torch.get_num_threads(),
         )
 
-    def adam_mini(
+    def segment_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, exp_avg, out, slots=exp_avg_sq)
-        self._built.blockwise_adam_mini(
-            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.local, values, out), 1, torch.get_num_threads()
-        )
+        if rule.cpp is None or not _fits(param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step(rule, param, grad, states, moments, plan, values, out)
+        refuse_other_sizes(plan.local, param, grad, *states, out, slots=moments)
+        self._step(rule, param, grad, states, moments, plan.local, values, out, own_sums=True)
 
-    def adam_mini_presummed(
+    def segment_step_presummed(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini_presummed(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.shared, param, grad, exp_avg, out, slots=exp_avg_sq)
-        self._built.blockwise_adam_mini(
-            *self._arguments(param, grad, exp_avg, exp_avg_sq, plan.shared, values, out), 0, torch.get_num_threads()
-        )
+        if rule.cpp is None or not _fits(param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step_presummed(rule, param, grad, states, moments, plan, values, out)
+        refuse_other_sizes(plan.shared, param, grad, *states, out, slots=moments)
+        self._step(rule, param, grad, states, moments, plan.shared, values, out, own_sums=False)
 
-    def _arguments(
+    def _step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor | None,
         rectangles: Rectangles,
         values: StepValues,
         out: torch.Tensor | None,
-    ) -> tuple:
+        own_sums: bool,
+    ) -> None:
         tiles = self._tiles_of(rectangles)
-        lrs = (ctypes.c_float * len(values.lrs))(*values.lrs)
-        decays = (ctypes.c_float * len(values.decays))(*values.decays)
-        copy = None if out is None else out.data_ptr()
-        return (
+        pointers = [state.data_ptr() for state in states]
+        getattr(self._built, f"blockwise_step_{rule.name}")(
             param.data_ptr(),
             grad.data_ptr(),
             _GRADIENT_TYPES[grad.dtype],
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            copy,
+            (ctypes.c_void_p * 2)(pointers[0], pointers[-1]),
+            None if moments is None else moments.data_ptr(),
+            None if out is None else out.data_ptr(),
             tiles.ctypes.data,
             len(tiles),
-            lrs,
-            decays,
-            values.beta1,
-            values.beta2,
-            values.eps,
-            values.correction1,
-            values.correction2_sqrt,
+            (ctypes.c_float * len(values.lrs))(*values.lrs),
+            (ctypes.c_float * len(values.decays))(*values.decays),
+            (ctypes.c_float * 8)(*values.scalars),
+            own_sums,
+            torch.get_num_threads(),
         )
 
     def _tiles_of(self, rectangles: Rectangles) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ..plan.step_plan import Rectangles, StepPlan
+from ..rules.base import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -17,73 +19,64 @@ class StepValues:
     Attributes:
         lrs: learning rate per class of the plan.
         decays: weight decay per class (decoupled: parameters shrink by 1 - lr * decay).
-        beta1, beta2, eps: as in torch.optim.AdamW.
-        step: number of this step, from 1, for the bias correction.
+        scalars: the rule's own, equal for all elements; see :meth:`~blockwise_lr.rules.UpdateRule.scalars`.
     """
 
     lrs: tuple[float, ...]
     decays: tuple[float, ...]
-    beta1: float
-    beta2: float
-    eps: float
-    step: int
-
-    @property
-    def correction1(self) -> float:
-        return 1 - self.beta1**self.step
-
-    @property
-    def correction2_sqrt(self) -> float:
-        return (1 - self.beta2**self.step) ** 0.5
+    scalars: tuple[float, ...]
 
 
 class Kernel(Protocol):
     """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative).
 
-    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16. ``out``
-    (numel,), bfloat16, takes the updated parameters rounded to nearest, where it is given.
+    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16. ``states`` are the rule's
+    element states in its order. ``out`` (numel,), bfloat16, takes the updated parameters rounded to nearest, where it is
+    given.
     """
 
     name: str
 
-    def adamw(
+    def element_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        """One AdamW step in place; elements outside the plan's rectangles stay as they are."""
+        """One step of a rule without segments, in place; elements outside the plan's rectangles stay as they are."""
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         """Adds each segment's sum of squared gradients to its slot of ``sums`` (slots,), float32."""
 
-    def adam_mini(
+    def segment_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        """One Adam-mini step in place over ``plan.local``: sums, second moments (slots,), first moments, parameters."""
+        """One step of a rule with segments, in place, over ``plan.local``: sums, ``moments`` (slots,), and the update."""
 
-    def adam_mini_presummed(
+    def segment_step_presummed(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        """The same over ``plan.shared``, whose second moments of this step the caller has already set."""
+        """The same over ``plan.shared``, whose ``moments`` of this step the caller has already set."""
 
 
 def refuse_other_sizes(rectangles: Rectangles, *rows: torch.Tensor | None, slots: torch.Tensor | None = None) -> None:

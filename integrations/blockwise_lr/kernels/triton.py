@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 
 from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..rules.base import UpdateRule
 from .interface import StepValues, refuse_other_sizes
 from .reference import ReferenceKernel
 
@@ -57,80 +60,36 @@ def _multiple(number, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _adamw_elements(p, g, m, v, out, at, mask, keep, step, rest1, beta2, rest2, eps, inverse_root, COPY: tl.constexpr):
+def _elements(
+    p, g, m, v, out, at, mask, lr, keep, scalars, BODY: tl.constexpr, STATES: tl.constexpr, COPY: tl.constexpr
+):
     grad = tl.load(g + at, mask=mask).to(tl.float32)
-    first, second = tl.load(m + at, mask=mask), tl.load(v + at, mask=mask)
-    first += rest1 * (grad - first)
-    second = beta2 * second + rest2 * grad * grad
-    param = tl.load(p + at, mask=mask) * keep - step * (first / (tl.sqrt_rn(second) * inverse_root + eps))
+    first, second = tl.load(m + at, mask=mask), grad
+    if STATES == 2:
+        second = tl.load(v + at, mask=mask)
+    param, first, second = BODY(tl.load(p + at, mask=mask), grad, first, second, lr, keep, scalars)
     tl.store(m + at, first, mask=mask)
-    tl.store(v + at, second, mask=mask)
+    if STATES == 2:
+        tl.store(v + at, second, mask=mask)
     tl.store(p + at, param, mask=mask)
     if COPY:
         tl.store(out + at, param.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
-def _adamw(
-    p,
-    g,
-    m,
-    v,
-    out,
-    owner,
-    table,
-    numbers,
-    classes,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    inverse_root,
-    COPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
+def _element_step(p, g, m, v, out, owner, table, numbers, classes, BODY: tl.constexpr, STATES: tl.constexpr,
+                  COPY: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):  # fmt: skip
     at, _, number, runs, stride, width, _, aligned, _ = _task(owner, table, FIELDS)
-    step, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
+    lr, keep, scalars = tl.load(numbers + number), tl.load(numbers + classes + number), numbers + 2 * classes
     element = tl.arange(0, BLOCK)
     if (runs == 1) & (aligned == 1):
-        _adamw_elements(
-            p,
-            g,
-            m,
-            v,
-            out,
-            _multiple(at, 4) + element,
-            element < _multiple(width, 4),
-            keep,
-            step,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            inverse_root,
-            COPY,
-        )
+        _elements(p, g, m, v, out, _multiple(at, 4) + element, element < _multiple(width, 4), lr, keep, scalars, BODY,
+                  STATES, COPY)  # fmt: skip
     else:
         narrow = width.to(tl.int32)
         run = element // narrow
-        _adamw_elements(
-            p,
-            g,
-            m,
-            v,
-            out,
-            at + run * stride + element % narrow,
-            run < runs,
-            keep,
-            step,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            inverse_root,
-            COPY,
-        )
+        _elements(p, g, m, v, out, at + run * stride + element % narrow, run < runs, lr, keep, scalars, BODY, STATES,
+                  COPY)  # fmt: skip
 
 
 @triton.jit
@@ -147,32 +106,18 @@ def _one_sum(g, at, runs, stride, width, ALIGN: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _one_update(
-    p,
-    g,
-    m,
-    out,
-    at,
-    runs,
-    stride,
-    width,
-    keep,
-    step,
-    rest1,
-    COPY: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY: tl.constexpr, COPY: tl.constexpr,
+                ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     element, width = tl.arange(0, BLOCK), _multiple(width, ALIGN)
     for run in range(0, runs):
         base = _multiple(at + run * stride, ALIGN)
         for start in range(0, width, BLOCK):
             place = base + start + element
             mask = start + element < width
-            first = tl.load(m + place, mask=mask)
-            first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
+            grad = tl.load(g + place, mask=mask).to(tl.float32)
+            param, first, _ = BODY(tl.load(p + place, mask=mask), grad, tl.load(m + place, mask=mask), moment, lr, keep,
+                                   scalars)  # fmt: skip
             tl.store(m + place, first, mask=mask)
-            param = tl.load(p + place, mask=mask) * keep - step * first
             tl.store(p + place, param, mask=mask)
             if COPY:
                 tl.store(out + place, param.to(tl.bfloat16), mask=mask)
@@ -195,61 +140,28 @@ def _side_sums(g, at, runs, stride, width, unit, COLUMNS: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def _side_update(
-    p,
-    g,
-    m,
-    out,
-    at,
-    runs,
-    stride,
-    width,
-    keep,
-    step,
-    rest1,
-    COPY: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def _side_update(p, g, m, out, at, runs, stride, width, moments, lr, keep, scalars, BODY: tl.constexpr,
+                 COPY: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     column, row = tl.arange(0, COLUMNS), tl.arange(0, ROWS)
     for start in range(0, runs, ROWS):
         run = start + row
         place = at + run[:, None] * stride + column[None, :]
         mask = (run < runs)[:, None] & (column < width)[None, :]
-        first = tl.load(m + place, mask=mask)
-        first += rest1 * (tl.load(g + place, mask=mask).to(tl.float32) - first)
+        grad = tl.load(g + place, mask=mask).to(tl.float32)
+        param, first, _ = BODY(tl.load(p + place, mask=mask), grad, tl.load(m + place, mask=mask), moments[None, :], lr,
+                               keep, scalars)  # fmt: skip
         tl.store(m + place, first, mask=mask)
-        param = tl.load(p + place, mask=mask) * keep - step[None, :] * first
         tl.store(p + place, param, mask=mask)
         if COPY:
             tl.store(out + place, param.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
-def _adam_mini(
-    p,
-    g,
-    m,
-    v,
-    out,
-    owner,
-    table,
-    numels,
-    numbers,
-    classes,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    inverse_root,
-    OWN_SUMS: tl.constexpr,
-    COPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    FIELDS: tl.constexpr,
-):
+def _segment_step(p, g, m, v, out, owner, table, numels, numbers, classes, BODY: tl.constexpr, MOMENT: tl.constexpr,
+                  OWN_SUMS: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+                  FIELDS: tl.constexpr):  # fmt: skip
     at, slot, number, runs, stride, width, unit, aligned, rectangle = _task(owner, table, FIELDS)
-    lr, keep = tl.load(numbers + number), tl.load(numbers + classes + number)
+    lr, keep, scalars = tl.load(numbers + number), tl.load(numbers + classes + number), numbers + 2 * classes
     if unit > COLUMNS:  # one segment
         moment = tl.load(v + slot)
         if OWN_SUMS:
@@ -257,24 +169,23 @@ def _adam_mini(
                 total = _one_sum(g, at, runs, stride, width, 4, BLOCK)
             else:
                 total = _one_sum(g, at, runs, stride, width, 1, BLOCK)
-            moment = beta2 * moment + rest2 * (total / tl.load(numels + rectangle))
+            moment = MOMENT(moment, total / tl.load(numels + rectangle), scalars)
             tl.store(v + slot, moment)
-        step = lr / (tl.sqrt_rn(moment) * inverse_root + eps)
         if aligned == 1:
-            _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY, 4, BLOCK)
+            _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY, COPY, 4, BLOCK)
         else:
-            _one_update(p, g, m, out, at, runs, stride, width, keep, step, rest1, COPY, 1, BLOCK)
+            _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY, COPY, 1, BLOCK)
     else:  # segments side by side; every column knows its own segment's moment
         column = tl.arange(0, COLUMNS)
         slots, held = slot + column // unit.to(tl.int32), column < width
         moments = tl.load(v + slots, mask=held, other=0.0)
         if OWN_SUMS:
             totals = _side_sums(g, at, runs, stride, width, unit, COLUMNS, BLOCK // COLUMNS)
-            moments = beta2 * moments + rest2 * (totals / tl.load(numels + rectangle))
+            moments = MOMENT(moments, totals / tl.load(numels + rectangle), scalars)
             tl.debug_barrier()  # every column has read its old moment before one of them writes the new
             tl.store(v + slots, moments, mask=held & (column % unit.to(tl.int32) == 0))
-        steps = lr / (tl.sqrt_rn(moments) * inverse_root + eps)
-        _side_update(p, g, m, out, at, runs, stride, width, keep, steps, rest1, COPY, COLUMNS, BLOCK // COLUMNS)
+        _side_update(p, g, m, out, at, runs, stride, width, moments, lr, keep, scalars, BODY, COPY, COLUMNS,
+                     BLOCK // COLUMNS)  # fmt: skip
 
 
 @triton.jit
@@ -395,8 +306,14 @@ def sums_of(rectangles: Rectangles, device: torch.device) -> Sums:
     return Sums(tasks(Rectangles(table, rectangles.segment_numel), False, device), size, rounds)
 
 
+@functools.cache
+def compiled_body(body: Callable[..., Any]) -> Any:
+    """A rule's body, a plain function, as device code; one object for each, so that what is compiled is found again."""
+    return triton.jit(body)
+
+
 class TritonKernel:
-    """The kernel in Triton. float32 tensors; others go to the reference."""
+    """The kernel in Triton. float32 tensors and rules with a body for it; others go to the reference."""
 
     name = "triton"
 
@@ -404,31 +321,33 @@ class TritonKernel:
         self._reference = ReferenceKernel()
         self._known: weakref.WeakKeyDictionary[Rectangles, dict] = weakref.WeakKeyDictionary()
 
-    def adamw(
+    def element_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adamw(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, exp_avg, exp_avg_sq, out)
+        if rule.triton is None or not _fits(param, grad, *states) or not _takes(out):
+            return self._reference.element_step(rule, param, grad, states, plan, values, out)
+        refuse_other_sizes(plan.local, param, grad, *states, out)
         work = self._made(plan.local, param.device, "elements", functools.partial(tasks, elementwise=True))
         if work.count:
             with _on(param.device):
-                _adamw[(work.count,)](
+                _element_step[(work.count,)](
                     param,
                     grad,
-                    exp_avg,
-                    exp_avg_sq,
+                    states[0],
+                    states[-1],
                     param if out is None else out,
                     work.owner,
                     work.table,
                     *_numbers(values, param.device),
+                    BODY=compiled_body(rule.triton),
+                    STATES=len(states),
                     COPY=out is not None,
                     BLOCK=BLOCK,
                     FIELDS=_FIELDS,
@@ -449,59 +368,64 @@ class TritonKernel:
         for slots, places in work.rounds:
             sums[slots] += buffer[places]
 
-    def adam_mini(
+    def segment_step(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.local, values, out, own_sums=True)
+        if rule.triton is None or not _fits(param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step(rule, param, grad, states, moments, plan, values, out)
+        self._segments(rule, param, grad, states, moments, plan.local, values, out, own_sums=True)
 
-    def adam_mini_presummed(
+    def segment_step_presummed(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if not _fits(param, grad, exp_avg, exp_avg_sq) or not _takes(out):
-            return self._reference.adam_mini_presummed(param, grad, exp_avg, exp_avg_sq, plan, values, out)
-        self._mini(param, grad, exp_avg, exp_avg_sq, plan.shared, values, out, own_sums=False)
+        if rule.triton is None or not _fits(param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step_presummed(rule, param, grad, states, moments, plan, values, out)
+        self._segments(rule, param, grad, states, moments, plan.shared, values, out, own_sums=False)
 
-    def _mini(
+    def _segments(
         self,
+        rule: UpdateRule,
         param: torch.Tensor,
         grad: torch.Tensor,
-        exp_avg: torch.Tensor,
-        exp_avg_sq: torch.Tensor,
+        states: Sequence[torch.Tensor],
+        moments: torch.Tensor,
         rectangles: Rectangles,
         values: StepValues,
         out: torch.Tensor | None,
         own_sums: bool,
     ) -> None:
-        refuse_other_sizes(rectangles, param, grad, exp_avg, out, slots=exp_avg_sq)
+        refuse_other_sizes(rectangles, param, grad, *states, out, slots=moments)
         work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
         if work.count:
             with _on(param.device):
-                _adam_mini[(work.count,)](
+                _segment_step[(work.count,)](
                     param,
                     grad,
-                    exp_avg,
-                    exp_avg_sq,
+                    states[0],
+                    moments,
                     param if out is None else out,
                     work.owner,
                     work.table,
                     work.numels,
                     *_numbers(values, param.device),
+                    BODY=compiled_body(rule.triton),
+                    MOMENT=compiled_body(rule.triton_moment),
                     OWN_SUMS=own_sums,
                     COPY=out is not None,
                     BLOCK=BLOCK,
@@ -518,34 +442,22 @@ class TritonKernel:
 
 def interpreted() -> bool:
     """Whether the device code runs in Triton's interpreter, on the CPU."""
-    return not isinstance(_adamw, triton.JITFunction)
+    return not isinstance(_element_step, triton.JITFunction)
 
 
-def _on(device: torch.device):
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Launches go to the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _numbers(values: StepValues, device: torch.device) -> tuple:
-    """The step's numbers as the device code takes them; those per class by one copy that the host does not wait for."""
-    per_class = torch.tensor(
-        [
-            *(lr / values.correction1 for lr in values.lrs),
-            *(1 - lr * decay for lr, decay in zip(values.lrs, values.decays)),
-        ],
-        dtype=torch.float32,
-    )
+def _numbers(values: StepValues, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The step's numbers on the device (learning rates, 1 - lr * decay, the rule's scalars), by one copy that the host does
+    not wait for; and the number of classes."""
+    keeps = (1 - lr * decay for lr, decay in zip(values.lrs, values.decays))
+    numbers = torch.tensor([*values.lrs, *keeps, *values.scalars], dtype=torch.float32)
     if device.type == "cuda":
-        per_class = per_class.pin_memory().to(device, non_blocking=True)
-    return (
-        per_class,
-        len(values.lrs),
-        1 - values.beta1,
-        values.beta2,
-        1 - values.beta2,
-        values.eps,
-        1 / values.correction2_sqrt,
-    )
+        numbers = numbers.pin_memory().to(device, non_blocking=True)
+    return numbers, len(values.lrs)
 
 
 def _fits(*tensors: torch.Tensor) -> bool:

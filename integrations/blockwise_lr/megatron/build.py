@@ -13,9 +13,11 @@ from megatron.core import parallel_state
 
 from ..blocks import BlockMap, BlockType
 from ..collective.errors import run_on_all_ranks
+from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
+from ..rules.base import UpdateRule
 from ..rules.param_groups import group_lr
-from .checkpoint import save_for_any_layout
+from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
 from .settings import KINDS, BlockSettings
@@ -49,7 +51,7 @@ def build(
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
     refuse_cut_heads(settings, maps.ours)
     blocks = _blocks_of_groups(param_groups, maps.ours)
-    with _in_place_of_adam(_factory(settings, maps.ours)):
+    with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
     _attach(wrapper, maps, settings, blocks)
     return wrapper
@@ -66,25 +68,37 @@ def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: Bloc
     return [tuple(block for block in BlockType if any(block in found for found in same)) for same in zip(*stages)]
 
 
-def _factory(settings: BlockSettings, block_map: BlockMap) -> Callable[..., BlockwiseOptimizer]:
-    def make(
-        params: list[dict], lr: float, weight_decay: float, betas: tuple[float, float], eps: float, **_: Any
-    ) -> BlockwiseOptimizer:
-        return KINDS[settings.kind](
+def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Callable[..., BlockwiseOptimizer]:
+    """What is called as Megatron's Adam is."""
+    kind = KINDS[settings.kind]
+
+    def make(params: list[dict], lr: float, **given: Any) -> BlockwiseOptimizer:
+        own = _rule_options(kind.rule, given, config)
+        return kind(
             params,
             lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
             block_map=block_map,
             block_lr_ratios=settings.block_lr_ratios or None,
             block_weight_decay=settings.block_weight_decay or None,
             kernel=settings.kernel,
             accept_mismatch=settings.accept_mismatch,
             ratio_fade_steps=settings.ratio_fade_steps,
+            **own,
         )
 
     return make
+
+
+def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """The rule's options among those that Megatron gives its Adam. Other optimizers' betas are their own: Megatron's
+    ``lion_beta1`` and the like where it has them, and the rule's defaults where it has not, but never --adam-beta1."""
+    found = {
+        name: given[name] for name in ("weight_decay", "eps") if name in given and name in rule.Options.model_fields
+    }
+    if "eps" in found:
+        return {**found, "betas": given["betas"]}
+    betas = [getattr(config, f"{rule.name}_beta{number}", None) for number in (1, 2)]
+    return found if None in betas else {**found, "betas": tuple(betas)}
 
 
 @contextmanager
@@ -116,13 +130,13 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
     optimizer, shards = run_on_all_ranks(checked, "building the optimizer")
     if optimizer is None:
         return
-    optimizer.attach_shards(shards)
-    optimizer.blocks_of_groups = blocks
+    policy = save_policy(wrapper, maps.recorded, settings.row_parallel_sums)
+    optimizer.attach(Attachment(shards, policy, blocks))
     for group in optimizer.param_groups:
         _set_decay(group, settings.block_weight_decay or {})
         for tensor in group["params"]:
             optimizer.init_state(tensor)
-    save_for_any_layout(wrapper, optimizer, maps.recorded, settings.row_parallel_sums)
+    save_for_any_layout(wrapper, optimizer)
 
 
 def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:
@@ -154,7 +168,7 @@ def current_block_lrs(optimizer: Any) -> dict[str, list[float]]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, BlockwiseOptimizer):
-            for group, blocks in zip(inner.param_groups, inner.blocks_of_groups):
+            for group, blocks in zip(inner.param_groups, inner.blocks_of_groups or ()):
                 for block in blocks:
                     schedule = group.get("max_lr"), group.get("min_lr"), group["block_lr_ratios"][block.value]
                     found[block.value].setdefault(schedule, group_lr(group, block))

@@ -20,10 +20,12 @@ from ..blocks import BlockMap
 from ..checkpoint.moments import expand_segments, take_segments
 from ..checkpoint.record import same_segments
 from ..checkpoint.restore import averaged
+from ..checkpoint.target import SavePolicy
 from ..optim.base import BlockwiseOptimizer
 
 # What Megatron's own scheduler compares with the checkpoint, and overrides where its flags say so.
 _SCHEDULED = ("lr", "min_lr", "weight_decay")
+_WRITTEN = ("exp_avg", "exp_avg_sq")
 # DistributedOptimizer's loaders of states, one per sharding; the legacy format's is from_dp_zero.
 _LOADERS = (
     "load_parameter_state_from_dp_zero",
@@ -33,26 +35,30 @@ _LOADERS = (
 )
 
 
-def save_for_any_layout(wrapper: Any, optimizer: BlockwiseOptimizer, recorded: BlockMap, row_sums: bool) -> None:
-    """Makes Megatron's wrapper save and load an optimizer of ours.
+def save_policy(wrapper: Any, recorded: BlockMap, row_sums: bool) -> SavePolicy:
+    """How Megatron's wrapper saves and loads an optimizer of ours.
 
     Args:
         wrapper: Megatron's optimizer (with or without sharding) around ours.
-        optimizer: ours, shards attached.
         recorded: the block map to record, the same on all ranks and under any parallelism.
         row_sums: Adam-mini's rows are summed over tensor-parallel ranks.
     """
-    optimizer.recorded_map = recorded
-    optimizer.row_parts = 1 if row_sums else parallel_state.get_tensor_model_parallel_world_size()
-    optimizer.initial_settings = [
-        {key: value for key, value in optimizer.initial_settings[0].items() if key not in _SCHEDULED}
-    ]  # Megatron makes the groups; their number is no setting
-    optimizer.element_state = optimizer.step_in_groups = True
-    # Megatron gives every rank the same saved settings, so that all raise the same error without asking each other
-    optimizer.loads_together = False
-    optimizer.to_accept = _flag
+    return SavePolicy(
+        recorded_map=recorded,
+        unrecorded_settings=_SCHEDULED,
+        row_parts=1 if row_sums else parallel_state.get_tensor_model_parallel_world_size(),
+        element_form=True,
+        step_in_param_groups=True,
+        external_state=isinstance(wrapper, DistributedOptimizer),
+        # Megatron gives every rank the same saved settings, so that all raise the same error without asking each other
+        collective_load=False,
+        mismatch_hint=_flag,
+    )
+
+
+def save_for_any_layout(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
+    """Makes Megatron's wrapper save and load an optimizer of ours, whose shards and policy are attached."""
     if isinstance(wrapper, DistributedOptimizer):
-        optimizer.states_apart = True
         _Exchange(wrapper, optimizer).install()
 
 
@@ -85,25 +91,31 @@ class _Exchange:
     def give(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
         """The fp32 shard of a parameter, and its states in the shard's shape. Steps go with the param groups."""
         main = self._main(model_param)
-        state = self.optimizer.state[main]
-        second = state["exp_avg_sq"]
-        if self.optimizer.segment_plans:
-            second = expand_segments(second, self.optimizer.plan_of(main)).view_as(main)
-        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": second}
+        state, given = self.optimizer.state[main], {"param": main}
+        for spec in self.optimizer.rule.states:
+            value = state[spec.name]
+            if spec.per == "segment":
+                value = expand_segments(value, self.optimizer.plan_of(main)).view_as(main)
+            given[spec.name] = value
+        for key in _WRITTEN:  # Megatron writes both of Adam's moments, whatever the optimizer keeps
+            if key not in given:
+                given[key] = torch.zeros_like(main)
+        return given
 
     @torch.no_grad()
     def take(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        """The reverse; second moments that were not saved by the same segments wait until all are there."""
+        """The reverse; segment states that were not saved by the same segments wait until all are there."""
         main = self._main(model_param)
-        state, second = self.optimizer.state[main], tensors["exp_avg_sq"]
+        state = self.optimizer.state[main]
         main.copy_(tensors["param"])
-        state["exp_avg"].copy_(tensors["exp_avg"])
-        if not self.optimizer.segment_plans:
-            state["exp_avg_sq"].copy_(second)
-        elif self.segments_known:
-            state["exp_avg_sq"].copy_(take_segments(second.reshape(-1).float(), self.optimizer.plan_of(main)))
-        else:
-            self.to_average[id(main)] = second.reshape(-1).float().clone()
+        for spec in self.optimizer.rule.states:
+            value = tensors[spec.name]
+            if spec.per == "element":
+                state[spec.name].copy_(value)
+            elif self.segments_known:
+                state[spec.name].copy_(take_segments(value.reshape(-1).float(), self.optimizer.plan_of(main)))
+            else:
+                self.to_average[id(main)] = value.reshape(-1).float().clone()
 
     def _main(self, model_param: torch.Tensor) -> torch.Tensor:
         group, order = self.wrapper().model_param_group_index_map[model_param]
@@ -117,11 +129,12 @@ class _Exchange:
             self.to_average.clear()
             self.segments_known = same_segments(self.optimizer.loaded_record, self.optimizer.record())
             load(self.wrapper(), *arguments, **options)
-            if self.optimizer.segment_plans and not self.segments_known:
+            spec = self.optimizer.rule.segment_state
+            if spec is not None and not self.segments_known:
                 tensors = self.optimizer.all_tensors()
                 elements = {number: self.to_average[id(tensor)] for number, tensor in enumerate(tensors)}
                 for number, means in averaged(self.optimizer, tensors, elements).items():
-                    self.optimizer.state[tensors[number]]["exp_avg_sq"].copy_(means)
+                    self.optimizer.state[tensors[number]][spec.name].copy_(means)
                 self.to_average.clear()
 
         return loading

@@ -12,15 +12,13 @@ from typing import Any
 from ..blocks import BlockError, lr_ratios
 from ..blocks.rules import user_rules
 from ..blocks.types import block_values, shown
-from ..checkpoint.record import ACCEPTABLE
-from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..rules.options import OptimizerOptions
 
-KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
-    "blockwise_adamw": BlockwiseAdamW,
-    "blockwise_adam_mini": BlockwiseAdamMini,
-}
+_ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
+
+KINDS: Mapping[str, type[BlockwiseOptimizer]] = {f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values()}
 
 
 @dataclass(frozen=True)
@@ -213,9 +211,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--accept-mismatch",
         nargs="+",
-        choices=ACCEPTABLE,
+        choices=_ACCEPTABLE,
         metavar="NAME",
-        help=f"In what a loaded checkpoint may contradict this run: {', '.join(ACCEPTABLE)}.",
+        help=f"In what a loaded checkpoint may contradict this run: {', '.join(_ACCEPTABLE)}.",
     )
     group.add_argument(
         "--ratio-fade-steps",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..blocks import BlockError, BlockMap, ParamLayout
+from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
 from ..collective.agreement import same_on_all_ranks
 from ..kernels import Kernel, StepValues, kernel_for
@@ -19,8 +20,10 @@ from ..kernels.huge_pages import use_huge_pages
 from ..plan.dtensor import dtensor_shards, groups_of, local
 from ..plan.shards import Fragment, ShardMap
 from ..plan.step_plan import StepPlan
-from ..rules.options import OptimizerOptions, checked_group
+from ..rules.base import State, UpdateRule
+from ..rules.options import OptimizerOptions
 from ..rules.param_groups import advance_fade, class_decay, group_lr
+from .attachment import Attachment
 from .groups import listed, names_of, settings_of, tensors_of
 from .saving import Saving
 from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_numel, write_back
@@ -38,14 +41,24 @@ _KEPT = (
 
 
 class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
-    """Base of BlockwiseAdamW and BlockwiseAdamMini; see there for the arguments.
+    """Base of all blockwise optimizers: steps the tensors of its param groups by an update rule.
 
     Copies (``copy.deepcopy``) and pickles of model and optimizer together go on as the original; where a framework has
     attached its shards they are refused.
+
+    Args:
+        params: as torch.optim takes them; see the classes' own documentation.
+        positional: values of the rule's ``positional`` options.
+        block_map: from :func:`blockwise_lr.map_blocks`; made from the parameters' names otherwise.
+        options: the rule's options by name.
+
+    Raises:
+        TypeError: one tensor for params, or more positional values than the rule has, as torch.optim.
+        BlockError: an unknown option, a value out of range, an unknown block type, or a parameter that is not mapped.
     """
 
-    Options: ClassVar[type[OptimizerOptions]] = OptimizerOptions
-    bias_segments: str | None = None  # Adam-mini's setting
+    rule: ClassVar[UpdateRule]
+    Options: ClassVar[type[OptimizerOptions]]
     _held = False
 
     @classmethod
@@ -58,23 +71,39 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         finally:
             BlockwiseOptimizer._held = False
 
-    def __init__(self, params: Iterable[Any], options: Mapping[str, Any], *, block_map: BlockMap | None) -> None:
+    def __init__(
+        self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
+    ) -> None:
         if isinstance(params, torch.Tensor):
             raise TypeError(
                 "params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
                 "one tensor"
             )
+        names = self.rule.positional
+        if len(positional) > len(names) or set(names[: len(positional)]) & options.keys():
+            raise TypeError(
+                f"{type(self).__name__} takes params, {', '.join(names)} by position and everything else by name, each once"
+            )
+        if "block_strict" in options:
+            raise TypeError(
+                "block_strict is for ds_configs and Trainer arguments; pass block_map=map_blocks(model, strict=...)"
+            )
+        options = {**dict(zip(names, positional)), **options}
         params = [listed(entry) for entry in params]
         groups = groups_of(tensors_of(params))  # parameters of several ranks: what must be equal on them is compared
         same_on_all_ranks(
-            groups, lambda: self._build(params, options, block_map), self._described, f"building {type(self).__name__}"
+            groups,
+            lambda: self._build(params, options, block_map),
+            self._described,
+            f"building {type(self).__name__}",
         )
 
     def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
-        options = self.Options.checked(given)
+        options = self.rule.Options.checked(given)
         self.kernel_name, self.bias_segments = options.kernel, getattr(options, "bias_segments", None)
         self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
         self._block_rules, self.block_map = options.block_rules, block_map
+        self.blocks_of_groups: Sequence[tuple[BlockType, ...]] | None = None  # an adapter's, see Attachment
         self.initial_settings: list[dict[str, Any]] = []
         self._forget_tensors()
         self._set_saving()
@@ -109,7 +138,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         number = len(self.param_groups)
-        said = checked_group(param_group, self.defaults["lr"], f"param group {number}: ")
+        said = self.rule.Options.checked_group(param_group, self.defaults["lr"], f"param group {number}: ")
         # a group taken from another optimizer of ours knows whether its weight_decay was the user's own
         group = {"group_decay": "weight_decay" in said, **param_group, **said}
         if "min_lr" in said:
@@ -136,8 +165,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             self._complete_map(named)
         for name, p in ((self.block_map.name_of(p), p) for _, p in named if p.requires_grad):
             self._check_layout(name, p)
-        self.initial_settings = [*self.initial_settings, *map(settings_of, groups)]
-        self.recorded_map = self.block_map
+        self.initial_settings = [
+            *self.initial_settings,
+            *(settings_of(group, self.rule.Options.group_names()) for group in groups),
+        ]
         self._attach_dtensors()
         self._note_record()
 
@@ -157,6 +188,8 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
         """Refuses a parameter that is not as the map says, or cannot be stepped, before the first step."""
+        if tensor.is_complex() and not self.rule.complex_as_pairs:
+            raise BlockError(f"{name} is complex, for which {self.rule.title} is not defined; use BlockwiseAdamW")
         if math.prod(full_shape(tensor)) != self.block_map[name].numel:
             raise BlockError(
                 f"{name} is of shape {tuple(full_shape(tensor))} and the block_map has it of shape "
@@ -182,11 +215,23 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         for flat, fragments in shards.flats:
             self._check_fragments(row_numel(flat), fragments)
         self.shards = shards
-        self.loads_together = True
+        self.saving = replace(self.saving, collective_load=True)
         self._fragments, self._plans = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         for flat, fragments in shards.flats:
             self._fragments[flat] = list(fragments)
             self._plans[flat] = self._make_plan(flat, fragments)
+        self._note_record()
+
+    def attach(self, attachment: Attachment) -> None:
+        """Takes over what a framework's adapter supplies once the framework has wrapped the optimizer.
+
+        Raises:
+            BlockError: as :meth:`attach_shards`.
+        """
+        if attachment.shards is not None:
+            self.attach_shards(attachment.shards)
+        self.saving = attachment.saving
+        self.blocks_of_groups = attachment.blocks_of_groups
         self._note_record()
 
     def _check_fragments(self, size: int, fragments: Iterable[Fragment]) -> None:
@@ -246,8 +291,8 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         return self._plan(row_numel(tensor), fragments, [self._layout_in(tensor, f.name) for f in fragments])
 
     def layout_of(self, name: str) -> ParamLayout:
-        """The layout the step uses for a parameter."""
-        return self.block_map[name]
+        """The layout the step uses for a parameter: its units are the rule's segments."""
+        return self.rule.segments(self.block_map[name], self.bias_segments)
 
     def _layout_in(self, tensor: torch.Tensor, name: str) -> ParamLayout:
         layout = self.layout_of(name)
@@ -302,14 +347,10 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         return [{block.value: group_lr(group, block) for block in blocks} for group in self.param_groups]
 
     def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
-        beta1, beta2 = group["betas"]
         return StepValues(
             tuple(group_lr(group, of.block) for of in plan.classes),
             tuple(class_decay(group, of) for of in plan.classes),
-            beta1,
-            beta2,
-            group["eps"],
-            step,
+            self.rule.scalars(group, step),
         )
 
     # ---- the step
@@ -319,16 +360,17 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         state = self.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = empty_moment(tensor)
-            state["exp_avg_sq"] = self._second_moment(tensor)
+            for spec in self.rule.states:
+                state[spec.name] = empty_moment(tensor) if spec.per == "element" else self._segment_state(tensor)
         return state
 
-    def _second_moment(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _segment_state(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Zeros for the segments of a tensor."""
         raise NotImplementedError
 
-    def second_numel(self, tensor: torch.Tensor) -> int:
-        """Elements of the second moment that this rank holds for one of its tensors."""
-        raise NotImplementedError
+    def state_numel(self, tensor: torch.Tensor) -> dict[State, int]:
+        """Elements of each state that this rank holds for one of its tensors."""
+        return dict.fromkeys(self.rule.states, self.plan_of(tensor).numel)
 
     @torch._disable_dynamo  # kernels work on memory that dynamo does not see
     @torch.no_grad()
@@ -365,7 +407,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             self._note_record()
         plan = self.plan_of(p)
         state = self.state[p] if p in self.state else {}
-        refuse_unlike(name or "a shard", p, state, plan.numel, self.second_numel(p))
+        refuse_unlike(name or "a shard", p, state, plan.numel, self.state_numel(p))
         step = int(state["step"]) + 1 if state else 1
         advance_fade(group, step)
         return self._values(group, plan, step)
@@ -374,18 +416,18 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         if tensor not in self._placed:
             self._placed[tensor] = True
             state = self.state[tensor]
-            use_huge_pages(*map(local, (tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"])))
+            use_huge_pages(*map(local, (tensor, tensor.grad, *(state[spec.name] for spec in self.rule.states))))
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
         raise NotImplementedError
 
     @contextmanager
-    def _rows(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Parameter, gradient and first moment as rows to be stepped; what is not contiguous is written back after."""
-        kept = tensor, self.state[tensor]["exp_avg"]
-        param, moment = map(row, kept)
-        yield param, row(tensor.grad), moment
-        for original, values in zip(kept, (param, moment)):
+    def _rows(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
+        """Parameter, gradient and element states as rows to be stepped; what is not contiguous is written back after."""
+        kept = (tensor, *(self.state[tensor][spec.name] for spec in self.rule.element_states))
+        param, *states = map(row, kept)
+        yield param, row(tensor.grad), states
+        for original, values in zip(kept, (param, *states)):
             if not is_row(original):
                 write_back(original, values)
 

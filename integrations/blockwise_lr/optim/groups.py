@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from ..rules.options import OptimizerOptions
-
 
 def listed(entry: Any) -> Any:
     """A param group with its parameters as a list, where they come as a generator; anything else as it is."""
@@ -33,7 +31,7 @@ def names_of(group: Mapping[str, Any]) -> list[str | None]:
     return list(group.get("param_names") or [None] * len(group["params"]))
 
 
-def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(group: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A group's settings as they are built, which schedulers change later on, by the options' names."""
-    found = {key: group[key] for key in OptimizerOptions.GROUP if key != "min_lr"}
+    found = {key: group[key] for key in names if key != "min_lr"}
     return {**found, "lr": float(group["lr"]), "min_lr": group["block_min_lr"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -13,8 +12,9 @@ from .._version import __version__
 from ..blocks.block_map import plain_name
 from ..checkpoint.matching import Contents, merged
 from ..checkpoint.moments import expand_segments
-from ..checkpoint.record import ELEMENTS, KEY, SEGMENTS, UNITS, Record, in_parameters, plain_layouts
+from ..checkpoint.record import ELEMENTS, KEY, SEGMENTS, UNITS, Record, plain_layouts
 from ..checkpoint.restore import prepare_state_dict
+from ..checkpoint.target import SavePolicy
 from ..checkpoint.units import UnitMoments
 from ..plan.dtensor import like
 
@@ -25,28 +25,24 @@ class Saving:
     RECORD_KEY = KEY
 
     def _set_saving(self) -> None:
-        """How states are saved and loaded, as frameworks' adapters change it."""
-        self.recorded_map = self.block_map  # what the record shows; of the whole model where this rank has a part
-        self.row_parts = 1  # in how many segments rows that tensor-parallel ranks hold parts of are cut
+        self.saving = SavePolicy()  # as a framework's adapter changes it, see attach
         self.was_loaded = False
         self.loaded_record: Record | None = None  # that of the last loaded state; None where it had none
-        self.element_state = False  # saved second moments are spread over elements
-        self.step_in_groups = False  # param groups are saved with the step count too
-        self.states_apart = (
-            False  # the framework saves and loads the states' tensors itself; only steps come with groups
-        )
-        self.loads_together = False  # all ranks load at the same time, and hear of each other's errors
-        self.to_accept: Callable[[Sequence[str]], str] = in_parameters  # how a user accepts differences of such names
+
+    @property
+    def _segment_key(self) -> str | None:
+        """The state that has one value per segment of the plan, if the rule keeps one."""
+        return None if self.rule.segment_state is None else self.rule.segment_state.name
 
     @property
     def segment_plans(self) -> bool:
-        """Whether exp_avg_sq has one value per segment of the plan, and not one per element."""
-        return False
+        """Whether the rule keeps a state per segment."""
+        return self._segment_key is not None
 
     @property
     def _form(self) -> str:
         """The form in which a state dict holds second moments."""
-        if not self.segment_plans or self.element_state:
+        if not self.segment_plans or self.saving.element_form:
             return ELEMENTS
         return UNITS if self._holds_whole_parameters else SEGMENTS
 
@@ -71,17 +67,22 @@ class Saving:
 
     def record(self) -> Record:
         """Where a state saved now comes from; it lies in every param group of a state dict."""
-        tensors = self.contents() if self.recorded_map is self.block_map else None
+        policy, whole = self.saving, self.saving.recorded_map
+        recorded = self.block_map if whole is None else whole
+        settings = self.initial_settings
+        if policy.unrecorded_settings:
+            kept = {key: value for key, value in settings[0].items() if key not in policy.unrecorded_settings}
+            settings = [kept]
         return Record(
             type(self).__name__,
             __version__,
-            self.recorded_map.fingerprint(),
-            plain_layouts(self.recorded_map),
-            self.initial_settings,
+            recorded.fingerprint(),
+            plain_layouts(recorded),
+            settings,
             self.bias_segments,
             self._form,
-            self.row_parts,
-            tensors,
+            policy.row_parts,
+            self.contents() if whole is None else None,
         )
 
     def _note_record(self) -> None:
@@ -97,20 +98,21 @@ class Saving:
         states of the parameters' shape."""
         saved = super().state_dict()
         added: dict[str, Any] = {KEY: self.record().packed()}
-        if self.step_in_groups:
+        if self.saving.step_in_param_groups:
             added["step"] = max((int(state["step"]) for state in saved["state"].values()), default=0)
         for group in saved["param_groups"]:  # frameworks pick and reorder groups
             group.update(added)
-        if self.segment_plans and not self.states_apart and self._form != SEGMENTS:
+        key = self._segment_key
+        if key is not None and not self.saving.external_state and self._form != SEGMENTS:
             tensors = self.all_tensors()
             for index, state in saved["state"].items():
-                saved["state"][index] = {**state, "exp_avg_sq": self._saved_second(tensors[index], state["exp_avg_sq"])}
+                saved["state"][index] = {**state, key: self._saved_segments(tensors[index], state[key])}
         return saved
 
-    def _saved_second(self, tensor: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    def _saved_segments(self, tensor: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         if self._form == ELEMENTS:
-            return expand_segments(second, self.plan_of(tensor)).view_as(tensor)
-        return second if isinstance(tensor, DTensor) else self.unit_moments(tensor).placed(second)
+            return expand_segments(state, self.plan_of(tensor)).view_as(tensor)
+        return state if isinstance(tensor, DTensor) else self.unit_moments(tensor).placed(state)
 
     def unit_moments(self, tensor: torch.Tensor) -> UnitMoments:
         """How the second moment of a whole parameter is kept per output unit."""
@@ -132,7 +134,7 @@ class Saving:
             state_dict = hook(self, state_dict) or state_dict
         states, groups, record = prepare_state_dict(self, state_dict)
         self.was_loaded, self.loaded_record = True, record
-        if not self.states_apart:
+        if not self.saving.external_state:
             self.state.clear()
         for current, loaded in zip(self.param_groups, groups):
             for key in current.keys() - loaded.keys() - {"params", "param_names", KEY}:
@@ -147,15 +149,16 @@ class Saving:
 
     def _take(self, tensor: torch.Tensor, loaded: dict[str, Any]) -> None:
         """A tensor's loaded state, in memory of its own."""
-        state = self.state[tensor] if self.states_apart else {}
+        state = self.state[tensor] if self.saving.external_state else {}
         state["step"] = torch.tensor(loaded["step"], dtype=torch.float32)
-        if not self.states_apart:
-            state["exp_avg"] = _owned(tensor, loaded["exp_avg"])
-            state["exp_avg_sq"] = self._taken_second(tensor, loaded["exp_avg_sq"])
+        if not self.saving.external_state:
+            for spec in self.rule.states:
+                take = _owned if spec.per == "element" else self._taken_segments
+                state[spec.name] = take(tensor, loaded[spec.name])
         self.state[tensor] = state
 
-    def _taken_second(self, tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
-        return _owned(tensor, loaded)
+    def _taken_segments(self, tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
 def _owned(tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:

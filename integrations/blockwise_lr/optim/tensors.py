@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ..blocks import BlockError, ParamLayout
 from ..plan.dtensor import local
+from ..rules.base import State
 
 
 def row(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +62,9 @@ def real_layout(layout: ParamLayout) -> ParamLayout:
     return replace(layout, shape=(*layout.shape, 2))
 
 
-def refuse_unlike(name: str, tensor: torch.Tensor, state: Mapping[str, Any], numel: int, second_numel: int) -> None:
+def refuse_unlike(
+    name: str, tensor: torch.Tensor, state: Mapping[str, Any], numel: int, states: Mapping[State, int]
+) -> None:
     """Compares what a step would read and write with the plan it would follow.
 
     Args:
@@ -69,7 +72,7 @@ def refuse_unlike(name: str, tensor: torch.Tensor, state: Mapping[str, Any], num
         tensor: with its gradient.
         state: its state, perhaps still empty.
         numel: elements of the plan.
-        second_numel: those of the second moment in this rank's state.
+        states: elements of each of the rule's states in this rank's state.
 
     Raises:
         BlockError: a gradient, moment or the tensor itself is of another size, type, device or kind.
@@ -77,7 +80,7 @@ def refuse_unlike(name: str, tensor: torch.Tensor, state: Mapping[str, Any], num
     grad = tensor.grad
     if grad.layout != torch.strided:
         raise BlockError(
-            f"{name} has a sparse gradient, which AdamW does not support; build the embedding with sparse=False"
+            f"{name} has a sparse gradient, which blockwise optimizers do not support; build the embedding with sparse=False"
         )
     if row_numel(tensor) != numel:
         raise BlockError(
@@ -97,14 +100,14 @@ def refuse_unlike(name: str, tensor: torch.Tensor, state: Mapping[str, Any], num
         raise BlockError(
             f"the gradient of {name} is on {grad.device} and the parameter on {tensor.device}; move one of them"
         )
-    for key, wanted in (("exp_avg", numel), ("exp_avg_sq", second_numel)) if state else ():
-        moment = state.get(key)
+    for spec, wanted in states.items() if state else ():
+        key, moment = spec.name, state.get(spec.name)
         if not isinstance(moment, torch.Tensor) or row_numel(moment) != wanted:
             raise BlockError(
                 f"the state of {name} has no {key} of {wanted} elements; load a state that fits, or clear "
                 f"optimizer.state to start anew"
             )
-        if moment.device != tensor.device or (key == "exp_avg" and moment.dtype != tensor.dtype):
+        if moment.device != tensor.device or (spec.per == "element" and moment.dtype != tensor.dtype):
             raise BlockError(
                 f"{name} is {tensor.dtype} on {tensor.device} and its {key} {moment.dtype} on {moment.device}; "
                 f"build the optimizer after the model is moved or converted"

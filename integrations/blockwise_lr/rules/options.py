@@ -11,14 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..blocks.rules import user_rules
 from ..blocks.types import BlockError, block_values, finite, lr_ratios, shown
-from ..checkpoint.record import checked_accepts
-from ..kernels import KERNELS
 
-BIAS_SEGMENTS = ("element", "vector")
+KERNELS = ("auto", "reference", "cpp", "triton")
 # Options of torch's Adams that change the update; a param group that asks for one of them must not train without it.
 _NOT_OFFERED = ("amsgrad", "maximize", "capturable", "differentiable", "fused")
 
@@ -76,7 +74,7 @@ def _steps(value: Any) -> int:
     return value
 
 
-def _one_of(*names: str) -> BeforeValidator:
+def one_of(*names: str) -> BeforeValidator:
     def check(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
             raise ValueError(f"use one of {', '.join(names)}")
@@ -103,13 +101,8 @@ def _rules(value: Any) -> Any:
     return rules
 
 
-def _accepts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (str, list, tuple, set, frozenset)):
-        raise ValueError('give a list of names, as in ["block_lr_ratios"]')
-    return checked_accepts(value)
-
-
 Rate = Annotated[Any, BeforeValidator(_rate)]
+Betas = Annotated[tuple[float, float], BeforeValidator(_betas)]
 NotNegative = Annotated[float, BeforeValidator(_at_least_0)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
 
@@ -150,16 +143,36 @@ class _Checked(BaseModel):
 
 
 class GroupOptions(_Checked):
-    """What a param group may say for itself, and what the optimizer says for all groups."""
+    """What a param group may say for itself, and what the optimizer says for all groups, whatever its rule."""
 
-    lr: Rate = 1e-3
-    betas: Annotated[tuple[float, float], BeforeValidator(_betas)] = (0.9, 0.95)
-    eps: NotNegative = 1e-8
-    weight_decay: NotNegative = 0.1
-    block_lr_ratios: Annotated[dict[str, float], BeforeValidator(_ratios)] = {}
-    block_weight_decay: Annotated[dict[str, float], BeforeValidator(_decays)] = {}
-    decay_norms_and_biases: Truth = False
-    min_lr: Annotated[Any, BeforeValidator(lambda value: None if value is None else _at_least_0(value))] = None
+    lr: Annotated[Rate, Field(description="the base learning rate, that of the norms")] = 1e-3
+    weight_decay: Annotated[NotNegative, Field(description="decoupled; not applied to norms and biases by default")] = (
+        0.1
+    )
+    block_lr_ratios: Annotated[
+        dict[str, float],
+        BeforeValidator(_ratios),
+        Field(
+            description="peak learning rate of block types over ``lr``; those not named keep the paper's (embedding 10, qk 8, "
+            "ffn 6, vo 4, norm 1; the head follows the embedding)"
+        ),
+    ] = {}
+    block_weight_decay: Annotated[
+        dict[str, float],
+        BeforeValidator(_decays),
+        Field(description="weight decay of block types, in place of ``weight_decay``"),
+    ] = {}
+    decay_norms_and_biases: Annotated[Truth, Field(description="decay everything, as the paper's experiments do")] = (
+        False
+    )
+    min_lr: Annotated[
+        Any,
+        BeforeValidator(lambda value: None if value is None else _at_least_0(value)),
+        Field(
+            description="what :class:`~blockwise_lr.schedules.BlockwiseWarmupCosine` lets all block types decay to; lr / 20 "
+            "by default. Other schedulers do not use it"
+        ),
+    ] = None
 
     @model_validator(mode="after")
     def _min_below_lr(self) -> GroupOptions:
@@ -169,53 +182,107 @@ class GroupOptions(_Checked):
 
 
 class OptimizerOptions(GroupOptions):
-    """All options of BlockwiseAdamW, by the names that JSON and Python share."""
+    """The options of every rule, by the names that JSON, flags and Python share. A rule's own come with its file."""
 
-    block_rules: Annotated[Any, BeforeValidator(_rules)] = None
-    block_strict: Truth = True
-    kernel: Annotated[str, _one_of(*KERNELS)] = "auto"
-    accept_mismatch: Annotated[tuple[str, ...], BeforeValidator(_accepts)] = ()
-    ratio_fade_steps: Annotated[int, BeforeValidator(_steps)] = 0
+    # options of the optimizer as a whole, which param groups cannot have
+    NOT_OF_GROUPS: ClassVar[tuple[str, ...]] = (
+        "block_rules",
+        "block_strict",
+        "kernel",
+        "accept_mismatch",
+        "ratio_fade_steps",
+    )
 
-    # those that become the defaults of param groups
-    GROUP: ClassVar[tuple[str, ...]] = tuple(GroupOptions.model_fields)
+    block_rules: Annotated[
+        Any, BeforeValidator(_rules), Field(description="naming rules of your own, where no block_map is given")
+    ] = None
+    block_strict: Annotated[
+        Truth, Field(description="refuse parameters that no rule maps, where a framework's integration makes the map")
+    ] = True
+    kernel: Annotated[
+        str,
+        one_of(*KERNELS),
+        Field(description='"auto", or a kernel\'s name (see :mod:`blockwise_lr.kernels`)'),
+    ] = "auto"
+    accept_mismatch: Annotated[
+        tuple[str, ...],
+        Field(
+            description="in what a loaded checkpoint may contradict this run, which goes on with its own settings then: any of "
+            "optimizer, block_map, block_lr_ratios and the other settings' names. Nothing by default"
+        ),
+    ] = ()
+    ratio_fade_steps: Annotated[
+        int,
+        BeforeValidator(_steps),
+        Field(
+            description="over how many optimizer steps accepted new ratios take over from the checkpoint's (from 1 where it is "
+            "a plain AdamW's); 0: at once"
+        ),
+    ] = 0
+
+    @field_validator("accept_mismatch", mode="before")
+    @classmethod
+    def _known_names(cls, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, (str, list, tuple, set, frozenset)):
+            raise ValueError('give a list of names, as in ["block_lr_ratios"]')
+        return checked_accepts(value, cls.acceptable())
+
+    @classmethod
+    def group_names(cls) -> tuple[str, ...]:
+        """The options that a param group may have for itself."""
+        return tuple(name for name in cls.model_fields if name not in cls.NOT_OF_GROUPS)
+
+    @classmethod
+    def acceptable(cls) -> tuple[str, ...]:
+        """What accept_mismatch may name."""
+        segments = [name for name in cls.NOT_OF_GROUPS if name not in OptimizerOptions.NOT_OF_GROUPS]
+        return ("optimizer", "block_map", *segments, *cls.group_names())
 
     def group_defaults(self) -> dict[str, Any]:
         """The defaults of a param group: plain numbers and strings, so that a state dict stays loadable everywhere."""
-        found = {name: getattr(self, name) for name in self.GROUP if name != "min_lr"}
+        found = {name: getattr(self, name) for name in self.group_names() if name != "min_lr"}
         # not "min_lr": torch's OneCycleLR keeps a number of its own under that key
         return {**found, "block_min_lr": self.min_lr, "group_decay": False}
 
+    @classmethod
+    def checked_group(cls, group: Mapping[str, Any], lr: Any, where: str) -> dict[str, Any]:
+        """What a param group says for itself, checked as the optimizer's own options are; ratios are filled up.
 
-class AdamMiniOptions(OptimizerOptions):
-    """Those of BlockwiseAdamMini."""
+        Args:
+            group: a param group; keys that are no options (frameworks add their own) are passed over.
+            lr: the rate that holds where the group has none.
+            where: which group, for the error.
 
-    bias_segments: Annotated[str, _one_of(*BIAS_SEGMENTS)] = "element"
+        Raises:
+            BlockError: a bad value, an option of torch's Adam that is not offered here, or a misspelt name of one that
+                is.
+        """
+        for name in _NOT_OFFERED:
+            if group.get(name):
+                raise BlockError(
+                    f"{where}{name} is {shown(group[name])}, which blockwise optimizers do not offer; leave it out"
+                )
+        names = cls.group_names()
+        for name in group:
+            close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.85)
+            if close and name not in names:
+                raise BlockError(
+                    f"{where}unknown parameter {name!r} (did you mean {close[0]!r}?); the valid ones are {', '.join(names)}"
+                )
+        said = {name: group[name] for name in names if name in group}
+        checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where)
+        return {name: getattr(checked, name) for name in said}
 
 
-def checked_group(group: Mapping[str, Any], lr: Any, where: str) -> dict[str, Any]:
-    """What a param group says for itself, checked as the optimizer's own options are; ratios are filled up.
-
-    Args:
-        group: a param group; keys that are no options (frameworks add their own) are passed over.
-        lr: the rate that holds where the group has none.
-        where: which group, for the error.
+def checked_accepts(given: Any, known: Iterable[str]) -> tuple[str, ...]:
+    """An ``accept_mismatch``, checked.
 
     Raises:
-        BlockError: a bad value, an option of torch's Adam that is not offered here, or a misspelt name of one that is.
+        BlockError: an unknown name; the message lists those there are.
     """
-    for name in _NOT_OFFERED:
-        if group.get(name):
-            raise BlockError(
-                f"{where}{name} is {shown(group[name])}, which blockwise optimizers do not offer; leave it out"
-            )
-    for name in group:
-        close = difflib.get_close_matches(str(name), OptimizerOptions.GROUP, n=1, cutoff=0.85)
-        if close and name not in OptimizerOptions.GROUP:
-            raise BlockError(
-                f"{where}unknown parameter {name!r} (did you mean {close[0]!r}?); the valid ones are "
-                f"{', '.join(OptimizerOptions.GROUP)}"
-            )
-    said = {name: group[name] for name in OptimizerOptions.GROUP if name in group}
-    checked = GroupOptions.checked({"lr": lr, **said} if "min_lr" in said else said, where)
-    return {name: getattr(checked, name) for name in said}
+    names = (given,) if isinstance(given, str) else tuple(given)
+    known = tuple(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise BlockError(f"accept_mismatch names {unknown[0]!r}; use any of {', '.join(known)}")
+    return names

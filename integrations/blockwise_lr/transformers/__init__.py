@@ -3,6 +3,17 @@
 With DeepSpeed nothing of this is needed: ``TrainingArguments(deepspeed=...)`` and ``import blockwise_lr.deepspeed``.
 """
 
-from .trainer import BlockwiseAdamMiniFactory, BlockwiseAdamWFactory
+from __future__ import annotations
 
-__all__ = ["BlockwiseAdamMiniFactory", "BlockwiseAdamWFactory"]
+from typing import Any
+
+from .trainer import FACTORIES, OptimizerFactory
+
+__all__ = ["FACTORIES", "OptimizerFactory", *FACTORIES]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return FACTORIES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

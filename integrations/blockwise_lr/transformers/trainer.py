@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import torch
 
 from ..blocks import map_blocks
-from ..optim import BlockwiseAdamMini, BlockwiseAdamW
+from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 
 
-class BlockwiseAdamWFactory:
-    """Makes a :class:`~blockwise_lr.BlockwiseAdamW` for the Trainer's model."""
+class OptimizerFactory:
+    """Base of the factories, ``Blockwise<title>Factory`` for every rule: make its optimizer for the Trainer's model."""
 
-    optimizer: ClassVar[type[BlockwiseOptimizer]] = BlockwiseAdamW
+    optimizer: ClassVar[type[BlockwiseOptimizer]]
 
     def __call__(self, model: torch.nn.Module, **settings: Any) -> BlockwiseOptimizer:
         """The optimizer of a model.
@@ -39,7 +39,10 @@ class BlockwiseAdamWFactory:
         return self.optimizer(trained, block_map=block_map, **settings)
 
 
-class BlockwiseAdamMiniFactory(BlockwiseAdamWFactory):
-    """Makes a :class:`~blockwise_lr.BlockwiseAdamMini` for the Trainer's model."""
+def _factory(kind: type[BlockwiseOptimizer]) -> type[OptimizerFactory]:
+    documentation = f"Makes a :class:`~blockwise_lr.{kind.__name__}` for the Trainer's model."
+    made = {"optimizer": kind, "__doc__": documentation, "__module__": __package__}
+    return type(f"{kind.__name__}Factory", (OptimizerFactory,), made)
 
-    optimizer = BlockwiseAdamMini
+
+FACTORIES: dict[str, type[OptimizerFactory]] = {f"{name}Factory": _factory(kind) for name, kind in CLASSES.items()}

@@ -1,4 +1,5 @@
-// One optimizer step over one flat float32 tensor, threads over tiles, vectors within them.
+// The loops of an optimizer step over one flat float32 tensor: threads over tiles, vectors within them. What is done to an
+// element is the rule's body (rules/*.py); cpu.py writes them after this file, one struct each.
 //
 // Plain C interface, no PyTorch headers: it compiles in seconds. Tiles are rows of ten int64 numbers:
 //   offset, outer, stride, inner, class, slot, slot_step, unit, segment_numel, spread
@@ -22,9 +23,15 @@ struct Tile {
   int64_t offset, outer, stride, inner, cls, slot, slot_step, unit, segment_numel, spread;
 };
 
+// the rule's numbers of one step; by value, so that the compiler knows that no store into a tensor changes them
+struct Scalars {
+  float value[8];
+  float operator[](int i) const { return value[i]; }
+};
+
 struct Values {
   const float *lrs, *decays;  // per class
-  float beta1, beta2, eps, correction1, correction2_sqrt;
+  Scalars scalars;
 };
 
 struct BFloat16 {
@@ -55,33 +62,14 @@ inline void copy_out(uint16_t *out, const float *p, int64_t at, int64_t n) {
 
 constexpr int64_t burst = 128;  // memory is read in bursts, one array after another
 
-template <typename G>
-inline void adamw_run(float *p, const G *g, float *m, float *v, int64_t n, const Values &values, int64_t cls) {
-  const float lr = values.lrs[cls], keep = 1.0f - lr * values.decays[cls], step = lr / values.correction1;
-  const float rest1 = 1.0f - values.beta1, beta2 = values.beta2, rest2 = 1.0f - beta2, eps = values.eps;
-  const float inverse_root = 1.0f / values.correction2_sqrt;
-  int64_t start = 0;
-  for (; start + burst <= n; start += burst) {
-    float grads[burst], firsts[burst], seconds[burst];
-#pragma omp simd
-    for (int64_t i = 0; i < burst; ++i) grads[i] = static_cast<float>(g[start + i]);
-#pragma omp simd
-    for (int64_t i = 0; i < burst; ++i) m[start + i] = firsts[i] = m[start + i] + rest1 * (grads[i] - m[start + i]);
-#pragma omp simd
-    for (int64_t i = 0; i < burst; ++i) v[start + i] = seconds[i] = beta2 * v[start + i] + rest2 * grads[i] * grads[i];
-#pragma omp simd
-    for (int64_t i = 0; i < burst; ++i)
-      p[start + i] = p[start + i] * keep - step * (firsts[i] / (std::sqrt(seconds[i]) * inverse_root + eps));
-  }
-#pragma omp simd
-  for (int64_t i = start; i < n; ++i) {
-    const float grad = static_cast<float>(g[i]);
-    const float first = m[i] + rest1 * (grad - m[i]);
-    const float second = beta2 * v[i] + rest2 * grad * grad;
-    m[i] = first;
-    v[i] = second;
-    p[i] = p[i] * keep - step * (first / (std::sqrt(second) * inverse_root + eps));
-  }
+// n elements of one class, of one segment where the rule has segments. Rule::update is the rule's own body, given n as a
+// constant wherever a burst is full.
+template <typename Rule, typename G>
+inline void update_run(float *p, const G *g, float *first, float *second, float moment, int64_t n, float lr, float keep,
+                       const Scalars s) {
+  int64_t i = 0;
+  for (; i + burst <= n; i += burst) Rule::update(burst, p + i, g + i, first + i, second + i, moment, lr, keep, s);
+  Rule::update(n - i, p + i, g + i, first + i, second + i, moment, lr, keep, s);
 }
 
 // Sums of squares: element i of a block is added to lane i % lanes, a block's lanes pairwise, blocks in double. The order
@@ -136,59 +124,27 @@ void spread_sums(const G *g, const Tile &t, std::vector<double> &sums) {
   for (int64_t i = 0; i < t.inner; ++i) sums[i / t.unit] += totals[i];
 }
 
-template <typename G>
-inline void mini_run(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float first = m[i] + rest1 * (static_cast<float>(g[i]) - m[i]);
-    m[i] = first;
-    p[i] = p[i] * keep - step * first;
-  }
-}
-
-template <typename G>
-inline void mini_burst(float *p, const G *g, float *m, float keep, float rest1, float step) {
-  float firsts[burst];
-#pragma omp simd
-  for (int64_t i = 0; i < burst; ++i) m[i] = firsts[i] = m[i] + rest1 * (static_cast<float>(g[i]) - m[i]);
-#pragma omp simd
-  for (int64_t i = 0; i < burst; ++i) p[i] = p[i] * keep - step * firsts[i];
-}
-
-// Updates one segment. The sum of squares has just read its gradient, which is still in the cache; fetching the next
-// segment's during the update, or summing it there, was slower with huge pages.
-template <typename G>
-inline void mini_segment(float *p, const G *g, float *m, int64_t n, float keep, float rest1, float step) {
-  int64_t start = 0;
-  for (; start + burst <= n; start += burst) mini_burst(p + start, g + start, m + start, keep, rest1, step);
-  mini_run(p + start, g + start, m + start, n - start, keep, rest1, step);
-}
-
-// step / (sqrt(v) / sqrt(1 - beta2^t) + eps) of one segment
-inline float mini_step(float second, float lr, const Values &values) {
-  return lr / values.correction1 / (std::sqrt(second) / values.correction2_sqrt + values.eps);
-}
-
-inline float next_moment(float moment, double sum, int64_t numel, const Values &values) {
-  return values.beta2 * moment + (1.0f - values.beta2) * static_cast<float>(sum / numel);
-}
-
-template <typename G>
-void mini_tile(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile &t, const Values &values,
-               bool own_sums) {
-  const float lr = values.lrs[t.cls], keep = 1.0f - lr * values.decays[t.cls], rest1 = 1.0f - values.beta1;
+template <typename Rule, typename G>
+void segment_tile(float *p, const G *g, float *first, float *moments, uint16_t *out, const Tile &t, const Values &values,
+                  bool own_sums) {
+  const float lr = values.lrs[t.cls], keep = 1.0f - lr * values.decays[t.cls];
+  const Scalars s = values.scalars;
   const int64_t units = t.inner / t.unit;
+  const auto next = [&](float moment, double sum) {
+    return Rule::moment(moment, static_cast<float>(sum / t.segment_numel), s);
+  };
   if (own_sums && t.spread) {
     std::vector<double> sums;
     spread_sums(g, t, sums);
-    for (int64_t j = 0; j < units; ++j) v[t.slot + j] = next_moment(v[t.slot + j], sums[j], t.segment_numel, values);
+    for (int64_t j = 0; j < units; ++j) moments[t.slot + j] = next(moments[t.slot + j], sums[j]);
   }
   for (int64_t run = 0; run < t.outer; ++run) {
     for (int64_t j = 0; j < units; ++j) {
       const int64_t at = t.offset + run * t.stride + j * t.unit;
-      float &moment = v[t.slot + run * t.slot_step + j];
-      if (own_sums && !t.spread) moment = next_moment(moment, sum_squares(g + at, t.unit), t.segment_numel, values);
-      mini_segment(p + at, g + at, m + at, t.unit, keep, rest1, mini_step(moment, lr, values));
+      float &moment = moments[t.slot + run * t.slot_step + j];
+      if (own_sums && !t.spread) moment = next(moment, sum_squares(g + at, t.unit));
+      // fetching the next segment's gradient during the update, or summing it there, was slower with huge pages
+      update_run<Rule>(p + at, g + at, first + at, first + at, moment, t.unit, lr, keep, s);
       copy_out(out, p, at, t.unit);
     }
   }
@@ -233,27 +189,32 @@ void each_tile(int64_t count, int threads, Work work) {
   }
 }
 
-template <typename G>
-void adamw_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
-               const Values &values, int threads) {
+template <typename Rule, typename G>
+void element_all(float *p, const G *g, float *const *states, uint16_t *out, const Tile *tiles, int64_t count,
+                 const Values &values, int threads) {
+  float *const first = states[0], *const second = states[1];
   each_tile(count, threads, [=, &values](int64_t i) {
     const Tile &t = tiles[i];
+    const float lr = values.lrs[t.cls], keep = 1.0f - lr * values.decays[t.cls];
     for (int64_t run = 0; run < t.outer; ++run) {
       const int64_t end = t.offset + run * t.stride + t.inner;
       int64_t n;
       for (int64_t at = end - t.inner; at < end; at += n) {
         n = out == nullptr ? t.inner : std::min(end - at, copied);
-        adamw_run(p + at, g + at, m + at, v + at, n, values, t.cls);
+        update_run<Rule>(p + at, g + at, first + at, second + at, 0.0f, n, lr, keep, values.scalars);
         copy_out(out, p, at, n);
       }
     }
   });
 }
 
-template <typename G>
-void mini_all(float *p, const G *g, float *m, float *v, uint16_t *out, const Tile *tiles, int64_t count,
-              const Values &values, int own_sums, int threads) {
-  each_tile(count, threads, [=, &values](int64_t i) { mini_tile(p, g, m, v, out, tiles[i], values, own_sums != 0); });
+template <typename Rule, typename G>
+void segment_all(float *p, const G *g, float *const *states, float *moments, uint16_t *out, const Tile *tiles,
+                 int64_t count, const Values &values, int own_sums, int threads) {
+  float *const first = states[0];
+  each_tile(count, threads, [=, &values](int64_t i) {
+    segment_tile<Rule>(p, g, first, moments, out, tiles[i], values, own_sums != 0);
+  });
 }
 
 // Tiles may share slots here, so only the sums run in parallel and are added one after another.
@@ -279,40 +240,30 @@ void sums_all(const G *g, float *sums, const Tile *tiles, int64_t count, int thr
 }  // namespace
 
 // `type`: 0 float32, 1 bfloat16, 2 float16 gradients
-#define BY_TYPE(call_name, ...)                                                                   \
-  switch (type) {                                                                                 \
-    case 0: call_name(__VA_ARGS__(static_cast<const float *>(grad))); break;                      \
-    case 1: call_name(__VA_ARGS__(static_cast<const BFloat16 *>(grad))); break;                   \
-    default: call_name(__VA_ARGS__(static_cast<const Half *>(grad))); break;                      \
+#define BY_TYPE(call)                                                     \
+  switch (type) {                                                         \
+    case 0: { const auto *g = static_cast<const float *>(grad); call; } break;    \
+    case 1: { const auto *g = static_cast<const BFloat16 *>(grad); call; } break; \
+    default: { const auto *g = static_cast<const Half *>(grad); call; } break;    \
   }
 
-extern "C" {
+// One function per rule, all of one signature: `states`, two pointers, to the element states (the first again where a rule
+// has one); `moments`, the segment states, not used by rules without; `scalars`, at most eight.
+#define RULE_STEP(name, call)                                                                                            \
+  extern "C" void blockwise_step_##name(float *p, const void *grad, int type, float *const *states, float *moments,      \
+                                        uint16_t *out, const int64_t *tiles, int64_t count, const float *lrs,            \
+                                        const float *decays, const float *scalars, int own_sums, int threads) {          \
+    Values values{lrs, decays, {}};                                                                                      \
+    std::copy(scalars, scalars + 8, values.scalars.value);                                                               \
+    const Tile *table = reinterpret_cast<const Tile *>(tiles);                                                           \
+    BY_TYPE(call)                                                                                                        \
+  }
+#define ELEMENT_RULE(name, Rule) RULE_STEP(name, (element_all<Rule>(p, g, states, out, table, count, values, threads)))
+#define SEGMENT_RULE(name, Rule) \
+  RULE_STEP(name, (segment_all<Rule>(p, g, states, moments, out, table, count, values, own_sums, threads)))
 
-void blockwise_adamw(float *p, const void *grad, int type, float *m, float *v, uint16_t *out, const int64_t *tiles,
-                     int64_t count, const float *lrs, const float *decays, float beta1, float beta2, float eps,
-                     float correction1, float correction2_sqrt, int threads) {
-  const Values values{lrs, decays, beta1, beta2, eps, correction1, correction2_sqrt};
+extern "C" void blockwise_sum_squares(const void *grad, int type, float *sums, const int64_t *tiles, int64_t count,
+                                      int threads) {
   const Tile *table = reinterpret_cast<const Tile *>(tiles);
-#define ARGUMENTS(g) p, g, m, v, out, table, count, values, threads
-  BY_TYPE(adamw_all, ARGUMENTS)
-#undef ARGUMENTS
+  BY_TYPE((sums_all(g, sums, table, count, threads)))
 }
-
-void blockwise_adam_mini(float *p, const void *grad, int type, float *m, float *v, uint16_t *out, const int64_t *tiles,
-                         int64_t count, const float *lrs, const float *decays, float beta1, float beta2, float eps,
-                         float correction1, float correction2_sqrt, int own_sums, int threads) {
-  const Values values{lrs, decays, beta1, beta2, eps, correction1, correction2_sqrt};
-  const Tile *table = reinterpret_cast<const Tile *>(tiles);
-#define ARGUMENTS(g) p, g, m, v, out, table, count, values, own_sums, threads
-  BY_TYPE(mini_all, ARGUMENTS)
-#undef ARGUMENTS
-}
-
-void blockwise_sum_squares(const void *grad, int type, float *sums, const int64_t *tiles, int64_t count, int threads) {
-  const Tile *table = reinterpret_cast<const Tile *>(tiles);
-#define ARGUMENTS(g) g, sums, table, count, threads
-  BY_TYPE(sums_all, ARGUMENTS)
-#undef ARGUMENTS
-}
-
-}  // extern "C"

@@ -1,0 +1,170 @@
+"""Optimizers with a state per segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..blocks import BlockMap, ParamLayout
+from ..checkpoint.units import UnitMoments
+from ..kernels import StepValues
+from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
+from ..plan.step_plan import StepPlan, segment_plan, slot_numel
+from ..rules.base import State
+from .base import BlockwiseOptimizer
+from .segment_sync import SegmentSync, sync_of
+from .tensors import row
+
+
+class SegmentwiseOptimizer(BlockwiseOptimizer):
+    """Base of the optimizers of rules with a state per segment, exact under any sharding.
+
+    A segment that several shards or tensor-parallel ranks share has one state: its parts' sums of squares are added over the
+    ranks by one small all-reduce per process group and step (:mod:`~blockwise_lr.optim.segment_sync`).
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
+    ) -> None:
+        self._sync: SegmentSync | None = None
+        self._prereduced: dict[int, torch.Tensor] = {}  # by id of the flat tensor
+        super().__init__(params, *positional, block_map=block_map, **options)
+
+    def _forget_tensors(self) -> None:
+        super()._forget_tensors()
+        self._sync, self._prereduced = None, {}
+        self._shared_slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._units: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
+        splits = self.shards.splits if self.shards is not None else {}
+        return segment_plan(numel, fragments, layouts, parts={name: split.parts for name, split in splits.items()})
+
+    def attach_shards(self, shards: ShardMap) -> None:
+        shards = split_at_replica_boundaries(shards, self.layout_of)
+        super().attach_shards(shards)
+        self._shared_slots, self._units = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        layouts = {name: self.layout_of(name) for name in {*shards.boundaries, *shards.splits}}
+        self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
+
+    @property
+    def segment_plans(self) -> bool:
+        return True
+
+    def all_reduce_shared(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Adds the sums of cut segments over the ranks that share them, in place.
+
+        Args:
+            sums: per id of a flat tensor, (its plan's slots,), float32. Every rank of the groups must call it.
+        """
+        if self._sync is not None:
+            ordered = self._in_order(sums)
+            self._sync.finish(ordered, self._sync.start(ordered))
+        return sums
+
+    def _segment_state(self, tensor: torch.Tensor) -> torch.Tensor:
+        slots = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+        return self.unit_moments(tensor).placed(slots) if isinstance(tensor, DTensor) else slots
+
+    def unit_moments(self, tensor: torch.Tensor) -> UnitMoments:
+        found = self._units.get(tensor)
+        if found is None:
+            found = self._units[tensor] = super().unit_moments(tensor)
+        return found
+
+    def state_numel(self, tensor: torch.Tensor) -> dict[State, int]:
+        segments = self.unit_moments(tensor).numel if isinstance(tensor, DTensor) else self.plan_of(tensor).slots
+        numel = self.plan_of(tensor).numel
+        return {spec: segments if spec.per == "segment" else numel for spec in self.rule.states}
+
+    def _taken_segments(self, tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
+        slots = loaded.detach().reshape(-1).to(tensor.device, torch.float32, copy=True)
+        return self.unit_moments(tensor).placed(slots) if isinstance(tensor, DTensor) else slots
+
+    # ---- sums of cut segments
+
+    def prereduce_segment_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
+        """Reduces the sums of all cut segments of a step at once, for callers that step one flat tensor at a time.
+
+        Every rank of the groups must call it, before the first of the step's calls of :meth:`step`. Without it, each
+        call of step reduces the sums of the tensors it steps.
+
+        Args:
+            grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
+                gradient may have another shape or dtype than the tensor, but its elements in the same order.
+        """
+        self._prereduced = self.all_reduce_shared(self._partial_sums(grads))
+
+    @property
+    def has_prereduced_sums(self) -> bool:
+        """Whether prereduce_segment_sums's sums wait for tensors that are still to be stepped."""
+        return bool(self._prereduced)
+
+    def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
+        sums = {}
+        for p, grad, factor in grads:
+            plan = self.plan_of(p)
+            sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
+            if len(plan.shared):
+                self._kernel(p).sum_squares(row(grad), plan.shared, sums[id(p)])
+                if factor != 1:
+                    sums[id(p)].mul_(factor * factor)
+        return sums
+
+    def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+        """The sums of all attached flat tensors, zeros for those without a gradient: their rank takes part too."""
+        for tensor, _ in self.shards.flats:
+            if id(tensor) not in sums:
+                sums[id(tensor)] = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
+        return [sums[id(tensor)] for tensor, _ in self.shards.flats]
+
+    # ---- the step
+
+    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
+        sums, started = self._prereduced, None
+        reduce_now = not self._prereduced
+        if reduce_now:
+            sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
+            started = self._sync and self._sync.start(self._in_order(sums))
+        for p, values in work:
+            with self._rows(p) as (param, grad, states), self._slots(p) as slots:
+                self._kernel(p).segment_step(
+                    self.rule, param, grad, states, slots, self.plan_of(p), values, self.copy_of(p)
+                )
+        if reduce_now and self._sync is not None:
+            self._sync.finish(self._in_order(sums), started)
+        for p, values in work:
+            self._step_shared(p, sums.pop(id(p)), values)
+
+    @contextmanager
+    def _slots(self, p: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The segment state as kernels take it, a value per segment of this rank's plan."""
+        state = self.state[p][self.rule.segment_state.name]
+        if not isinstance(p, DTensor):
+            yield state
+            return
+        units = self.unit_moments(p)
+        slots = units.slots(state)
+        yield slots
+        units.write(state, slots)
+
+    def _step_shared(self, p: torch.Tensor, sums: torch.Tensor, values: StepValues) -> None:
+        plan = self.plan_of(p)
+        if not len(plan.shared):
+            return
+        if p not in self._shared_slots:
+            slots, numel = slot_numel(plan.shared)
+            self._shared_slots[p] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
+        slots, numel = self._shared_slots[p]
+        with self._rows(p) as (param, grad, states), self._slots(p) as moments:
+            shared = moments[slots]
+            self.rule.next_moment(shared, sums[slots] / numel, values.scalars)
+            moments[slots] = shared
+            self._kernel(p).segment_step_presummed(
+                self.rule, param, grad, states, moments, plan, values, self.copy_of(p)
+            )
