@@ -10,12 +10,13 @@ RUN = $(VENV)/bin/python
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test
 
-.PHONY: demo demo-megatron test test312 fuzz support figures bench setup setup312 clean help
+.PHONY: demo demo-megatron test test-full test312 fuzz support figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make test           run the tests"
+	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
 	@echo "make support        run the tests and write the table of what is supported"
@@ -53,6 +54,10 @@ demo-megatron: setup312
 test: setup
 	@$(RUN) -m pytest tests
 
+# with the combinations of layouts and optimizers that `make test` covers by others (tests/README.md)
+test-full: setup
+	@$(RUN) -m pytest tests --full
+
 # what Python 3.12 changes: megatron-core 0.19 and the parts that must work on every supported Python
 test312: setup312
 	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/blocks tests/configs tests/optim tests/kernels tests/patching
@@ -64,7 +69,7 @@ fuzz: setup
 
 # writes integrations/blockwise_lr/SUPPORT.md from what the suite passes
 support: setup
-	@$(RUN) -m pytest tests --support integrations/blockwise_lr/SUPPORT.md
+	@$(RUN) -m pytest tests --full --support integrations/blockwise_lr/SUPPORT.md
 
 # redraws the evidence page's tables and pictures from its rows
 figures: setup

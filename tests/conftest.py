@@ -3,6 +3,8 @@
 import os
 import sys
 
+import pytest
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 for folder in (HERE, os.path.join(HERE, "..", "examples")):
     if folder not in sys.path:
@@ -17,8 +19,21 @@ if not os.path.exists("/dev/nvidiactl"):  # read when the Triton kernels are imp
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+COLLECTED = pytest.StashKey[set[str]]()  # the ids of all tests found, those left to the full lane included
+
+
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the combinations marked full (see README.md)")
     parser.addoption("--support", metavar="FILE", help="write the table of what is supported from what passes")
+
+
+def pytest_collection_modifyitems(config, items):
+    config.stash[COLLECTED] = {item.nodeid for item in items}
+    if config.getoption("--full"):
+        return
+    left = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_sessionfinish(session):

@@ -8,12 +8,13 @@ they need, and "untested" otherwise; test_support.py holds the file and the list
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kinds import KINDS
+
 FILE = Path(__file__).resolve().parents[1] / "integrations" / "blockwise_lr" / "SUPPORT.md"
-OPTIMIZERS = ("BlockwiseAdamW", "BlockwiseAdamMini")
 TESTED, REFUSED, UNTESTED = "tested", "refused", "untested"
 
 
@@ -23,26 +24,26 @@ class Row:
 
     Attributes:
         feature: as users call it.
-        adamw, adam_mini: the tests of each optimizer, as regular expressions over test ids from the start; what begins with
-            "!" is the test of its refusal. Empty: untested.
+        tests: of each optimizer, as regular expressions over test ids from the start; what begins with "!" is the test of
+            its refusal. An optimizer without one is untested.
         note: what holds beside it.
     """
 
     feature: str
-    adamw: str
-    adam_mini: str
+    tests: Mapping[str, str]
     note: str = ""
 
 
-def both(test: str) -> tuple[str, str]:
-    """The same tests for both optimizers."""
-    return test, test
+def both(test: str) -> dict[str, str]:
+    """The same tests for all optimizers."""
+    return dict.fromkeys(KINDS, test)
 
 
-def each(test: str) -> tuple[str, str]:
-    """A test's cases that name the optimizer."""
-    mark = "!" if test.startswith("!") else ""
-    return tuple(f"{mark}{test.lstrip('!')}.*{name}(?![A-Za-z])" for name in OPTIMIZERS)
+def each(test: str | Callable[[str], str]) -> dict[str, str]:
+    """A test's cases that name the optimizer, after what is given or where the function puts it."""
+    if callable(test):
+        return {name: test(name) for name in KINDS}
+    return {name: f"{test}.*{name}(?![A-Za-z])" for name in KINDS}
 
 
 def verdict(tests: str, outcomes: Mapping[str, bool]) -> str:
@@ -65,9 +66,9 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
         "",
     ]
     for title, rows in sections.items():
-        lines += [f"## {title}", "", f"| feature | {' | '.join(OPTIMIZERS)} | |", "|---|---|---|---|"]
+        lines += [f"## {title}", "", f"| feature | {' | '.join(KINDS)} | |", "|---|" + "---|" * len(KINDS) + "---|"]
         lines += [
-            f"| {row.feature} | {verdict(row.adamw, outcomes)} | {verdict(row.adam_mini, outcomes)} | {row.note} |"
+            f"| {row.feature} | {' | '.join(verdict(row.tests.get(name, ''), outcomes) for name in KINDS)} | {row.note} |"
             for row in rows
         ]
         lines.append("")
@@ -76,7 +77,5 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
 
 def counts(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> dict[str, int]:
     """How many cells have each word."""
-    words = [
-        verdict(tests, outcomes) for rows in sections.values() for row in rows for tests in (row.adamw, row.adam_mini)
-    ]
+    words = [verdict(row.tests.get(name, ""), outcomes) for rows in sections.values() for row in rows for name in KINDS]
     return {word: words.count(word) for word in (TESTED, REFUSED, UNTESTED)}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from deepspeed_door.engines import config, start
 from deepspeed_door.test_parity import beside_torch, end_to_end
+from kinds import KINDS
 from ranks import pool
 from twins import make
 
-ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 SMALL = {"reduce_bucket_size": 1500, "allgather_bucket_size": 1500}
 RIGHT = {
     "overlap_comm": (2, {"zero": {"overlap_comm": True, "contiguous_gradients": True, **SMALL}}),
@@ -46,7 +46,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("kind", [ADAMW, MINI])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("feature", RIGHT)
 def test_a_switch_of_zero_changes_no_weight(feature, kind):
     stage, options = RIGHT[feature]
@@ -72,7 +72,7 @@ def started(kind, stage, options):
     start(make("llama"), config(kind, stage, **options))
 
 
-@pytest.mark.parametrize("kind", [ADAMW, MINI])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "stage, options, words",
     [
@@ -130,7 +130,7 @@ def made_under_zero_init(kind, uneven):
     return worst_difference(found, reference("llama", kind, 6, dist.get_world_size()))
 
 
-@pytest.mark.parametrize("kind", [ADAMW, MINI])
+@pytest.mark.parametrize("kind", KINDS)
 def test_models_made_under_zero_init(kind):
     assert max(pool(2).run(made_under_zero_init, kind, False)) < 1e-5
     for error in pool(2).run(made_under_zero_init, kind, True, errors=True):

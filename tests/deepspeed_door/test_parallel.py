@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed_door.engines import BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, config
+from kinds import with_kinds
 from ranks import pool
 from twins import RATIOS, TorchAdamW, Twin, make, paper_lr, token_ids, worst_difference
 
@@ -183,9 +184,10 @@ MOE = [{"ep_size": 1}, {"ep_size": 2}]
 ULYSSES = {"ulysses": "mpu"}
 
 
-@pytest.mark.parametrize("kind", [ADAMW, MINI])
 @pytest.mark.parametrize(
-    "stage, parallel", [(0, MOE[1]), (1, MOE[0]), (2, MOE[1]), (0, ULYSSES), (2, ULYSSES), (3, ULYSSES)], ids=str
+    "kind, stage, parallel",
+    with_kinds([(0, MOE[1]), (1, MOE[0]), (2, MOE[1]), (0, ULYSSES), (2, ULYSSES), (3, ULYSSES)]),
+    ids=str,
 )
 def test_moe_and_ulysses_train_as_a_plain_optimizer(kind, stage, parallel):
     assert max(pool(2).run(beside_plain, kind, stage, parallel)) < 1e-5

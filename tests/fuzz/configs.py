@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from kinds import KINDS
+
 STEPS, LR = 3, 2e-3
 NOT_A_NUMBER = [-1, "1e-4", None, True, float("nan"), float("inf"), [1.0], {}, 10**400, "fast"]
 NOT_TRUE_OR_FALSE = ["false", 0, 1.0, None, [], "yes"]
@@ -92,7 +94,7 @@ def draw(seed: int) -> Drawn:
     """The configuration of a seed: a third of them have a fault."""
     rng = random.Random(seed)
     stage = rng.randrange(4)
-    kind = rng.choice(["BlockwiseAdamW", "BlockwiseAdamMini"])
+    kind = rng.choice([*KINDS])
     drawn = Drawn(
         rng.choice(["llama", "llama_tied", "gpt2", "gpt_neox"]),
         kind,

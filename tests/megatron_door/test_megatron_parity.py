@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+from kinds import with_kinds
 from megatron_door.layouts import Layout
 from megatron_door.training import parity, steps_parity
 from ranks import pool
@@ -36,8 +37,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
-@pytest.mark.parametrize("variant, ranks, layout", CASES, ids=str)
+@pytest.mark.parametrize("kind, variant, ranks, layout", with_kinds(CASES), ids=str)
 def test_equals_the_single_process_twin(kind, variant, ranks, layout, record_property):
     for result in pool(ranks).run(parity, variant, kind, layout):
         record_property("worst", result["worst"])

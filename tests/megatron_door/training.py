@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kinds import KINDS
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
 from twins import REFERENCES, paper_lr
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
-NAMES = {"BlockwiseAdamW": "blockwise_adamw", "BlockwiseAdamMini": "blockwise_adam_mini"}
+NAMES = {name: kind.megatron for name, kind in KINDS.items()}
 
 
 def batches(steps: int) -> torch.Tensor:

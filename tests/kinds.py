@@ -1,0 +1,80 @@
+"""The optimizers that the suite's matrices run over, and which of the combinations the default lane runs.
+
+A row of KINDS adds an optimizer to all of them. It needs its plain single-process form in ``twins.REFERENCES``, under the
+same name. README.md states the rule for ``full`` combinations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Any
+
+import pytest
+
+from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW
+from blockwise_lr.optim.base import BlockwiseOptimizer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the tests must know of an optimizer.
+
+    Attributes:
+        optimizer: the class.
+        megatron: its name in Megatron's ``--optimizer``.
+        sharded_error: how far (relative, 2-norm) sharded steps may come from the unsharded ones on equal gradients: 0.0 where
+            every element is stepped by itself, more where a segment's squares are added in another order.
+        plain_error: how far whole steps of the reference kernel may come from those of its form in ``twins``.
+    """
+
+    optimizer: type[BlockwiseOptimizer]
+    megatron: str
+    sharded_error: float
+    plain_error: float
+
+
+KINDS: dict[str, Kind] = {
+    "BlockwiseAdamW": Kind(BlockwiseAdamW, "blockwise_adamw", sharded_error=0.0, plain_error=0.0),
+    "BlockwiseAdamMini": Kind(BlockwiseAdamMini, "blockwise_adam_mini", sharded_error=1e-6, plain_error=1e-6),
+}
+
+
+def with_kinds(cases: Sequence[Sequence[Any]], kinds: Iterable[str] = KINDS) -> list[Any]:
+    """Every case with every optimizer in front, for ``parametrize``.
+
+    The default lane runs every case with some optimizer, and every optimizer with every value that a case has; the
+    combinations beyond that are marked ``full``. They are chosen greedily, so that the cases with the most settings run
+    with every optimizer.
+    """
+    combined = [(number, kind, case) for number, case in enumerate(cases) for kind in kinds]
+    covers = [{number, *((kind, value) for value in _values(case))} for number, kind, case in combined]
+    missing = set().union(*covers)
+    default: set[int] = set()
+    while missing:
+        chosen = Counter(combined[number][1] for number in default)  # of equals, that of the optimizer with the fewest
+        best = max(range(len(combined)), key=lambda n: (len(covers[n] & missing), -chosen[combined[n][1]]))
+        default.add(best)
+        missing -= covers[best]
+    return [
+        pytest.param(kind, *case, marks=() if number in default else pytest.mark.full)
+        for number, (_, kind, case) in enumerate(combined)
+    ]
+
+
+def _values(case: Sequence[Any]) -> Iterable[str]:
+    """The values of a case: its arguments; of a mapping its entries, of a dataclass the fields that differ from their
+    defaults; "none" where these are none."""
+    for position, value in enumerate(case):
+        if is_dataclass(value):
+            value = {field.name: getattr(value, field.name) for field in fields(value) if _is_set(field, value)}
+        if isinstance(value, Mapping):
+            yield from (f"{position}.{key}={entry}" for key, entry in value.items() or [("none", "")])
+        else:
+            yield f"{position}={value}"
+
+
+def _is_set(field: Field, owner: Any) -> bool:
+    default = field.default_factory() if field.default is MISSING else field.default
+    return getattr(owner, field.name) != default
