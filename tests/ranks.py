@@ -89,6 +89,7 @@ class RankPool:
             RankError: a rank failed or did not answer in time.
         """
         self._start()
+        self._signal(signal.SIGCONT)
         for pipe in self._pipes:
             pipe.send((case, arguments))
         answers = self._answers(time.monotonic() + timeout)
@@ -97,9 +98,15 @@ class RankPool:
             (answer[3] for answer in answers), default=0
         ) > _MOST_THREADS:
             self.stop()
+        # gloo's threads wake 100 times a second each, whether there is anything to do or not: a pool that waits stands still
+        self._signal(signal.SIGSTOP)
         if failed and not errors:
             raise RankError("\n".join(failed))
         return [answer[1] for answer in answers]
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes:
+            os.kill(process.pid, number)
 
     def stop(self) -> None:
         """Ends the processes; the next run starts new ones."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kinds import options_of
 from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids
 
 LR, MIN_LR, WARMUP, DECAY, BETAS, CLIP, ACCUMULATION = 2e-3, 1e-4, 3, 0.1, (0.9, 0.95), 0.5, 2
@@ -30,11 +31,9 @@ def config(
     entry = {
         "type": kind,
         "params": {
-            "lr": LR,
-            "betas": list(BETAS),
-            "eps": EPS,
-            "weight_decay": DECAY,
-            "kernel": "reference",
+            **options_of(
+                kind, {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY, "kernel": "reference"}
+            ),
             **(optimizer or {}),
         },
     }

@@ -127,7 +127,7 @@ def made_under_zero_init(kind, uneven):
     train(engine, 6)
     found = weights(engine)
     engine.destroy()
-    return worst_difference(found, reference("llama", kind, 6, dist.get_world_size()))
+    return worst_difference(found, reference("llama", kind, 6, dist.get_world_size()), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from kinds import with_kinds
 from ranks import pool
 from twins import RATIOS, TorchAdamW, Twin, make, paper_lr, token_ids, worst_difference
 
-ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
+ADAMW, MINI, LION = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"
 WIDTH, VOCABULARY = 16, 24
 RULES = [{"match": "*gate.wg.weight", "block": "router"}, {"match": "*experts.*", "block": "ffn"}]
 BLOCKS = {"embed_tokens": "embedding", "lm_head": "head", "norm": "norm", "gate.wg": "router", "mlp": "ffn"}
@@ -82,6 +82,21 @@ class RowMini(torch.optim.Optimizer):
                 p.sub_(group["lr"] / (1 - BETAS[0] ** state["step"]) * state["first"] / second)
 
 
+class PlainLion(torch.optim.Optimizer):
+    """Lion on whole tensors, written out."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    mixed = BETAS[0] * momentum + (1 - BETAS[0]) * p.grad
+                    moved = (mixed > 0).float() - (mixed < 0).float() + group["weight_decay"] * p
+                    p.sub_(group["lr"] * moved)
+                    momentum.copy_(BETAS[1] * momentum + (1 - BETAS[1]) * p.grad)
+
+
 def plain_groups(model):
     """A param group per tensor with its block type's learning rate and decay; experts apart, as DeepSpeed wants it."""
     found = []
@@ -145,10 +160,11 @@ def engine_of(kind, stage, parallel):
     elif parallel.get("ulysses") == "mpu":
         arguments["mpu"] = sequence_mpu()
     settings = settings_of(kind, stage, model, parallel)
-    if kind in ("AdamW", "RowMini"):
+    if kind in ("AdamW", "RowMini", "PlainLion"):
         arguments["optimizer"] = {
             "AdamW": lambda g: torch.optim.AdamW(g, betas=BETAS, eps=EPS),
             "RowMini": lambda g: RowMini(g, {}),
+            "PlainLion": lambda g: PlainLion(g, {}),
         }[kind](plain_groups(model))
     return deepspeed.initialize(model=model, config=settings, **arguments)[0]
 
@@ -173,11 +189,11 @@ def plain(engine):
 def beside_plain(kind, stage, parallel):
     """The worst difference from a plain optimizer on the whole tensors in the same kind of engine without ZeRO."""
     found = []
-    for case in ((kind, stage), ({ADAMW: "AdamW", MINI: "RowMini"}[kind], 0)):
+    for case in ((kind, stage), ({ADAMW: "AdamW", MINI: "RowMini", LION: "PlainLion"}[kind], 0)):
         engine = engine_of(*case, parallel)
         steps_of(engine, 0, 6)
         found.append(plain(engine))
-    return worst_difference(*found)
+    return worst_difference(*found, kind)
 
 
 MOE = [{"ep_size": 1}, {"ep_size": 2}]

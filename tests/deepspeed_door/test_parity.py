@@ -17,7 +17,7 @@ def end_to_end(kind, model, stage, steps, options):
     import torch.distributed as dist
 
     found = trained(model, config(kind, stage, steps=steps, **options), steps)
-    return worst_difference(found, reference(model, kind, steps, dist.get_world_size()))
+    return worst_difference(found, reference(model, kind, steps, dist.get_world_size()), kind)
 
 
 CASES = [

@@ -79,7 +79,7 @@ def tensor_parallel(variant: str, kind: str, stage: int, **settings: Any) -> dic
                 engine.step()
         found, apart = gather_full([model], first)
         engine.destroy()
-    return {**worst(found, wanted), "apart": apart}
+    return {**worst(found, wanted, kind), "apart": apart}
 
 
 def slice_blocks(variant: str) -> tuple[dict[str, list], dict[str, list]]:
@@ -193,7 +193,7 @@ def pipeline(variant: str, kind: str, stage: int, kernel: str = "reference") -> 
     for weights in everyone:
         for name, value in weights.items():
             apart = max(apart, float((found.setdefault(name, value) - value).abs().max()))
-    return {**worst(found, wanted), "apart": apart, "edges": edges}
+    return {**worst(found, wanted, kind), "apart": apart, "edges": edges}
 
 
 def initialize_group() -> None:

@@ -11,7 +11,7 @@ import torch
 from kinds import KINDS
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
-from twins import REFERENCES, paper_lr
+from twins import REFERENCES, paper_lr, worst_difference
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
 NAMES = {name: kind.megatron for name, kind in KINDS.items()}
@@ -58,7 +58,9 @@ def reference(
         twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16), vector_biases)
         first = {name: value.detach().clone() for name, value in twin.values().items()}
         ratios = dict.fromkeys(BLOCK_RATIOS, 1.0) if kind == "adam" else BLOCK_RATIOS
-        optimizer = REFERENCES[kind if kind != "adam" else "BlockwiseAdamW"](twin, BETAS, EPS, DECAY, ratios)
+        # what Megatron calls --adam-beta1 is not Lion's
+        betas = (0.95, 0.98) if kind == "BlockwiseLion" and schedule != "paper" else BETAS
+        optimizer = REFERENCES[kind if kind != "adam" else "BlockwiseAdamW"](twin, betas, EPS, DECAY, ratios)
         losses = []
         for number, batch in enumerate(batches(steps)):
             losses.append(sum(twin.backward(ids, 1 / BATCH, dtype) / BATCH for ids in batch.split(1)))
@@ -244,7 +246,7 @@ def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings:
     found, apart = trained(variant, kind, layout, steps, first, **settings)
     if layout.bf16:
         found, wanted = ({name: value - first[name] for name, value in end.items()} for end in (found, wanted))
-    return {**worst(found, wanted), "apart": apart}
+    return {**worst(found, wanted, kind), "apart": apart}
 
 
 def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> dict[str, Any]:
@@ -264,8 +266,8 @@ def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> di
     return {**worst(found, {name: value.detach() for name, value in twin.values().items()}), "apart": apart}
 
 
-def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The tensor with the largest relative difference (2-norm)."""
-    differences = {name: float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
+def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], kind: str | None = None) -> dict[str, Any]:
+    """The tensor with the largest relative difference (2-norm), as ``twins.worst_difference`` takes it."""
+    differences = {name: worst_difference({name: found[name]}, {name: wanted[name]}, kind) for name in wanted}
     name = max(differences, key=lambda name: differences[name])
     return {"worst": differences[name], "name": name}

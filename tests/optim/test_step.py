@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from kinds import KINDS
+from kinds import KINDS, options_of
 from optim.sharding import Shards
 from twins import RATIOS, REFERENCES, Twin, llama, make, worst_difference
 
@@ -28,9 +28,7 @@ def whole(kind, model, steps=3, **settings):
     optimizer = KINDS[kind].optimizer(
         model.named_parameters(),
         lr=LR,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=DECAY,
+        **options_of(kind, {"betas": BETAS, "eps": EPS, "weight_decay": DECAY}),
         block_map=map_blocks(model),
         **settings,
     )
@@ -71,10 +69,7 @@ def test_any_cut_gives_the_unsharded_step(kind, model, kernel):
             make(model),
             sorted(rng.sample(range(1, wanted.numel()), trial)),
             KINDS[kind].optimizer,
-            lr=LR,
-            betas=BETAS,
-            eps=EPS,
-            weight_decay=DECAY,
+            **options_of(kind, {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}),
             kernel=kernel,
         )
         for step in range(3):

@@ -127,7 +127,8 @@ def _states(
         step = state.get("step", group_steps[index])
         missing = [spec.name for spec in optimizer.rule.states if not isinstance(state.get(spec.name), torch.Tensor)]
         if step is None or missing:
-            needed = ", ".join(["step", *(spec.name for spec in optimizer.rule.states)])
+            *others, last = (spec.name for spec in optimizer.rule.states)
+            needed = f"{', '.join(['step', *others])} and {last}"
             raise CheckpointError(
                 f"the saved optimizer state of {name} has {sorted(map(str, state))} where {needed} are needed; only states of "
                 f"optimizers that keep these can be loaded by {optimizer.rule.class_name}, so load the weights alone"

@@ -113,6 +113,11 @@ class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All options."""
+        return tuple(cls.model_fields)
+
+    @classmethod
     def checked(cls, values: Mapping[str, Any], where: str = "") -> Any:
         """The model of some options.
 
@@ -128,7 +133,7 @@ class _Checked(BaseModel):
             close = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
             raise BlockError(
                 f"{where}unknown parameter {unknown[0]!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
-                f"; the valid ones are {', '.join(cls.model_fields)}"
+                f"; the valid ones are {', '.join(cls.names())}"
             )
         try:
             return cls.model_validate(dict(values))
@@ -176,7 +181,7 @@ class GroupOptions(_Checked):
 
     @model_validator(mode="after")
     def _min_below_lr(self) -> GroupOptions:
-        if self.min_lr is not None and {"lr", "min_lr"} <= self.model_fields_set and self.min_lr > float(self.lr):
+        if self.min_lr is not None and self.min_lr > float(self.lr):
             raise BlockError(f"min_lr is {self.min_lr!r} and lr is {float(self.lr)!r}; give a min_lr from 0 up to lr")
         return self
 
@@ -230,7 +235,13 @@ class OptimizerOptions(GroupOptions):
     @classmethod
     def group_names(cls) -> tuple[str, ...]:
         """The options that a param group may have for itself."""
-        return tuple(name for name in cls.model_fields if name not in cls.NOT_OF_GROUPS)
+        return tuple(name for name in cls.names() if name not in cls.NOT_OF_GROUPS)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """All options: ``lr``, the rule's own, and those of every rule."""
+        own = [name for name in cls.model_fields if name not in OptimizerOptions.model_fields]
+        return tuple(dict.fromkeys(["lr", *own, *cls.model_fields]))
 
     @classmethod
     def acceptable(cls) -> tuple[str, ...]:
