@@ -127,7 +127,7 @@ def rounded(kernel, param):
 @pytest.mark.parametrize("step", [adamw, adam_mini])
 def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(kernel, step):
     for seed in range(8):
-        numel, fragments, used = case = shard(random.Random(seed))
+        numel, fragments, _ = case = shard(random.Random(seed))
         out = torch.full((numel,), 7.0, dtype=torch.bfloat16, device=device_of(kernel))
         found = step(kernel, case, out=out)
         assert all(torch.equal(a, b) for a, b in zip(found, step(kernel, case)))
