@@ -8,9 +8,9 @@ VENV312 ?= .venv312
 RUN = $(VENV)/bin/python
 # DeepSpeed compiles its parts with the ninja of the environment, which is not activated
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
-EXTRAS = deepspeed,megatron,transformers,examples,test
+EXTRAS = deepspeed,megatron,transformers,examples,test,dev
 
-.PHONY: demo demo-megatron test test-full test312 fuzz support figures bench setup setup312 clean help
+.PHONY: demo demo-megatron test test-full test312 lint fuzz support figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and the framework-free parts"
+	@echo "make lint           check formatting, lint rules (ruff) and types (mypy)"
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
 	@echo "make support        run the tests and write the table of what is supported"
 	@echo "make figures        redraw the tables and pictures of examples/reproduce from its rows"
@@ -61,6 +62,15 @@ test-full: setup
 # what Python 3.12 changes: megatron-core 0.19 and the parts that must work on every supported Python
 test312: setup312
 	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/blocks tests/configs tests/optim tests/kernels tests/patching
+
+# mypy sees patches/ through a link, under the name that it is installed as
+lint: setup build/typing/blockwise_lr/patches
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy
+
+build/typing/blockwise_lr/patches:
+	@mkdir -p $(@D) && ln -sfn ../../../patches $@
 
 # random configurations over two ranks against an unfused twin; FUZZ=... for another number
 FUZZ ?= 1000

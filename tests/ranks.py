@@ -126,7 +126,7 @@ class RankPool:
         self._pipes, self._stacks = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            self._stacks.append(tempfile.NamedTemporaryFile("r", prefix="rank-stack-"))
+            self._stacks.append(tempfile.NamedTemporaryFile("r", prefix="rank-stack-"))  # noqa: SIM115
             process = context.Process(
                 target=_serve, daemon=True, args=(theirs, rank, self.world_size, port, self._stacks[-1].name)
             )
@@ -173,7 +173,7 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_PORT=str(port),
     )
-    faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))
+    faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))  # noqa: SIM115 - open as long as the process
     while True:
         try:
             case, arguments = pipe.recv()

@@ -151,8 +151,8 @@ SECTIONS = {
         Row("--block-weight-decay with --apply-wd-to-qk-layernorm", {ADAMW: f"{_RATES}test_block_weight_decay"}),
         Row("--use-torch-fsdp2", both(f"!{_REFUSALS}test_fsdp2_is_refused_on_every_rank")),
         Row(
-            "--use-megatron-fsdp, --optimizer-cpu-offload, --use-precision-aware-optimizer, --decoupled-lr, --fp8-param-gather, "
-            "--optimizer-cuda-graph and their like",
+            "--use-megatron-fsdp, --optimizer-cpu-offload, --use-precision-aware-optimizer, --decoupled-lr, "
+            "--fp8-param-gather, --optimizer-cuda-graph and their like",
             both(f"!{_REFUSALS}test_flags_that_cannot_go_together_are_named"),
             "by the flag",
         ),

@@ -1,7 +1,7 @@
 """Pre-trains the demo's GPT with DeepSpeed, once per arm; run by torchrun on every rank.
 
-What a user of DeepSpeed does is in ``train``: a ds_config, deepspeed.initialize, backward, step. The one line that makes
-the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``.
+What a user of DeepSpeed does is in ``train``: a ds_config, deepspeed.initialize, backward, step. The one line that
+makes the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``.
 """
 
 from __future__ import annotations

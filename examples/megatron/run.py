@@ -1,7 +1,7 @@
 """The Megatron demo: ``python examples/megatron/run.py`` trains the demo's text with TP=2 on the CPU, on Python 3.12.
 
-Megatron's real pretrain(), argument parser, tokenizer and datasets; our runner adds the optimizer. Arguments given here go
-to Megatron, for example ``--optimizer adam`` or ``--train-iters 500``.
+Megatron's real pretrain(), argument parser, tokenizer and datasets; our runner adds the optimizer. Arguments given here
+go to Megatron, for example ``--optimizer adam`` or ``--train-iters 500``.
 """
 
 from __future__ import annotations

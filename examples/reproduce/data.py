@@ -103,23 +103,24 @@ class Text:
         order = np.random.default_rng(0).permutation(windows)
         self._held_out = torch.from_numpy(np.stack([_window(validation, i) for i in order]))
 
-    @lru_cache(maxsize=2)
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        windows = (len(self.training) - 1) // LENGTH
-        return np.random.default_rng((seed, epoch)).permutation(windows)
-
     def batch(self, seed: int, step: int, sequences: int) -> torch.Tensor:
         """(sequences, LENGTH + 1) token ids of the ``step``-th batch, from 0: each epoch in an order of its own, the
         same for every arm and, token by token, for every batch size."""
         windows = (len(self.training) - 1) // LENGTH
         places = range(step * sequences, (step + 1) * sequences)
         return torch.from_numpy(
-            np.stack([_window(self.training, self._order(seed, n // windows)[n % windows]) for n in places])
+            np.stack([_window(self.training, _order(seed, n // windows, windows)[n % windows]) for n in places])
         )
 
     def held_out(self, sequences: int) -> torch.Tensor:
         """(sequences, LENGTH + 1) token ids, always the same."""
         return self._held_out[:sequences]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    """The order of the windows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
 def _window(tokens: np.ndarray, number: int) -> np.ndarray:

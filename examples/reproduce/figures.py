@@ -111,22 +111,22 @@ def cost_table(rows: Rows) -> str:
         groups.setdefault((list(RUNGS).index(run.rung), run.rung, run.batch, run.arm), []).append(row)
     lines = []
     for (_, rung, batch, arm), found in sorted(groups.items()):
-
-        def median(key: str) -> float:
-            return float(np.median([row[key] for row in found]))
-
         lines.append(
             [
                 rung,
                 f"{batch // 1024}k",
                 arm,
                 str(len(found)),
-                f"{median('tokens_per_second'):,.0f}",
-                f"{median('peak_memory_bytes') / 2**20:.0f}",
-                f"{median('optimizer_state_bytes') / 2**20:.2f}",
+                f"{_median(found, 'tokens_per_second'):,.0f}",
+                f"{_median(found, 'peak_memory_bytes') / 2**20:.0f}",
+                f"{_median(found, 'optimizer_state_bytes') / 2**20:.2f}",
             ]
         )
     return _markdown(["rung", "batch", "arm", "runs", "tokens/s", "peak memory (MiB)", "optimizer state (MiB)"], lines)
+
+
+def _median(rows: list[dict], key: str) -> float:
+    return float(np.median([row[key] for row in rows]))
 
 
 TABLES = {"final": final_table, "gain": gain_table, "speed": speed_table, "cost": cost_table}

@@ -1,8 +1,8 @@
 """Names and shapes of the GPT model that a Megatron argument file describes, without Megatron and without memory.
 
-Read are the flags that decide shapes; the rest of the file is passed over, except flags whose models are built in
-another way, which are refused. Names are those of megatron.core.models.gpt.GPTModel in one process: Transformer Engine's,
-in which the norms lie in the linear layers after them, or those of ``--transformer-impl local``.
+Flags that determine shapes are read and others ignored, except those of models with another structure, which are
+refused. Names are those of megatron.core.models.gpt.GPTModel in one process: with Transformer Engine, where norms are
+fused into the linear layers after them, or with ``--transformer-impl local``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from .blocks import BlockError
-from .transformers.remote_code import Shapes, layers, skeleton
+from .blocks.skeleton import Shapes, Skeleton, layers
 
 _OTHER_MODELS = (
     "--multi-latent-attention",
@@ -31,11 +32,11 @@ def megatron_model(path: Path, vocabulary: int | None = None) -> torch.nn.Module
     """The model of an argument file, on the meta device.
 
     Args:
-        path: flags as on Megatron's command line, in any number of lines.
-        vocabulary: rows of the embedding, where the file does not say them.
+        path: a file with flags as on Megatron's command line, on any number of lines.
+        vocabulary: rows of the embedding, if the file does not state them.
 
     Raises:
-        BlockError: a flag that is missing, not a number, or of a model this cannot build.
+        BlockError: a flag is missing, is not a number, or is of a model that cannot be built from flags.
     """
     words = shlex.split(path.read_text(), comments=True)
     other = [word for word in words if word.partition("=")[0] in _OTHER_MODELS]
@@ -54,9 +55,7 @@ def megatron_model(path: Path, vocabulary: int | None = None) -> torch.nn.Module
         "num_attention_heads": flags.num_attention_heads,
         "num_query_groups": flags.num_query_groups if flags.group_query_attention else flags.num_attention_heads,
     }
-    model = skeleton(_shapes(flags, rows), config)
-    model.blockwise_family = "megatron"
-    return model
+    return Skeleton(_shapes(flags, rows), config, family="megatron")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(add_help=False, allow_abbrev=False)
         self.path = path
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise BlockError(f"{self.path}: {message}")
 
 
@@ -159,6 +158,6 @@ def _feed_forward(flags: argparse.Namespace) -> Shapes:
 
 
 def _linear_sizes(flags: argparse.Namespace, inner: int) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of both linear layers of a feed-forward network with that many inner units."""
+    """(outputs, inputs) of both linear layers of a feed-forward network with ``inner`` hidden units."""
     H = flags.hidden_size
     return {"linear_fc1.": (inner * (2 if flags.swiglu else 1), H), "linear_fc2.": (H, inner)}

@@ -1,4 +1,4 @@
-"""The attributes that DeepSpeed and Megatron put on parameters, read here and nowhere else; imports neither of them."""
+"""Readers of the attributes that DeepSpeed and Megatron set on parameters. Imports neither of them."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ from .blocks.marks import Marks
 
 
 def deepspeed_marks(parameter: torch.Tensor) -> Marks:
-    """DeepSpeed's: ZeRO-3 leaves an empty tensor in a parameter's place and notes its shape (``ds_shape``)."""
+    """DeepSpeed: ZeRO-3 replaces a parameter's data by an empty tensor and keeps its shape in ``ds_shape``."""
     shape = getattr(parameter, "ds_shape", None)
     return Marks(shape=None if shape is None else tuple(shape))
 
 
 def megatron_marks(parameter: torch.Tensor) -> Marks:
-    """Megatron's: tied embeddings of other stages (``shared_embedding``), and slices (``tensor_model_parallel``)."""
+    """Megatron: embeddings tied across stages (``shared_embedding``), and slices (``tensor_model_parallel``)."""
     split = bool(getattr(parameter, "tensor_model_parallel", False))
     return Marks(
         is_tied_copy=bool(getattr(parameter, "shared_embedding", False)),
-        # Megatron 0.16 does not state the axis of what mixers slice, and leaves -1
+        # Megatron 0.16 leaves partition_dim at -1 for the slices of Mamba mixers
         split_axis=int(getattr(parameter, "partition_dim", -1)) if split else None,
     )
 
 
 def megatron_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A TransformerConfig, which names no family, and this rank's place in tensor parallelism, which no config states."""
+    """Values that a TransformerConfig lacks: ``model_type``, and this process's tensor-parallel rank."""
     parts = values.get("tensor_model_parallel_size")
     if parts is None:
         return {}
-    state = sys.modules.get("megatron.core.parallel_state")  # what is not imported has made no slices
-    known = (
-        state is not None
-        and state.model_parallel_is_initialized()
-        and state.get_tensor_model_parallel_world_size() == parts
-    )
-    return {
-        "model_type": "megatron",
-        "tensor_model_parallel_rank": state.get_tensor_model_parallel_rank() if known else None,
-    }
+    return {"model_type": "megatron", "tensor_model_parallel_rank": _tensor_parallel_rank(parts)}
+
+
+def _tensor_parallel_rank(ranks: int) -> int | None:
+    """This process's rank among that many tensor-parallel ranks; None where Megatron has not set up such groups."""
+    state: Any = sys.modules.get("megatron.core.parallel_state")  # not imported: no slices were made
+    if state is None or not state.model_parallel_is_initialized():
+        return None
+    return state.get_tensor_model_parallel_rank() if state.get_tensor_model_parallel_world_size() == ranks else None
 
 
 def register() -> None:
-    """Hands these readers to the block map."""
+    """Registers these readers with :mod:`blockwise_lr.blocks.marks`."""
     marks.add_reader(deepspeed_marks)
     marks.add_reader(megatron_marks)
     marks.add_config_reader(megatron_config)

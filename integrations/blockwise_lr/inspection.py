@@ -1,4 +1,4 @@
-"""What ``blockwise-lr inspect`` shows: which parameter is which block, with which learning rate and decay."""
+"""The table of ``blockwise-lr inspect``: the block type, learning rate and weight decay of every parameter."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Row:
     Attributes:
         parameter: its name.
         shape: its shape.
-        where: which rows or columns, "all" for the whole parameter.
+        where: the rows or columns, or "all" for the whole parameter.
         block: the block type, or "UNMAPPED".
-        ratio: peak learning rate over the base.
+        ratio: peak learning rate over the base learning rate.
         peak_lr: ratio * lr.
-        weight_decay: what the optimizer applies.
+        weight_decay: the weight decay that the optimizer applies.
         numel: elements of that block type.
     """
 
@@ -49,12 +49,12 @@ UNMAPPED = "UNMAPPED"
 
 
 def load_model(target: str, vocabulary: int | None = None) -> torch.nn.Module:
-    """The model a target names, on the meta device: no weights are made or loaded, whatever its size.
+    """Builds a target's model on the meta device, without allocating or loading weights.
 
     Args:
-        target: a folder with a Hugging Face config.json, such a file, a Megatron argument file (any other file), or
-            ``package.module:factory`` where the factory takes no arguments and returns a module.
-        vocabulary: rows of the embedding, for an argument file that does not say them.
+        target: a folder with a Hugging Face config.json, that file, a Megatron argument file (any other file), or
+            ``package.module:factory``, a function without arguments that returns a module.
+        vocabulary: rows of the embedding, for an argument file that does not state them.
 
     Raises:
         BlockError: the target is none of these, or its model cannot be built.
@@ -104,11 +104,14 @@ def inspect_model(
     weight_decay: float = 0.1,
     ratios: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """The rows of the table; a parameter that no rule knows has the block "UNMAPPED".
+    """The rows of the table; a parameter that no rule matches has the block "UNMAPPED".
 
     Args:
         model: any module, also on the meta device.
-        rules, lr, weight_decay, ratios: as the optimizers take them.
+        rules, lr, weight_decay, ratios: the optimizers' block_rules, lr, weight_decay and block_lr_ratios.
+
+    Raises:
+        BlockError: a bad rule, setting or ratio, or head counts that do not fit the shapes.
     """
     block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
     group = OptimizerOptions.checked(dict(lr=lr, weight_decay=weight_decay, block_lr_ratios=ratios)).group_defaults()
@@ -158,5 +161,5 @@ def totals(rows: list[Row]) -> dict[str, int]:
 
 
 def as_json(rows: list[Row]) -> str:
-    """The table as JSON."""
+    """The table as JSON: ``{"parameters": [fields of Row, ...], "totals": {block: elements}}``."""
     return json.dumps({"parameters": [asdict(row) for row in rows], "totals": totals(rows)}, indent=1)

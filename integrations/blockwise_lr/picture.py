@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .inspection import Row, totals
 
-# One hue per block type, darker for a higher learning rate in the paper's ratios; red is kept for what is unmapped.
+# One hue per block type, darker for a higher learning rate in the paper's ratios; red is for unmapped parameters.
 COLORS = {
     "embedding": "#1d4e89",
     "head": "#5b7fb4",
@@ -35,10 +35,13 @@ def bars(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Writes the picture; the file's ending says the kind (svg, png).
+    """Writes a stacked bar chart: one bar per layer, its length in parameters, split into block types.
 
-    A bar per layer, as long as it has parameters, cut into its block types; the legend gives each type's peak learning
-    rate and size.
+    The legend shows the peak learning rate and the size of each block type.
+
+    Args:
+        rows: the table of ``blockwise-lr inspect``.
+        path: the file to write; its suffix selects the format (svg, png).
 
     Raises:
         ImportError: matplotlib is not installed.

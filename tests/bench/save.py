@@ -3,8 +3,8 @@
 One rank, a LLaMA of 34M parameters, ZeRO-1 in fp32, one engine per optimizer. Rounds are interleaved and begin with
 another arm each; the disk is idle at the start of each measurement (sync) and files are read from the page cache. Ours
 bring files to disk (fsync) and write or compare checksums within the time; DeepSpeed's own do neither. Ratios are the
-medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, those of the least seconds,
-and of the processors' seconds, which other processes disturb less.
+medians over rounds of an arm's seconds over the base arm's in the same round, with quartiles, those of the least
+seconds, and of the processors' seconds, which other processes disturb less.
 """
 
 from __future__ import annotations

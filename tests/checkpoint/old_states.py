@@ -1,7 +1,8 @@
 """What tests/checkpoint/saved/ holds, and how it was made: run as a script, in a checkout of the version that is to save.
 
-``python tests/checkpoint/old_states.py FILE`` trains a small model with both optimizers and the paper's schedule, and keeps
-weights and states in the middle and the weights at the end. Later versions must go on from the middle to the same end.
+``python tests/checkpoint/old_states.py FILE`` trains a small model with both optimizers and the paper's schedule, and
+keeps weights and states in the middle and the weights at the end. Later versions must go on from the middle to the same
+end.
 """
 
 from __future__ import annotations

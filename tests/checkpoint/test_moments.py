@@ -76,7 +76,7 @@ def stepped(kind, cls, dtype=torch.float32, seed=1, **settings):
 def test_plain_pytorch_state_dicts_come_back_to_the_bit(cls, dtype, tmp_path):
     _, optimizer = stepped("gpt2", cls, dtype)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    other_model, other = stepped("gpt2", cls, dtype, seed=2)
+    _, other = stepped("gpt2", cls, dtype, seed=2)
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for mine, theirs in zip(optimizer.state.values(), other.state.values()):
         assert all(torch.equal(mine[key], theirs[key]) and mine[key].dtype == theirs[key].dtype for key in mine)
@@ -85,7 +85,7 @@ def test_plain_pytorch_state_dicts_come_back_to_the_bit(cls, dtype, tmp_path):
 def test_a_segment_shaped_state_continues_as_adamw():
     _, mini = stepped("gpt_neox", BlockwiseAdamMini)
     saved = mini.state_dict()
-    model, adamw = stepped("gpt_neox", BlockwiseAdamW, seed=2)
+    _, adamw = stepped("gpt_neox", BlockwiseAdamW, seed=2)
     with pytest.raises(MismatchError, match='"accept_mismatch": \\["optimizer"\\]'):
         adamw.load_state_dict(saved)
     _, adamw = stepped("gpt_neox", BlockwiseAdamW, seed=2, accept_mismatch=["optimizer"])

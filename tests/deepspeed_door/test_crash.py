@@ -1,6 +1,7 @@
 """Killed at random points, mid-step and mid-save, a run goes on from its newest complete checkpoint to the bit."""
 
 import hashlib
+import itertools
 import json
 import random
 import signal
@@ -107,7 +108,9 @@ def uninterrupted(server, folder, settings):
     assert whole.end() == [0, 0]
     events = whole.events[0]
     seconds = {
-        kind: statistics.median(after[2] - before[2] for before, after in zip(events, events[1:]) if before[0] == kind)
+        kind: statistics.median(
+            after[2] - before[2] for before, after in itertools.pairwise(events) if before[0] == kind
+        )
         for kind in ("step", "save")
     }
     found = losses(folder)

@@ -327,7 +327,7 @@ def load_into_another(engine, folder):
 def test_a_module_that_does_not_fit_is_refused_before_anything_is_loaded(folder):
     message = refused(load_into_another, folder)
     assert "model.norm.more" in message and "load_module_strict=False" in message
-    for result, steps, kept, _ in pool(2).run(attempt, load_module, [str(folder)]):
+    for result, _, kept, _ in pool(2).run(attempt, load_module, [str(folder)]):
         assert "two" in result and kept
 
 

@@ -140,7 +140,7 @@ def test_adam_mini_continues_as_adamw_with_expanded_segments(tmp_path):
     message = pool(2).run(refusal, ADAMW, 1, str(tmp_path))[1][0]
     assert "optimizer: BlockwiseAdamMini -> BlockwiseAdamW" in message and '["optimizer"]' in message
     answers = pool(2).run(continued, ADAMW, 1, str(tmp_path), {"accept_mismatch": ["optimizer"]})
-    for (found, _, lines), old in zip(answers, before):
+    for (found, _, _), old in zip(answers, before):
         value, segments = found[0]["exp_avg_sq"], old[0]["exp_avg_sq"]
         assert value.shape == found[0]["exp_avg"].shape
         assert set(value.unique().tolist()) - {0.0} == set(segments.unique().tolist()) - {0.0}
@@ -210,7 +210,7 @@ def test_a_plain_adamw_checkpoint_continues_with_ratios_faded_in(fade, wanted, t
     answers = pool(2).run(
         continued, ADAMW, 1, str(tmp_path), {"accept_mismatch": ["optimizer"], "ratio_fade_steps": fade}
     )
-    for (found, rates, lines), old in zip(answers, before):
+    for (found, rates, _), old in zip(answers, before):
         assert torch.equal(found[0]["exp_avg_sq"], old[0]["exp_avg_sq"])
         assert torch.equal(found[0]["exp_avg"], old[0]["exp_avg"])
         assert rates == pytest.approx(wanted)

@@ -75,7 +75,7 @@ def set_and_refused(kind, stage, options):
     engine = start(make("llama"), config(kind, stage, steps=4, **options))
     train(engine, 1)
     same = True
-    for name, p in engine.module.named_parameters():
+    for p in engine.module.parameters():
         second = 2 * safe_get_full_optimizer_state(p, "exp_avg_sq") + 1e-4
         first = torch.rand_like(second)
         for key, value in (("exp_avg", first), ("exp_avg_sq", second)):
@@ -127,7 +127,7 @@ def local_forms():
     engine = start(make("gpt2"), config(MINI, 3, steps=4))
     train(engine, 1)
     right = True
-    for name, p in engine.module.named_parameters():
+    for p in engine.module.parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             full, local = safe_get_full_optimizer_state(p, key), safe_get_local_optimizer_state(p, key)
             padded = torch.zeros(local.numel() * dist.get_world_size())

@@ -125,7 +125,7 @@ def rounded(kernel, param):
 
 def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(rule, kernel):
     for seed in range(8):
-        numel, fragments, used = case = shard(random.Random(seed))
+        numel, fragments, _ = case = shard(random.Random(seed))
         out = torch.full((numel,), 7.0, dtype=torch.bfloat16, device=device_of(kernel))
         found = step(rule, kernel, case, out=out)
         assert all(torch.equal(a, b) for a, b in zip(found, step(rule, kernel, case)))

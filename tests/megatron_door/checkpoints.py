@@ -34,7 +34,7 @@ class Job:
 
     kind: str
     variant: str = "gqa"
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     form: str = "fully_reshardable"
     settings: dict = field(default_factory=dict)
     fused: bool = False

@@ -182,7 +182,8 @@ def make_config(variant: str, layout: Layout) -> Any:
                 virtual_pipeline_model_parallel_size=layout.vpp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.etp if layout.ep > 1 else None,
-                # with 2 stages, messages of the interleaved schedule pair up only when sent one by one (as Megatron's flags ensure)
+                # with 2 stages, messages of the interleaved schedule pair up only when sent one by one, as Megatron's
+                # flags ensure
                 overlap_p2p_comm=bool(layout.vpp),
                 batch_p2p_comm=not layout.vpp,
                 context_parallel_size=layout.cp,

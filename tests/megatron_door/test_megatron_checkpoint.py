@@ -182,7 +182,7 @@ def test_plain_adam_goes_on_as_blockwise_adamw(layout):
 
 
 def test_blockwise_adamw_goes_on_as_plain_adam():
-    job, folder, _ = saved(1, PLAIN, "gpt", ONE)
+    job, _, _ = saved(1, PLAIN, "gpt", ONE)
     with tempfile.TemporaryDirectory() as between:
         ours = replace(job, kind=ADAMW, settings={"block_lr_ratios": ALL_ONE})
         (wanted,) = pool(1).run(saving, ours, between)

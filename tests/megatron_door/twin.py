@@ -1,7 +1,7 @@
 """The unfused twin of the tiny Megatron models: one process, one leaf per q, k, v, gate and up, torch's own optimizers.
 
-Which rows of a fused weight are what is written out here by hand from Megatron's forward passes; nothing of blockwise_lr
-is used.
+Which rows of a fused weight are what is written out here by hand from Megatron's forward passes; nothing of
+blockwise_lr is used.
 """
 
 from __future__ import annotations

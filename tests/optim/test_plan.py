@@ -1,5 +1,6 @@
 """Step plans against every element's block and segment written out one by one; and their size at 70B."""
 
+import itertools
 import random
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_adamw_covers_every_element_once_with_its_block(seed, number):
     layout = random_layouts(rng)[number]
     piece, _ = pieces_and_segments(layout)
     edges = random_shards(rng, layout)
-    for low, high in zip(edges, edges[1:]):
+    for low, high in itertools.pairwise(edges):
         plan = element_plan(high - low + 7, [Fragment(layout.name, int(low), int(high - low), 7)], [layout])
         covered = np.zeros(high - low + 7, np.int64)
         for row in plan.local.table:
@@ -70,7 +71,7 @@ def test_adam_mini_gives_every_element_its_segment_and_knows_the_cut_ones(seed, 
     numels = {}
     for key in zip(piece, segment):
         numels[key] = numels.get(key, 0) + 1
-    for low, high in zip(edges, edges[1:]):
+    for low, high in itertools.pairwise(edges):
         plan = segment_plan(high - low, [Fragment(layout.name, int(low), int(high - low), 0)], [layout])
         key_of_slot = {run.slot + i: (run.piece, run.first + i) for run in plan.runs for i in range(run.count)}
         covered = np.zeros(high - low, np.int64)

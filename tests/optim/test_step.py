@@ -146,7 +146,7 @@ def test_one_moment_per_bias_vector_under_any_cut(model):
     wanted = torch.cat(
         [p.reshape(-1) for p in whole("BlockwiseAdamMini", make(model), bias_segments="vector").values()]
     )
-    for trial in range(6):
+    for _ in range(6):
         shards = Shards(
             make(model),
             sorted(rng.sample(range(1, wanted.numel()), 20)),

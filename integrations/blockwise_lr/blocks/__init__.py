@@ -1,4 +1,4 @@
-"""Block types, naming rules and layouts: what every row of every parameter is. Pure; imports torch only."""
+"""Block types, naming rules and layouts: the block type of every row of every parameter. Imports no framework."""
 
 from .block_map import BlockMap, UnmappedParameterError, map_blocks, map_names
 from .dims import HeadCounts, head_counts

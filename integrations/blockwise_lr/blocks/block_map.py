@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,12 @@ from .marks import marks_of
 from .rules import Rule, user_rules
 from .types import BlockError, BlockType
 
-# What wrappers put into names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
+# Prefixes that wrappers add to names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
     r"base_model\.model|base_layer|modules_to_save\.[^.]+|original_module)\."
 )
-# PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has the rank's
+# PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has `rank` rows
 _LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
 
 
@@ -36,13 +36,13 @@ class UnmappedParameterError(BlockError):
 class BlockMap(Mapping[str, ParamLayout]):
     """Parameter name -> :class:`ParamLayout`, for every trainable parameter exactly once (tied ones under one name).
 
-    Names are those of ``model.named_parameters()``, wrapper prefixes kept, so that they can be looked up as they come.
-    The order is that in which the model defines its parameters. Copies and pickles know names and layouts, and no tensors.
+    Names are those of ``model.named_parameters()``, with wrapper prefixes, in the model's order. Copies and pickles
+    keep names and layouts, but not the tensors given to :meth:`bind`.
 
     Attributes:
         heads: the head counts the map was made with, or None.
-        unmapped: names that no rule knows; they have the base learning rate. Empty unless made with strict=False.
-        frozen: what the map would say of parameters that do not require gradients; None where no rule knows one.
+        unmapped: names that no rule matches; they have the base learning rate. Empty unless made with strict=False.
+        frozen: layouts of the parameters without gradients, for :meth:`unfreeze`; None where no rule matches.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BlockMap(Mapping[str, ParamLayout]):
         self.heads = heads
         self.unmapped = frozenset(unmapped)
         self.frozen: dict[str, ParamLayout | None] = dict(frozen or {})
-        # by identity, and weakly: the number that id() gives is given to another tensor once the first is gone
+        # weak references, because id() values are reused once a tensor is freed
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class BlockMap(Mapping[str, ParamLayout]):
         return len(self._layouts)
 
     def bind(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Remembers which tensor bears which name, so that optimizers can be given tensors without names."""
+        """Records the name of each tensor, so that optimizers can be given tensors without names."""
         for name, tensor in named:
             if name in self._layouts or name in self.frozen:
                 self._names[tensor] = name
@@ -85,26 +85,41 @@ class BlockMap(Mapping[str, ParamLayout]):
         """The name of a bound tensor, or None."""
         return self._names.get(tensor)
 
+    def require_name(self, tensor: torch.Tensor) -> str:
+        """The name of a bound tensor.
+
+        Raises:
+            BlockError: the tensor was not given to :meth:`bind`.
+        """
+        name = self.name_of(tensor)
+        if name is None:
+            raise BlockError(
+                f"a tensor of shape {tuple(tensor.shape)} is not in the block map; make the map from the model that "
+                f"is trained, or bind the tensor's name with block_map.bind([(name, tensor)])"
+            )
+        return name
+
     def add(self, other: BlockMap) -> None:
-        """Takes over the parameters of another map, which come after this one's own."""
+        """Appends the parameters of another map."""
         self._layouts.update(other)
         self.frozen = {**self.frozen, **other.frozen}
         self.unmapped |= other.unmapped
         self._names.update(other._names)
 
     def unfreeze(self, name: str) -> None:
-        """A parameter that was frozen when the map was made is trained from now on.
+        """Adds a parameter that was frozen when the map was made, because it is trained from now on.
 
         Raises:
-            UnmappedParameterError: no rule knows it.
+            UnmappedParameterError: no rule matches it.
         """
         layout = self.frozen.get(name)
         if layout is None:
             raise UnmappedParameterError(
-                f"no block rule matches {name}, which was frozen when the optimizer was built and has a gradient now; add "
-                f'one to block_rules, for example {{"match": "{name}", "block": "ffn"}}'
+                f"no block rule matches {name}, which was frozen when the optimizer was built and has a gradient now; "
+                f'add one to block_rules, for example {{"match": "{name}", "block": "ffn"}}'
             )
-        self._layouts[name] = self.frozen.pop(name)
+        self._layouts[name] = layout
+        del self.frozen[name]
 
     def block_numel(self) -> dict[BlockType, int]:
         """Elements per block type, over all parameters."""
@@ -115,7 +130,7 @@ class BlockMap(Mapping[str, ParamLayout]):
         return {block: numel for block, numel in counts.items() if numel}
 
     def fingerprint(self) -> str:
-        """A hash of names, shapes and layouts: equal for equal maps, whatever the process or version of Python."""
+        """A SHA-256 prefix of names, shapes and layouts; the same in every process and version of Python."""
         entries = [
             (
                 p.name,
@@ -132,15 +147,15 @@ class BlockMap(Mapping[str, ParamLayout]):
 
 
 def plain_name(name: str) -> str:
-    """The name without what torch.compile, DDP, FSDP, DeepSpeed or PEFT put before it."""
+    """The name without the prefixes of torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
     return _WRAPPERS.sub("", name)
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """A parameter's shape, also where a framework has left an empty tensor in its place.
+    """The unpartitioned shape of a parameter, also under ZeRO-3, whose parameters are empty placeholders.
 
     Raises:
-        BlockError: it is a part of one of FSDP1's flat parameters, a vector that tells nothing of rows.
+        BlockError: the parameter is part of an FSDP1 flat parameter, which has no rows.
     """
     if getattr(parameter, "_fsdp_flattened", False):
         raise BlockError(
@@ -151,12 +166,12 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 
 def embedding_copies(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    """Names of parameters that a framework keeps equal to the embedding of another pipeline stage."""
+    """Names of parameters tied to the embedding of another pipeline stage."""
     return [name for name, p in named if marks_of(p).is_tied_copy]
 
 
 def _norms(model: torch.nn.Module) -> list[str]:
-    """Names of norms by the type of their module, for those whose name says nothing (``5.weight`` in a pipeline)."""
+    """Names of norm parameters by their module's type, for names without meaning (``5.weight`` in a pipeline)."""
     return [
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
@@ -177,13 +192,16 @@ def map_blocks(
 
     Args:
         model: any module; parameters may be on the meta device or partitioned by ZeRO-3.
-        rules: the user's own rules, tried before all others, e.g. ``[{"match": "*.adapter.*", "block": "ffn"}]``.
-        strict: refuse parameters that no rule knows; otherwise they get the base learning rate (block type ``norm``).
+        rules: user rules, tried before all others, e.g. ``[{"match": "*.adapter.*", "block": "ffn"}]``.
+        strict: refuse parameters that no rule matches; otherwise they get the base learning rate (block type ``norm``).
         config: where to read the numbers of heads; ``model.config`` by default.
-        family: which family's naming table to use; the config's ``model_type`` by default.
+        family: the naming table to use; the config's ``model_type`` by default.
+
+    Returns:
+        The map, with the model's parameters bound to their names.
 
     Raises:
-        UnmappedParameterError: strict, and names are unknown; the message names them and the rule that would mend it.
+        UnmappedParameterError: strict, and no rule matches some names; the message lists them and the rule to add.
         BlockError: a bad rule, a rule that matches nothing, or head counts that do not fit the shapes.
     """
     contexts = _contexts(model, config, family)
@@ -220,13 +238,13 @@ def _aliases(named: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
 
 
 def _frozen_layouts(
-    frozen: list[tuple[str, torch.Tensor]],
+    frozen: Sequence[tuple[str, torch.Tensor]],
     own: tuple[Rule, ...],
     contexts: Mapping[str, Context],
     conv1d: set[str],
     norms: Iterable[str],
 ) -> dict[str, ParamLayout | None]:
-    """What the rules say of frozen parameters, in case they are trained later; nothing of it is an error now."""
+    """The layouts of frozen parameters, in case they are trained later; None instead of an error."""
     found: dict[str, ParamLayout | None] = {}
     tensors = dict(frozen)
     rules = own + tuple(Rule(name, BlockType.EMBEDDING) for name in embedding_copies(frozen))
@@ -256,11 +274,15 @@ def map_names(
 
     Args:
         shapes: name -> shape, in the model's order.
+        rules, strict, family: as for :func:`map_blocks`.
+        heads: the head counts of fused and per-head weights; None: not known.
         transposed: names of weights whose output axis is the last one (Conv1D).
-        aliases: names of one and the same parameter; it is mapped once, under the first, and as an embedding if any of
-            its names is one.
-        copies: names of embeddings that go by another name (an output layer tied to another pipeline stage's embedding).
-        rules, strict, heads, family: as for :func:`map_blocks`.
+        aliases: the names of each parameter; a parameter is mapped once, under its first name, and as an embedding if
+            any of its names is one. By default every name is a parameter of its own.
+        copies: names of output layers tied to another pipeline stage's embedding; they are mapped as embeddings.
+
+    Raises:
+        UnmappedParameterError, BlockError: as for :func:`map_blocks`.
     """
     return _map(
         shapes,
@@ -279,7 +301,7 @@ def map_named(
     rules: Iterable[Rule | dict] | None = None,
     heads: HeadCounts | None = None,
 ) -> BlockMap:
-    """:func:`map_names` of parameters, frozen ones included, which are bound to the map."""
+    """:func:`map_names` for named parameters, which are bound to the map; frozen ones become its ``frozen``."""
     named = list(named)
     trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
     block_map = map_names({name: full_shape(p) for name, p in trained}, rules=rules, heads=heads)
@@ -290,14 +312,14 @@ def map_named(
 
 @dataclass(frozen=True)
 class Context:
-    """What a model's config says about the parameters below it: the naming table to use and the head counts."""
+    """What a module's config states for the parameters in it: the naming table and the head counts."""
 
     family: str | None
     heads: HeadCounts | None
 
 
 def _contexts(model: torch.nn.Module, config: Any, family: str | None) -> dict[str, Context]:
-    """Module name -> context. A vision tower or an encoder inside a larger model has a config of its own."""
+    """Module name -> context; a vision tower or an encoder inside a larger model has its own config."""
     outer = config if config is not None else _find_config(model)
     family = family or config_values(outer).get("model_type")
     contexts = {"": Context(family, head_counts(outer))}
@@ -315,7 +337,7 @@ def _contexts(model: torch.nn.Module, config: Any, family: str | None) -> dict[s
 
 
 def _context(name: str, contexts: Mapping[str, Context]) -> Context:
-    """The context of the innermost module around a parameter that has one."""
+    """The context of the innermost enclosing module that has one."""
     while name:
         name = name.rpartition(".")[0]
         if name in contexts:
@@ -334,7 +356,7 @@ def _map(
     norms: Iterable[str] = (),
     extra: tuple[Rule, ...] = (),
 ) -> BlockMap:
-    """``own`` rules must match something, ``extra`` ones need not."""
+    """Maps every alias group. Each of the ``own`` rules must match something; ``extra`` ones need not."""
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     by_type = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
@@ -370,14 +392,14 @@ def _layout(
     factor = _LOW_RANK.search(plain)
     if factor is not None:
         plain = plain[: factor.start()] + ".weight"
-    # before the family's rules: in an expert or an adapter, "norm" may be no part of the name
+    # before the family's rules: in an expert or an adapter, a norm's name need not contain "norm"
     table = own + ((norm,) if norm is not None else ()) + family_rules(context.family)
     rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
     if rule is None:
         return None
     used.add(rule)
     if factor is not None and factor.group(1) == "A":
-        # its rows feed all that W makes; of a fused W with q, k and v that is vo, whose learning rate is the smallest
+        # A feeds all output rows of W; for a fused QKV that is vo, whose learning rate is the smallest
         return Rule(rule.match, rule.block or BlockType.VO).layout(name, shape, context.heads)
     if transposed and not rule.transposed:
         rule = replace(rule, transposed=True)
@@ -394,7 +416,7 @@ def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
 
 
 def _find_config(model: torch.nn.Module) -> Any:
-    """The config of the model or of the first module inside that has one (wrappers keep the model one level down)."""
+    """The config of the model, or of the first submodule that has one (wrappers hold the model one level down)."""
     for module in model.modules():
         for attribute in ("config", "model_args"):  # the latter is torchtitan's
             config = getattr(module, attribute, None)

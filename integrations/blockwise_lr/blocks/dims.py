@@ -10,7 +10,7 @@ from typing import Any
 from .marks import completed_config
 from .types import BlockError
 
-# Spellings of the same number in the configs of different families; the first that is set counts.
+# Spellings of one number in the configs of different families; the first one that is set is used.
 _Q_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "nhead")
 _KV_HEADS = (
     "num_key_value_heads",
@@ -30,8 +30,8 @@ class HeadCounts:
 
     Attributes:
         q: query heads.
-        kv: key and value heads (query groups); 0 where several ranks share one.
-        config: everything else the config says, for families with sizes of their own (MLA ranks, ...).
+        kv: key and value heads (query groups); 0 if several tensor-parallel ranks share one.
+        config: all other values of the config, for families with further sizes (MLA ranks, ...).
     """
 
     q: int
@@ -45,9 +45,9 @@ def config_values(config: Any) -> dict[str, Any]:
         return {}
     if isinstance(config, Mapping):
         return dict(config)
-    if hasattr(config, "get_text_config"):  # a multimodal config keeps the language model's numbers one level down
+    if hasattr(config, "get_text_config"):  # a multimodal config nests that of the language model
         config = config.get_text_config()
-    # attributes that map old spellings (transformers' attribute_map) are not in to_dict, so ask for each by name too
+    # to_dict omits transformers' attribute_map (old spellings), so look up each name as an attribute too
     values = dict(config.to_dict()) if hasattr(config, "to_dict") else dict(vars(config))
     for name in (*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM):
         if name not in values and getattr(config, name, None) is not None:
@@ -56,7 +56,7 @@ def config_values(config: Any) -> dict[str, Any]:
 
 
 def head_counts(config: Any) -> HeadCounts | None:
-    """The head counts a config states, or None where it states none; of a Megatron config, those of one rank's slice.
+    """The head counts of a config, or None if it states none; for a Megatron config, those of one tensor-parallel rank.
 
     Raises:
         BlockError: counts below 1, or heads that do not divide over Megatron's tensor-parallel ranks.
@@ -77,7 +77,7 @@ def head_counts(config: Any) -> HeadCounts | None:
 
 
 def _count(values: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    """The first of these that a config states as a whole number."""
+    """The value of the first of these names that the config states as an integer."""
     name = next(
         (name for name in names if isinstance(values.get(name), int) and not isinstance(values[name], bool)), None
     )

@@ -1,7 +1,7 @@
-"""Globs over dotted parameter names: ``*`` is any text, dots included, and ``{a,b}`` is either; nothing else is special.
+"""Globs over dotted parameter names: ``*`` is any text, including dots, ``{a,b}`` is a or b; nothing else is special.
 
-Matching takes time in proportion to the name's length however many stars there are: the standard library's translation
-of a glob commits to the first place where each text between two stars is found.
+Matching is linear in the length of the name for any number of stars: fnmatch.translate makes a regular expression
+without backtracking over them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import re
 
 from .types import BlockError
 
-_MOST_FORMS = 256  # what the braces of one glob may stand for; each form is matched on its own
+_MOST_FORMS = 256  # alternatives that one glob may expand to; each is a regular expression of its own
 
 
 def checked_glob(glob: str) -> str:
-    """The glob itself.
+    """Returns the glob unchanged if it is valid.
 
     Raises:
-        BlockError: it is empty, holds characters that no name has, or has braces that are not in pairs, nest, or stand
-            for too many names.
+        BlockError: it is empty, has control characters, unbalanced or nested braces, or too many alternatives.
     """
     if not glob:
         raise BlockError('is empty; give a glob over parameter names, as in "*.adapter.*"')
@@ -33,19 +32,19 @@ def checked_glob(glob: str) -> str:
 
 
 def matches(glob: str, name: str) -> bool:
-    """Whether a name matches a glob; a leading ``*.`` also matches nothing."""
+    """Whether a name matches a glob; a leading ``*.`` also matches the empty prefix."""
     return any(pattern.match(text) for pattern in _patterns(glob) for text in (name, "." + name))
 
 
 @functools.lru_cache(maxsize=4096)
 def _patterns(glob: str) -> tuple[re.Pattern[str], ...]:
-    # fnmatch knows two more special characters, which parameter names may hold
+    # escape fnmatch's other special characters, which parameter names may contain
     return tuple(re.compile(fnmatch.translate(form.replace("[", "[[]").replace("?", "[?]"))) for form in _forms(glob))
 
 
 def _forms(glob: str) -> list[str]:
-    """The globs without braces that one with braces stands for."""
-    parts = re.split(r"\{([^{}]*)\}", glob)  # texts outside braces and inside them, in turn
+    """Expands the braces of a glob."""
+    parts = re.split(r"\{([^{}]*)\}", glob)  # alternating: text outside braces, text inside
     if any(brace in text for text in parts[::2] for brace in "{}"):
         raise BlockError(
             "has a brace without its partner, or braces in braces; write alternatives as {a,b}, one pair of braces each"

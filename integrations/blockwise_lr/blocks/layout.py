@@ -1,4 +1,4 @@
-"""What the rows of one parameter are: block types, and the segments that share one Adam-mini second moment."""
+"""The layout of one parameter: the block types of its rows, and the segments that share one Adam-mini second moment."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Piece:
     Attributes:
         block: the block type.
         size: output units per repeat of the pattern.
-        unit: how many of them share one second moment in Adam-mini (a head: head_dim; a neuron: 1). 0: all of this piece
-            share one, over all repeats. None: not known, because the number of heads is not.
-        role: what it is within the block ("q", "k", "gate", ...); shown to users, otherwise unused.
+        unit: output units per Adam-mini second moment (a head: head_dim; a neuron: 1). 0: one for the whole piece, over
+            all repeats. None: unknown, because the number of heads is.
+        role: the part within the block type ("q", "k", "gate", ...); only shown to users.
     """
 
     block: BlockType
@@ -30,19 +30,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class ParamLayout:
-    """The pieces of one parameter, as this rank holds it (a tensor-parallel slice has its own layout).
+    """The pieces of one parameter on this rank (under tensor parallelism, of this rank's slice).
 
-    Along the output axis the pieces follow each other and the whole pattern repeats: Megatron's fused QKV is
+    The pieces are contiguous along the output axis, and the pattern repeats: Megatron's fused QKV is
     [q heads of a group, k, v] once per query group, GPT-2's is [q, k, v] once, a plain weight is one piece.
 
     Attributes:
         name: the parameter's dotted name.
-        shape: its shape (full, also under ZeRO-3), as the model's forward reads it.
+        shape: its shape in the model's forward pass; unpartitioned, also under ZeRO-3.
         pieces: the pattern along the output axis.
         repeat: how often the pattern repeats.
         transposed: the output axis is the last one (Conv1D; y = x W) and not the first.
         batch_dims: leading dimensions that count independent matrices (stacked experts).
-        kind: ``matrix``, ``bias`` or ``norm``; the last two are not decayed by default.
+        kind: ``matrix``, ``bias`` or ``norm``; the last two have no weight decay by default.
+
+    Raises:
+        BlockError: the pieces do not cover the output units, or do not divide into their units.
     """
 
     name: str
@@ -94,7 +97,7 @@ class ParamLayout:
 
     @property
     def is_consecutive(self) -> bool:
-        """Whether its segments lie one after another in memory, as an embedding's rows do."""
+        """Whether its segments are contiguous in memory, as an embedding's rows are."""
         return len(self.pieces) == 1 and not self.transposed
 
     @property
@@ -103,7 +106,7 @@ class ParamLayout:
         return tuple(dict.fromkeys(piece.block for piece in self.pieces))
 
     def spans(self) -> list[tuple[int, int, Piece]]:
-        """(first, last + 1, piece) along the output axis, every repeat written out."""
+        """(start, end, piece) along the output axis, one entry per piece and repeat."""
         spans, start = [], 0
         for _ in range(self.repeat):
             for piece in self.pieces:
@@ -119,7 +122,7 @@ class ParamLayout:
         return counts
 
     def describe(self) -> str:
-        """The layout in a few words, as ``blockwise-lr inspect`` shows it."""
+        """A short description, e.g. ``rows: (128 q + 64 k + 64 v) x 8``."""
         axis = "columns" if self.transposed else "rows"
         if len(self.pieces) == 1:
             return "all"

@@ -1,6 +1,6 @@
-"""What frameworks have marked on parameters and configs, as readers handed in by their adapters tell it.
+"""Framework attributes on parameters and configs, read by functions that the adapters register.
 
-This package itself knows no framework: without readers a parameter is what torch says it is.
+This package imports no framework: without registered readers, shapes are those of the tensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class Marks:
-    """What is marked on one parameter.
+    """Framework attributes of one parameter.
 
     Attributes:
-        shape: of the whole parameter, where the tensor at hand is a placeholder or a part; None: the tensor's own.
-        is_tied_copy: another pipeline stage holds the same embedding, and both are kept equal.
-        split_axis: the axis along which tensor-parallel ranks hold slices of it; None where they do not.
+        shape: the unpartitioned shape, if the tensor is a placeholder or a shard; None: the tensor's own.
+        is_tied_copy: another pipeline stage holds the same embedding, and the framework keeps both equal.
+        split_axis: the axis along which tensor-parallel ranks hold slices of it; None if it is not split.
     """
 
     shape: tuple[int, ...] | None = None
@@ -33,19 +33,19 @@ _config_readers: list[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = []
 
 
 def add_reader(reader: Reader) -> None:
-    """Hands in a reader of parameters' marks; a second time changes nothing."""
+    """Registers a reader of parameters; registering it twice has no effect."""
     if reader not in _readers:
         _readers.append(reader)
 
 
 def add_config_reader(reader: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Hands in what completes the values of a model's config by those the framework keeps elsewhere."""
+    """Registers a function from a config's values to further ones that the framework keeps elsewhere."""
     if reader not in _config_readers:
         _config_readers.append(reader)
 
 
 def marks_of(parameter: torch.Tensor) -> Marks:
-    """All that the readers find on a parameter."""
+    """The marks that the registered readers find on a parameter; the first reader that finds one wins."""
     found = Marks()
     for reader in _readers:
         marks = reader(parameter)
@@ -59,7 +59,7 @@ def marks_of(parameter: torch.Tensor) -> Marks:
 
 
 def completed_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Config values with those that the readers know; what the config says itself stays."""
+    """Config values completed by the registered readers; values of the config itself take precedence."""
     added: dict[str, Any] = {}
     for reader in _config_readers:
         added.update(reader(values))

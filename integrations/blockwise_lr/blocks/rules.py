@@ -1,4 +1,4 @@
-"""Naming rules: which parameter names are which block, and how fused weights are laid out. Rules are data."""
+"""Naming rules: globs over parameter names, with their block type or the layout of a fused weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .globs import checked_glob, matches
 from .layout import BIAS, MATRIX, NORM, ParamLayout, Piece
 from .types import BlockError, BlockType, block_type, shown
 
-# role -> (block type, whose heads it has)
+# role -> (block type, HeadCounts field with its number of heads)
 ROLES: dict[str, tuple[BlockType, str | None]] = {
     "q": (BlockType.QK, "q"),
     "k": (BlockType.QK, "kv"),
@@ -22,8 +22,8 @@ ROLES: dict[str, tuple[BlockType, str | None]] = {
     "up": (BlockType.FFN, None),
 }
 Interleave = Literal["none", "head", "group"]
-# builds the pieces of a family whose layout no table column describes: (shape, heads) -> (pieces, repeat)
-Special = Callable[[tuple[int, ...], HeadCounts], tuple[tuple[Piece, ...], int]]
+# (shape, heads) -> (pieces, repeat), for layouts that no other field of a rule describes
+LayoutFn = Callable[[tuple[int, ...], HeadCounts], tuple[tuple[Piece, ...], int]]
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Rule:
     """One line of a family's table.
 
     Attributes:
-        match: glob over the whole dotted name: see :mod:`~blockwise_lr.blocks.globs`.
-        block: the block type of the whole parameter; None for a fused one.
-        heads: "q" or "kv" where Adam-mini's segments are heads of that kind; else one segment per output unit.
+        match: glob over the whole dotted name; see :mod:`~blockwise_lr.blocks.globs`.
+        block: the block type of the whole parameter; None for a fused weight.
+        heads: "q" or "kv" if Adam-mini's segments are heads of that kind; None: one segment per output unit.
         split: roles of a fused weight in order, e.g. ("q", "k", "v").
-        interleave: how a fused weight orders them: "none" all q then all k then all v; "head" per head; "group" per
-            query group, with the query heads of the group together.
-        transposed: the output axis is the last one.
+        interleave: their order in a fused weight: "none" all q, all k, all v; "head" [q, k, v] per head; "group" [the
+            group's q heads, k, v] per query group.
+        transposed: the output axis is the last one (Conv1D).
         batch_dims: leading dimensions of stacked experts.
-        vector: matches only parameters of at most one dimension (norm rules, so that no matrix is caught).
-        special: for layouts that need more than the above.
-        undecayed: no weight decay whatever its shape (a state-space model's time scales).
-        view: the shape as which the model's forward reads the parameter, where that is another than it is stored in.
+        vector: match parameters of at most one dimension only (norm rules must not match matrices).
+        special: a function that returns the pieces, for layouts that the fields above do not describe.
+        undecayed: no weight decay by default, for any shape (a state-space model's time scales).
+        view: a function that returns the shape in the model's forward pass, if it differs from the stored one.
     """
 
     match: str
@@ -53,7 +53,7 @@ class Rule:
     transposed: bool = False
     batch_dims: int = 0
     vector: bool = False
-    special: Special | None = None
+    special: LayoutFn | None = None
     undecayed: bool = False
     view: Callable[[tuple[int, ...], HeadCounts], tuple[int, ...]] | None = None
 
@@ -61,10 +61,10 @@ class Rule:
         return not (self.vector and len(shape) > 1) and matches(self.match, name)
 
     def layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
-        """The layout this rule gives a parameter of that name and shape.
+        """The layout of a parameter of that name and shape.
 
         Raises:
-            BlockError: the layout needs head counts that are not known, or the rule or they contradict the shape.
+            BlockError: the layout needs unknown head counts, or the shape contradicts the rule or the head counts.
         """
         try:
             return self._layout(name, shape, heads)
@@ -75,13 +75,13 @@ class Rule:
 
     def _layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         if self.view is not None:
-            shape = self.view(shape, _need(heads))
+            shape = self.view(shape, required_heads(heads))
         if self.batch_dims and self.batch_dims >= len(shape):
             raise BlockError(
                 f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
                 f"matrix or vector; give a smaller batch_dims"
             )
-        # A bias has no input axis: it is a vector per stacked matrix, its output axis the last one either way.
+        # A bias has no input axis: it is one vector per stacked matrix, and its output axis is always the last.
         vector = self.undecayed or len(shape) <= 1 + self.batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX
         base = ParamLayout(
@@ -93,9 +93,11 @@ class Rule:
             kind=kind,
         )
         if self.special is not None:
-            pieces, repeat = self.special(shape, _need(heads))
+            pieces, repeat = self.special(shape, required_heads(heads))
         elif self.split:
             pieces, repeat = self._fused(base, heads)
+        elif self.block is None:
+            raise BlockError("the rule has no block, split or special; give it one of them")
         else:
             pieces, repeat = (Piece(self.block, base.outputs, self._unit(base, heads), self._role()),), 1
         if kind != MATRIX:  # one second moment per vector (the optimizer offers one per element for biases)
@@ -112,20 +114,20 @@ class Rule:
 
     def _fused(self, base: ParamLayout, heads: HeadCounts | None) -> tuple[tuple[Piece, ...], int]:
         if heads is None and self.interleave == "none" and set(self.split) == {"q", "k", "v"}:
-            # without head counts only equal thirds are possible; what Adam-mini calls a head stays open
+            # without head counts, assume equal thirds; the head size that Adam-mini needs is unknown
             third = _divide(base, len(self.split))
             return tuple(Piece(ROLES[r][0], third, None if ROLES[r][1] else 1, r) for r in self.split), 1
-        counts = _need(heads)
+        counts = required_heads(heads)
         return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
 
 
 def qkv_pieces(
     outputs: int, q: int, kv: int, interleave: Interleave = "none", split: tuple[str, ...] = ("q", "k", "v")
 ) -> tuple[tuple[Piece, ...], int]:
-    """The pieces of a fused attention weight, and how often they repeat.
+    """The pieces of a fused attention weight, and how often the pattern repeats.
 
     Args:
-        outputs: its output units.
+        outputs: output units of the weight.
         q, kv: query heads, and key and value heads.
         interleave, split: as in :class:`Rule`.
 
@@ -171,7 +173,12 @@ def _divide(base: ParamLayout, parts: int) -> int:
     return base.outputs // parts
 
 
-def _need(heads: HeadCounts | None) -> HeadCounts:
+def required_heads(heads: HeadCounts | None) -> HeadCounts:
+    """The head counts.
+
+    Raises:
+        BlockError: they are not known.
+    """
     if heads is None:
         raise BlockError(
             "it needs the numbers of heads, and the model has no `config` that states them; "
@@ -182,7 +189,7 @@ def _need(heads: HeadCounts | None) -> HeadCounts:
 
 _BLOCKS = ", ".join(block.value for block in BlockType)
 _MOST_DIMS = 64  # no tensor has more
-# what each key of a user's rule takes, for errors
+# how to write the value of each key of a user rule, for error messages
 _WANTED = {
     "match": 'give a glob over parameter names, as in "*.adapter.*"',
     "block": f"use one of {_BLOCKS}",
@@ -196,9 +203,9 @@ _EXAMPLE = '{"match": "*.adapter.*", "block": "ffn"}'
 
 
 class UserRule(BaseModel):
-    """A rule as users write it in JSON: ``{"match": "*.adapter.*", "block": "ffn"}``, or with ``split`` for a fused weight.
+    """A rule in JSON: ``{"match": "*.adapter.*", "block": "ffn"}``, or with ``split`` for a fused weight.
 
-    Values are not converted from other types, so that ``"false"`` does not mean true.
+    Validation is strict: values of other types are refused and not converted, so that ``"false"`` is not true.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -218,7 +225,7 @@ class UserRule(BaseModel):
 
     @field_validator("block", mode="before")
     @classmethod
-    def _known_block(cls, value: Any) -> Any:
+    def _known_block(cls, value: object) -> object:
         return block_type(value).value if isinstance(value, str) else value
 
     @field_validator("split")
@@ -247,10 +254,13 @@ class UserRule(BaseModel):
 
 
 def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule, ...]:
-    """Rules as given by a user, checked.
+    """Validates user rules.
+
+    Args:
+        entries: rules, or mappings in the form of :class:`UserRule`; None: none.
 
     Raises:
-        BlockError: an entry with an unknown key, or a value that its key does not take; the message names both.
+        BlockError: an entry with an unknown key or a value that its key does not accept; the message names both.
     """
     if entries is None:
         return ()
@@ -259,7 +269,7 @@ def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule
     return tuple(_checked(entry) for entry in entries)
 
 
-def _checked(entry: Any) -> Rule:
+def _checked(entry: object) -> Rule:
     if isinstance(entry, Rule):
         return entry
     if not isinstance(entry, Mapping):
@@ -271,7 +281,7 @@ def _checked(entry: Any) -> Rule:
 
 
 def _problem(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a user's rule: its key, the value there, and what the key takes."""
+    """A pydantic error of a user rule as a sentence: the key, its value, and the values it accepts."""
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}; use {', '.join(_WANTED)}"

@@ -7,11 +7,10 @@ import numbers
 import reprlib
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
 
 
 class BlockType(str, Enum):
-    """What a row of a parameter belongs to. Biases belong to the block of their weight.
+    """The block type of a row of a parameter; a bias has that of its weight.
 
     ``head`` is an output layer that shares no memory with the embedding; a tied one is ``embedding``.
     ``router`` and ``ssm`` (state-space mixers) are not in the paper.
@@ -38,9 +37,9 @@ PAPER_RATIOS: Mapping[BlockType, float] = {
     BlockType.VO: 4.0,
     BlockType.NORM: 1.0,
 }
-# Block types the paper does not measure follow another one unless they are set: the head is trained like the embedding
-# (its loss is 0.08 worse at ratio 1 in our probe), routers and state-space mixers like the other linear layers.
-FOLLOWS: Mapping[BlockType, BlockType] = {
+# Default ratios of block types that the paper does not measure: the head's is the embedding's (with ratio 1 the loss
+# was 0.08 higher in our runs), those of routers and state-space mixers are the other linear layers'.
+DEFAULT_RATIO_OF: Mapping[BlockType, BlockType] = {
     BlockType.HEAD: BlockType.EMBEDDING,
     BlockType.ROUTER: BlockType.FFN,
     BlockType.SSM: BlockType.FFN,
@@ -48,14 +47,14 @@ FOLLOWS: Mapping[BlockType, BlockType] = {
 
 
 class BlockError(ValueError):
-    """A block type, ratio, rule or parameter name that cannot be used; the message says how to mend it."""
+    """A block type, ratio, rule or parameter name that cannot be used; the message says how to fix it."""
 
 
 def block_type(name: str | BlockType) -> BlockType:
     """The block type of that name.
 
     Raises:
-        BlockError: there is none; the message lists those there are.
+        BlockError: there is none; the message lists the known ones.
     """
     try:
         return BlockType(name)
@@ -65,12 +64,12 @@ def block_type(name: str | BlockType) -> BlockType:
 
 
 def block_values(values: Mapping[str, float] | None, what: str, *, positive: bool) -> dict[BlockType, float]:
-    """Checks a mapping of block type names to numbers, as in ``block_lr_ratios``.
+    """Checks a mapping from block type names to numbers, as in ``block_lr_ratios``.
 
     Args:
-        values: names to finite numbers; None counts as empty.
-        what: the option's name, for the error.
-        positive: whether 0 is refused too.
+        values: block type name -> finite number; None: empty.
+        what: the option's name, for error messages.
+        positive: refuse 0 as well as negative numbers.
 
     Raises:
         BlockError: an unknown name, or a value that is negative, not finite or not a number.
@@ -91,8 +90,8 @@ def block_values(values: Mapping[str, float] | None, what: str, *, positive: boo
     return checked
 
 
-def shown(value: Any) -> str:
-    """A value for an error message, of bounded length."""
+def shown(value: object) -> str:
+    """A value's repr of bounded length, for error messages."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
     short.maxdict = 8
@@ -102,8 +101,8 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} too long to be shown"
 
 
-def finite(value: Any) -> float | None:
-    """A finite number as a float; None for anything else, text and truth values among it."""
+def finite(value: object) -> float | None:
+    """A finite number as a float; None for anything else, including strings and booleans."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
@@ -114,10 +113,10 @@ def finite(value: Any) -> float | None:
 
 
 def lr_ratios(values: Mapping[str, float] | None = None) -> dict[BlockType, float]:
-    """The ratio of every block type: the given ones, then the paper's, then that of the type it follows.
+    """The ratio of every block type: the given one, else the paper's, else that of a similar block type.
 
     Raises:
-        BlockError: as :func:`block_values`; a ratio of 0 would freeze a block and is refused (set requires_grad=False).
+        BlockError: as :func:`block_values`; also for a ratio of 0 (to freeze a block, set requires_grad=False).
     """
     ratios = {**PAPER_RATIOS, **block_values(values, "block_lr_ratios", positive=True)}
-    return {block: ratios[block] if block in ratios else ratios[FOLLOWS[block]] for block in BlockType}
+    return {block: ratios[block] if block in ratios else ratios[DEFAULT_RATIO_OF[block]] for block in BlockType}

@@ -12,14 +12,14 @@ Result = TypeVar("Result")
 
 
 class CheckpointError(BlockError):
-    """A checkpoint that is incomplete, damaged, of another layout or of a newer format; the message says how to go on."""
+    """A checkpoint that is incomplete, damaged, of another layout or of a newer format; the message says what to do."""
 
 
 class DamageError(CheckpointError):
-    """A checkpoint whose files are not what was saved.
+    """A checkpoint whose files differ from those that were saved.
 
     Attributes:
-        problems: what is wrong, file by file.
+        problems: one sentence per file.
     """
 
     def __init__(self, message: str, problems: Sequence[str]) -> None:
@@ -32,14 +32,14 @@ class VersionError(CheckpointError):
 
 
 class MismatchError(CheckpointError):
-    """A checkpoint that contradicts the running model or settings; the message says what differs and what to pass."""
+    """A checkpoint of another model or other settings; the message says what differs and how to accept it."""
 
 
 def raise_on_all_ranks(error: Exception | None, what: str = "loading") -> None:
-    """:func:`~blockwise_lr.collective.errors.raise_on_all_ranks` with the errors of checkpoints."""
+    """:func:`~blockwise_lr.collective.errors.raise_on_all_ranks` with CheckpointError."""
     collective.errors.raise_on_all_ranks(error, what, CheckpointError)
 
 
 def run_on_all_ranks(act: Callable[[], Result], what: str = "loading") -> Result:
-    """:func:`~blockwise_lr.collective.errors.run_on_all_ranks` with the errors of checkpoints."""
+    """:func:`~blockwise_lr.collective.errors.run_on_all_ranks` with CheckpointError."""
     return collective.errors.run_on_all_ranks(act, what, CheckpointError)

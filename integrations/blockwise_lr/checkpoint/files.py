@@ -1,4 +1,4 @@
-"""Files of a checkpoint on disk: checksums, writing that survives a kill, and why a write failed."""
+"""Checkpoint files on disk: checksums, atomic writes, and the reasons of failed writes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PROBE = 1 << 20
 
 
 def xxh3(path: str | os.PathLike) -> str:
-    """The file's XXH3 (128 bits, hex), as ``xxhsum -H2`` prints it: several GB a second from the page cache."""
+    """The file's XXH3 hash (128 bits, hex), as ``xxhsum -H2`` prints it; several GB/s from the page cache."""
     return _digest(path, xxhash.xxh3_128())
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """The file's SHA-256, which manifests of format 1 hold."""
+    """The file's SHA-256 (hex), the checksum of manifests of format 1."""
     return _digest(path, hashlib.sha256())
 
 
@@ -34,7 +34,7 @@ def _digest(path: str | os.PathLike, digest: xxhash.xxh3_128 | hashlib._Hash) ->
 
 
 def flush(path: str | os.PathLike) -> None:
-    """Waits until a file, or a directory's list of files, is on disk."""
+    """fsync of a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,10 +43,10 @@ def flush(path: str | os.PathLike) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all, whenever the process or the machine is killed.
+    """Replaces a small file atomically and durably (temporary file, fsync, rename, fsync of the folder).
 
     Raises:
-        CheckpointError: it cannot be written; says why.
+        CheckpointError: it cannot be written; the message says why.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -61,10 +61,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def make_folder(folder: str | os.PathLike) -> None:
-    """Makes a folder and those above it where they are not there.
+    """Creates a folder and its parents if they do not exist.
 
     Raises:
-        CheckpointError: it cannot be made; says why.
+        CheckpointError: it cannot be created; the message says why.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -76,10 +76,14 @@ FIX = "mend that or save to another folder"
 
 
 def write_error(path: str | os.PathLike, error: Exception) -> CheckpointError:
-    """What to tell of a file that could not be written.
+    """The error to raise for a file that could not be written.
 
-    torch.save reports a full disk as a position in its archive that it did not expect, so the reason is asked for again
-    by writing a little more to the file, which is lost anyway.
+    torch.save reports a full disk as an unexpected position in its archive, so the cause is found by writing again to
+    the file, which is unusable anyway.
+
+    Args:
+        path: the file.
+        error: the exception of the write.
     """
     if not isinstance(error, (OSError, RuntimeError)):  # something that does not pickle
         return CheckpointError(
@@ -109,7 +113,7 @@ def _tried_again(path: str | os.PathLike) -> OSError | None:
 
 
 def _reason(error: Exception, folder: str | os.PathLike) -> str:
-    """The error in words, with the free space of the nearest folder above that is there."""
+    """The error's text, with the free space on the disk of the nearest existing parent folder."""
     what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     place = Path(folder).absolute()
     while not place.is_dir() and place != place.parent:

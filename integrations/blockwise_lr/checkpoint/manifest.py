@@ -1,12 +1,11 @@
 """The manifest of a checkpoint folder: which files belong to it, with their sizes and checksums.
 
-``blockwise_lr.json`` is written twice: before a save, marked incomplete, and once all ranks' files are on disk,
-complete. So a folder that a killed save has left behind is known for what it is, and so are files that were truncated,
-altered or exchanged later.
+``blockwise_lr.json`` is written twice: before a save, marked incomplete, and after all ranks' files are on disk, marked
+complete. This detects folders of interrupted saves, and files that were truncated, altered or exchanged later.
 
-It guards against accidents: files cut off, altered or mixed up by disks, copies and killed runs. It does not guard
-against people: who can write the files can write a manifest that fits them, and DeepSpeed unpickles its files, which
-runs any code that they hold. Load checkpoints of people you trust only.
+It protects against accidents (disks, copies, killed runs) and not against attackers: whoever can write the files can
+also write a matching manifest, and DeepSpeed unpickles its files, which runs code in them. Only load checkpoints from
+sources that you trust.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from .files import flush, make_folder, sha256, write_atomically, xxh3
 from .record import Record
 
 NAME = "blockwise_lr.json"
-# 1: SHA-256; 2: XXH3, the token of a save, what flat tensors hold. Raised when an older package could misread what a
-# newer one wrote.
+# 1: SHA-256; 2: XXH3, the token of a save, the contents of flat tensors. Incremented when an older version of the
+# package could misread a newer manifest.
 FORMAT = 2
 _TYPED = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class Entry(BaseModel):
-    """One file: bytes, the rank that wrote it and its checksum (none where checksums are switched off)."""
+    """One file: its size in bytes, the rank that wrote it, and its checksum (None if checksums are disabled)."""
 
     model_config = _TYPED
 
@@ -44,14 +43,14 @@ class Entry(BaseModel):
 
 
 class Layout(BaseModel):
-    """How optimizer state was cut over ranks.
+    """How optimizer state was sharded over ranks.
 
     Attributes:
-        sharding, precision, ranks: in the framework's words; what two runs must share to load each other's.
-        flats: the file that holds a rank's optimizer state -> a digest of what lies where in its flat tensors. None in
-            checkpoints of older versions; empty where state is kept per parameter.
-        order: the parameters' names in the order in which the first rank's flat tensors hold them, over all ranks.
-        settings: what of the framework's settings decides on that order and on where tensors are cut.
+        sharding, precision, ranks: in the framework's terms; must be equal for one run to load another's state.
+        flats: file with a rank's optimizer state -> digest of the contents of its flat tensors. None in checkpoints of
+            older versions; empty if state is kept per parameter.
+        order: the parameters' names in the order of the flat tensors, over all ranks.
+        settings: the framework's settings that determine that order and the shard boundaries.
     """
 
     model_config = _TYPED
@@ -67,21 +66,21 @@ class Layout(BaseModel):
         return f"{self.sharding} in {self.precision} on {self.ranks} data-parallel ranks"
 
     def same_cut(self, other: Layout) -> bool:
-        """Whether both cut state into the same number of equal shards."""
+        """Whether both have the same sharding, precision and number of ranks."""
         return str(self) == str(other)
 
 
 class Manifest(BaseModel):
-    """What a folder holds.
+    """The contents of a checkpoint folder.
 
     Attributes:
-        complete: all files are there.
-        steps: optimizer steps done.
-        saved_at: nanoseconds since 1970, when the save was completed.
-        files: path below the folder -> its entry.
-        record: the origin of the optimizer state; None where it is not known.
-        layout: how the state was cut over ranks; None where any layout can load it.
-        token: of one save, by which ranks know that they see the same folder.
+        complete: the save finished and all files were on disk.
+        steps: completed optimizer steps.
+        saved_at: time of completion in nanoseconds since 1970.
+        files: path relative to the folder -> its entry.
+        record: the origin of the optimizer state (:class:`Record` as a dict); None: not known.
+        layout: how the state was sharded; None if any layout can load it.
+        token: a random value of one save, by which ranks verify that they see the same folder.
     """
 
     model_config = _TYPED
@@ -109,24 +108,24 @@ class Manifest(BaseModel):
         return any(name.startswith("zero/") for name in self.files)
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Replaces the folder's manifest in one step, on disk before it returns."""
+        """Writes the folder's manifest, atomically and durably."""
         content = {"format": FORMAT, **self.model_dump(mode="json")}
         content["sha256"] = _content_hash(content)
         write_atomically(Path(folder) / NAME, json.dumps(content))
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Manifest | None:
-        """The folder's manifest, or None where it has none.
+        """The folder's manifest, or None if it has none.
 
         Raises:
-            VersionError: it is of a newer format.
-            DamageError: it is damaged, or cannot be read.
+            VersionError: it has a newer format.
+            DamageError: it is damaged or cannot be read.
         """
         path = Path(folder) / NAME
         if not os.path.lexists(path):
             return None
         try:
-            if not path.is_file():  # a pipe would be read from for ever
+            if not path.is_file():  # reading a pipe would block
                 raise ValueError("it is no file")
             content = json.loads(path.read_bytes())
             if not isinstance(content, dict):
@@ -149,7 +148,7 @@ class Manifest(BaseModel):
             raise DamageError(f"{path} is damaged ({what}); load another checkpoint", [f"{NAME}: {what}"]) from error
 
     def saved_record(self) -> Record | None:
-        """The origin of the optimizer state, or None."""
+        """The record of the optimizer state's origin, or None."""
         return None if self.record is None else Record.from_dict(self.record)
 
 
@@ -163,17 +162,17 @@ def _in_words(error: Exception) -> str:
 
 
 def mark_incomplete(folder: str | os.PathLike, token: str | None = None) -> None:
-    """Marks a folder incomplete before anything is written into it, also where a complete checkpoint lies there.
+    """Marks a folder incomplete before a save writes to it, even if it holds a complete checkpoint.
 
     Raises:
-        CheckpointError: the folder cannot be made or written to.
+        CheckpointError: the folder cannot be created or written to.
     """
     make_folder(folder)
     Manifest(complete=False, token=token).write(folder)
 
 
 def entry_of(path: str | os.PathLike, rank: int, checksums: bool = True) -> Entry:
-    """The entry of a file that this rank has written; on disk (fsync) before it returns. Reads the file once."""
+    """The entry of a file that this rank has written. Reads the file once and syncs it to disk (fsync)."""
     digest = xxh3(path) if checksums else None  # first, while the pages are in the cache
     flush(path)
     return Entry(size=os.path.getsize(path), rank=rank, xxh3=digest)
@@ -182,12 +181,12 @@ def entry_of(path: str | os.PathLike, rank: int, checksums: bool = True) -> Entr
 def hash_files(
     folder: str | os.PathLike, paths: Iterable[str | os.PathLike], rank: int, checksums: bool = True
 ) -> dict[str, Entry]:
-    """The entries of files in a folder, by path below it; see :func:`entry_of`."""
+    """Path relative to the folder -> entry, for files in the folder; see :func:`entry_of`."""
     return {name_in(folder, path): entry_of(path, rank, checksums) for path in sorted(map(os.path.abspath, paths))}
 
 
 def name_in(folder: str | os.PathLike, path: str | os.PathLike) -> str:
-    """A file's path below a folder."""
+    """A file's path relative to a folder."""
     return os.path.relpath(os.path.abspath(path), os.path.abspath(folder))
 
 
@@ -199,10 +198,16 @@ def mark_complete(
     layout: Layout | None = None,
     patience: float = 0.0,
 ) -> None:
-    """Marks a folder complete. All ranks' files must be on disk, and show here within ``patience`` seconds.
+    """Marks a folder complete, once all files are visible from this rank with their sizes.
+
+    Args:
+        folder: the checkpoint folder.
+        files: the entries of all ranks' files, all on disk.
+        steps, record, layout: as in :class:`Manifest`.
+        patience: seconds to wait for files of other nodes on a network file system.
 
     Raises:
-        CheckpointError: a file is not in the folder as it is seen from here, or the manifest cannot be written.
+        CheckpointError: a file is missing or has another size, or the manifest cannot be written.
     """
     made = Manifest(
         complete=True,
@@ -224,7 +229,7 @@ def mark_complete(
 
 
 def size_problems(folder: str | os.PathLike, manifest: Manifest) -> list[str]:
-    """Which files of a folder are missing, or of another size than they were saved with."""
+    """One sentence per file of the manifest that is missing or has another size."""
     return [found for name, entry in manifest.files.items() if (found := _size_problem(folder, name, entry))]
 
 
@@ -237,10 +242,13 @@ def _size_problem(folder: str | os.PathLike, name: str, entry: Entry) -> str | N
 
 
 def problems(folder: str | os.PathLike, manifest: Manifest, rank: int = 0, ranks: int = 1) -> list[str]:
-    """What is wrong with a rank's share of a folder's files, contents included; an empty list where nothing is.
+    """One sentence per file that is missing or has another size or checksum.
 
     Args:
-        rank, ranks: this one of so many shares; they are by writer, modulo the number of ranks.
+        folder: the checkpoint folder.
+        manifest: its manifest.
+        rank, ranks: check only files written by ranks that are equal to ``rank`` modulo ``ranks``, so that ranks can
+            share the work.
     """
     found = []
     for name, entry in manifest.files.items():
@@ -263,7 +271,14 @@ def _content_problem(folder: str | os.PathLike, name: str, entry: Entry) -> str 
 
 
 def raise_if_damaged(folder: str | os.PathLike, manifest: Manifest, found: list[str], remedy: str) -> None:
-    """Raises CheckpointError where a folder is incomplete, DamageError where it has problems; ``remedy`` ends both."""
+    """Raises CheckpointError for an incomplete folder and DamageError for one with problems.
+
+    Args:
+        folder: the checkpoint folder.
+        manifest: its manifest.
+        found: its problems, as returned by :func:`problems` or :func:`size_problems`.
+        remedy: the end of the message: what to load instead.
+    """
     if not manifest.complete:
         raise CheckpointError(f"checkpoint {folder} is incomplete: the save that wrote it did not finish; {remedy}")
     if found:

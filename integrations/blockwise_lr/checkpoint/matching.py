@@ -1,8 +1,8 @@
-"""Which saved state belongs to which of an optimizer's tensors: by what lies in them, and not by their numbers.
+"""Matching of saved states to an optimizer's tensors by their contents and not by their indices.
 
-Every tensor is known by its *contents*: the fragments of parameters that lie in it, in order. A whole parameter is one
-fragment. States saved under other numbers, in another order of the parameters or under names are so brought to their own
-tensor, and states of flat shards that hold something else are refused.
+The *contents* of a tensor are its fragments of parameters, in order; a whole parameter is one fragment. So states that
+were saved with other indices, in another parameter order or under names are matched to the right tensors, and states of
+flat shards with other contents are refused.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from ..blocks.block_map import plain_name
 from .errors import CheckpointError
 
-# (parameter, first element, elements, where in the tensor), for each fragment
-Contents = tuple[tuple[str, int, int, int], ...]
+Part = tuple[str, int, int, int]  # of a fragment: parameter, first element, number of elements, offset in the tensor
+Contents = tuple[Part, ...]
 
 
-def merged(fragments: Sequence[tuple[str, int, int, int]]) -> Contents:
-    """Contents with neighbouring fragments of one parameter joined; how finely they are cut says nothing."""
-    found: list[tuple[str, int, int, int]] = []
+def merged(fragments: Sequence[Part]) -> Contents:
+    """Contents with adjacent fragments of one parameter joined, so that equal contents compare equal."""
+    found: list[Part] = []
     for name, start, numel, offset in fragments:
         if found:
             last, low, size, at = found[-1]
@@ -36,15 +36,15 @@ def positions(
     own: Sequence[Sequence[Contents]],
     recorded: Sequence[Sequence[Contents]] | None,
 ) -> dict[Any, int]:
-    """The position among the optimizer's tensors of each saved number (or name).
+    """Saved index (or name) of a tensor -> its position among the optimizer's tensors.
 
     Args:
         groups: the saved param groups.
-        own: per param group, what lies in each of the optimizer's tensors.
-        recorded: per saved param group, the same of the saved ones; None where that was not recorded.
+        own: per param group, the contents of each of the optimizer's tensors.
+        recorded: per saved param group, the contents of each saved tensor; None if they were not recorded.
 
     Raises:
-        CheckpointError: other numbers of groups or tensors, or tensors with other contents.
+        CheckpointError: another number of groups or tensors, or tensors with other contents.
     """
     sizes, saved_sizes = [len(group) for group in own], [len(group["params"]) for group in groups]
     if sizes != saved_sizes:
@@ -78,7 +78,7 @@ def _hashable(index: Any) -> Any:
 def _saved_contents(
     group: Mapping[str, Any], own: Sequence[Contents], recorded: Sequence[Contents] | None
 ) -> Sequence[Contents] | None:
-    """What lies in the saved tensors, as far as names, or else the record, tell; None where nothing tells."""
+    """The contents of the saved tensors by their names, or else by the record; None if they are not known."""
     numbers = group["params"]
     if numbers and all(isinstance(name, str) for name in numbers):  # torch's state dicts by names, in any order
         return _by_names(numbers, own)
@@ -88,10 +88,10 @@ def _saved_contents(
 
 
 def _by_names(names: Sequence[str], own: Sequence[Contents]) -> Sequence[Contents] | None:
-    """The contents of whole parameters of these names; None where the names are none of this run's.
+    """The contents of whole parameters with these names; None if none of the names is in this run.
 
     Raises:
-        CheckpointError: some are and some are not.
+        CheckpointError: only some of the names are in this run.
     """
     whole = {contents[0][0]: contents for contents in own if len(contents) == 1}
     known = [plain_name(name) for name in names if plain_name(name) in whole]
@@ -109,10 +109,10 @@ def _by_names(names: Sequence[str], own: Sequence[Contents]) -> Sequence[Content
 
 
 def _order(saved: Sequence[Contents], own: Sequence[Contents], number: int) -> list[int]:
-    """Where each saved tensor's contents lie now."""
+    """The position of each saved tensor's contents in this run."""
     at = {contents: position for position, contents in enumerate(own)}
     if len(at) < len(own) or set(saved) != set(own):
-        if list(saved) == list(own):  # several that hold nothing
+        if list(saved) == list(own):  # several empty tensors
             return list(range(len(own)))
         raise CheckpointError(_difference(saved, own, number))
     return [at[contents] for contents in saved]
@@ -120,16 +120,17 @@ def _order(saved: Sequence[Contents], own: Sequence[Contents], number: int) -> l
 
 def _difference(saved: Sequence[Contents], own: Sequence[Contents], number: int) -> str:
     before, now = next(pair for pair in zip(saved, own) if pair[0] != pair[1])
-    old, new = next(((a, b) for a, b in zip(before, now) if a != b), (before[-1:] or None, now[-1:] or None))
+    ends = (before[-1] if before else None, now[-1] if now else None)
+    old, new = next(((a, b) for a, b in zip(before, now) if a != b), ends)
     return (
-        f"the saved optimizer state of param group {number} lies in another order than this run's: {_shown(old)} there, "
-        f"{_shown(new)} here; define the parameters in the order and use the options (round_robin_gradients) it was saved "
-        f"with, or convert the checkpoint to a universal one, which goes by names, and load that"
+        f"the saved optimizer state of param group {number} lies in another order than this run's: {_shown(old)} "
+        f"there, {_shown(new)} here; define the parameters in the order and use the options (round_robin_gradients) "
+        f"it was saved with, or convert the checkpoint to a universal one, which goes by names, and load that"
     )
 
 
-def _shown(fragment: Any) -> str:
-    if not fragment:
+def _shown(part: Part | None) -> str:
+    if part is None:
         return "nothing"
-    name, start, numel, offset = fragment[0] if isinstance(fragment[0], tuple) else fragment
+    name, start, numel, offset = part
     return f"elements {start} to {start + numel} of {name} at {offset}"

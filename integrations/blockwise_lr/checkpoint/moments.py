@@ -1,7 +1,7 @@
-"""Adam-mini's second moment, one value per segment, to one value per element and back.
+"""Conversion of Adam-mini's second moment between one value per segment and one value per element.
 
-Checkpoint formats and tools keep optimizer states of the parameter's shape only. All elements of a segment share one
-value, so spreading it over them and taking it back is exact.
+Checkpoint formats and tools only support optimizer states of the parameter's shape. All elements of a segment share one
+value, so expanding it and taking it back is exact.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..plan.views import segments_of, slots_of
 
 
 def expand_segments(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    """Every segment's value at each of its elements.
+    """Expands values per segment to values per element.
 
     Args:
         moments: (plan.slots,), on any device.
         plan: Adam-mini's plan of the flat tensor.
 
     Returns:
-        (plan.numel,), float32, on the CPU; 0 where the plan has no element (padding).
+        (plan.numel,), float32, on the CPU; 0 in padding.
     """
     moments = moments.float().cpu()
     elements = torch.zeros(plan.numel, dtype=torch.float32)
@@ -33,7 +33,7 @@ def expand_segments(moments: torch.Tensor, plan: StepPlan) -> torch.Tensor:
 
 
 def take_segments(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-    """The first element of every segment in this shard: undoes :func:`expand_segments`, to the bit.
+    """The first element of every segment in this shard: the bitwise inverse of :func:`expand_segments`.
 
     Args:
         elements: (plan.numel,), all elements of a segment equal.
@@ -60,10 +60,10 @@ def segment_sums(elements: torch.Tensor, plan: StepPlan) -> torch.Tensor:
 
 
 def segment_means(sums: torch.Tensor, plan: StepPlan, rectangles: Rectangles) -> torch.Tensor:
-    """Sums over the whole segments of some of a plan's rectangles to their means.
+    """Divides sums over whole segments by their numbers of elements.
 
     Args:
-        sums: (plan.slots,); those of cut segments already added over the ranks.
+        sums: (plan.slots,); for segments that span shards, already reduced over the ranks.
         plan: the plan of the flat tensor.
         rectangles: ``plan.local`` or ``plan.shared``.
 

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds, and which of them is the newest to go on from."""
+"""Finding checkpoints in a directory, and the newest complete one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from .manifest import NAME, Manifest, problems, raise_if_damaged, size_problems
 
 @dataclass
 class Survey:
-    """What a directory of checkpoints holds, by manifests and file sizes. Folders of unfinished saves are left out.
+    """The checkpoints in a directory, by their manifests and file sizes. Incomplete ones are left out.
 
     Attributes:
-        tags: the complete ones, newest first; paths below the directory.
-        damaged: tag -> what is wrong, of those that were complete once.
-        newer: what VersionError says of those of a newer format.
-        others: complete ones that are universal where such were not asked for, and the other way round.
-        unknown: folders with DeepSpeed's files and no manifest, or that cannot be read: whether they are complete is
-            not known.
+        tags: complete checkpoints, newest first; paths relative to the directory.
+        damaged: tag -> problem, for checkpoints that were complete once.
+        newer: messages of the VersionErrors of checkpoints with a newer format.
+        others: complete checkpoints of the other kind (universal or not) than was asked for.
+        unknown: folders with DeepSpeed's files but without a manifest, and unreadable folders.
     """
 
     tags: list[str] = field(default_factory=list)
@@ -33,11 +32,11 @@ class Survey:
 
 
 def scan_checkpoints(directory: str | os.PathLike, *, universal: bool = False) -> Survey:
-    """Looks at a directory and the folders below it, and changes nothing.
+    """Scans a directory and its subfolders for checkpoints. Read-only.
 
     Args:
-        directory: what ``save_checkpoint`` was given.
-        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
+        directory: the ``save_dir`` of ``save_checkpoint``; it need not exist.
+        universal: look for universal checkpoints instead of those of ``save_checkpoint``.
 
     Raises:
         CheckpointError: the directory cannot be read.
@@ -72,9 +71,9 @@ def scan_checkpoints(directory: str | os.PathLike, *, universal: bool = False) -
 
 
 def _folders(directory: str | os.PathLike) -> Iterator[tuple[str, str, list[str] | None]]:
-    """(tag, folder, the names in it or None where it cannot be read) of the directory and of all below it, nearest first.
+    """(tag, folder, names in it or None if unreadable) of the directory and all its subfolders, breadth first.
 
-    Links are followed, no folder is shown twice, and what a universal checkpoint holds is not looked into.
+    Symbolic links are followed, each real folder is visited once, and ``zero/`` of universal checkpoints is skipped.
     """
     waiting, seen = deque([(".", os.fspath(directory))]), set()
     while waiting:
@@ -90,8 +89,11 @@ def _folders(directory: str | os.PathLike) -> Iterator[tuple[str, str, list[str]
                 raise CheckpointError(f"{folder} cannot be searched for checkpoints ({error.strerror})") from error
             names = None
         yield tag, folder, names
-        below = [name for name in names or () if not (name == "zero" and NAME in names)]
-        below.sort(key=lambda name: os.path.islink(os.path.join(folder, name)))  # by their own names, not by links'
+        found = names or []
+        below = [name for name in found if not (name == "zero" and NAME in found)]
+        below.sort(
+            key=lambda name: os.path.islink(os.path.join(folder, name))
+        )  # visit real folders before links to them
         waiting.extend(
             (name if tag == "." else f"{tag}/{name}", os.path.join(folder, name))
             for name in below
@@ -105,21 +107,27 @@ def newest_complete(
     """The tag of the newest complete checkpoint in a directory, or None.
 
     Args:
-        directory: what ``save_checkpoint`` was given.
-        checksums: read every file and compare its contents too.
-        but: tags to leave out.
-        universal: look for universal checkpoints and not for those that ``save_checkpoint`` makes.
+        directory, universal: as for :func:`scan_checkpoints`.
+        checksums: also read every file and compare its checksum.
+        but: tags to exclude.
+
+    Raises:
+        CheckpointError: the directory cannot be read.
     """
     left_out = set(but)
     for tag in scan_checkpoints(directory, universal=universal).tags:
-        folder = Path(directory) / tag
-        if tag not in left_out and not (checksums and problems(folder, Manifest.read(folder))):
+        if tag not in left_out and (not checksums or _is_intact(Path(directory) / tag)):
             return tag
     return None
 
 
+def _is_intact(folder: Path) -> bool:
+    manifest = Manifest.read(folder)
+    return manifest is not None and not problems(folder, manifest)
+
+
 def remedy(directory: str | os.PathLike, tag: str, universal: bool = False) -> str:
-    """What to load in place of a checkpoint that cannot be loaded."""
+    """The end of an error message: which checkpoint to load instead of ``tag``."""
     other = newest_complete(directory, but=(tag,), universal=universal)
     return (
         f"the newest complete one beside it is {other!r}; load it with tag={other!r}"
@@ -129,7 +137,7 @@ def remedy(directory: str | os.PathLike, tag: str, universal: bool = False) -> s
 
 
 def looks_universal(folder: str | os.PathLike, manifest: Manifest | None) -> bool:
-    """Whether a folder, complete or not, is or was to be a universal checkpoint."""
+    """Whether a folder is a universal checkpoint, complete or not."""
     return (manifest is not None and manifest.universal) or os.path.isdir(os.path.join(folder, "zero"))
 
 
@@ -137,7 +145,8 @@ def verify(folder: str | os.PathLike) -> None:
     """Checks every file of a checkpoint folder in this process.
 
     Raises:
-        CheckpointError: it is incomplete or damaged; the message names the files and the newest complete neighbour.
+        CheckpointError: it is incomplete, damaged or no checkpoint; the message names the files and the newest complete
+            checkpoint beside it.
     """
     manifest = Manifest.read(folder)
     if manifest is None:

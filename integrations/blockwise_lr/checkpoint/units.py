@@ -1,7 +1,7 @@
-"""Adam-mini's second moment as one value per *output unit*, a row of the weight or a column of a transposed one.
+"""Adam-mini's second moment with one value per *output unit*: a row of the weight, or a column of a transposed one.
 
-States of a DTensor parameter are DTensors too, so that torch.distributed.checkpoint knows which part each rank holds and
-can reshard it: output units are sharded as the parameter's rows are, and how segments lie in a shard does not show.
+This form is independent of the sharding. For a DTensor parameter it is a DTensor, sharded as the parameter's rows are,
+so that torch.distributed.checkpoint knows which part each rank holds and can reshard it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .errors import CheckpointError
 
 
 def local_part(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What this rank's shard of ``tensor`` holds of a value for the whole of it, or for the shard alone, as plain tensor.
+    """The part of a saved value that belongs to this rank's shard, as a plain tensor.
 
     Args:
         tensor: a parameter or flat shard.
-        value: a DTensor, or a plain tensor of the whole parameter or of this rank's shard, of any shape.
+        value: a DTensor, or a plain tensor with the elements of the whole parameter or of this rank's shard.
     """
     if isinstance(value, DTensor):
         if isinstance(tensor, DTensor) and value.placements != tensor.placements and value.shape == tensor.shape:
@@ -38,15 +38,15 @@ def local_part(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 class UnitMoments:
-    """Adam-mini's second moment of one whole parameter: a value per output unit, and a slot per segment of the plan.
+    """Converts Adam-mini's second moment of one parameter between one value per output unit and per segment (slot).
 
     Args:
-        tensor: the parameter, a DTensor or not.
-        layout: of the whole parameter.
-        plan: of what this rank holds of it.
+        tensor: the parameter; a DTensor or a plain tensor.
+        layout: the layout of the whole parameter.
+        plan: the plan of this rank's shard of it.
 
     Raises:
-        BlockError: a transposed weight with fewer rows than ranks, of which a rank would hold no segment.
+        BlockError: a transposed weight with fewer rows than ranks, of which some ranks would hold no segment.
     """
 
     def __init__(self, tensor: torch.Tensor, layout: ParamLayout, plan: StepPlan) -> None:
@@ -54,12 +54,8 @@ class UnitMoments:
         self._tensor = tensor
         if isinstance(tensor, DTensor) and _in_every_shard(layout):
             dimension = sharded_dimension(tensor, layout.name)
-            ranks = 1 if dimension is None else tensor.device_mesh.size(dimension)
-            if ranks > 1 and len(even_boundaries(tensor.numel(), chunk_numel(tensor, dimension))) + 1 < ranks:
-                raise BlockError(
-                    f"{layout.name} is transposed and its {tensor.shape[0]} rows leave some of {ranks} ranks "
-                    f"without any, which Adam-mini does not support; shard it over fewer ranks"
-                )
+            if dimension is not None:
+                _check_rows_on_every_rank(tensor, dimension, layout)
         self._placements = _unit_placements(tensor, layout) if isinstance(tensor, DTensor) else ()
         self._slot_of = torch.from_numpy(_slot_of_units(layout, plan)).to(local(tensor).device)
         units = torch.arange(len(self._slot_of), device=self._slot_of.device)
@@ -67,11 +63,11 @@ class UnitMoments:
 
     @property
     def numel(self) -> int:
-        """Values that this rank holds."""
+        """Number of output units on this rank."""
         return len(self._slot_of)
 
     def placed(self, slots: torch.Tensor) -> torch.Tensor:
-        """A value per segment (slots,) as a value per output unit, placed as the parameter is."""
+        """Values per segment (slots,) as values per output unit, with the parameter's placements."""
         units = slots[self._slot_of]
         if not isinstance(self._tensor, DTensor):
             return units.view(self._shape)
@@ -86,16 +82,25 @@ class UnitMoments:
         )
 
     def slots(self, state: torch.Tensor) -> torch.Tensor:
-        """The value of every segment that this rank holds: (slots,), a copy."""
+        """The values per segment on this rank: (slots,), a copy."""
         return local(state).reshape(-1)[self._unit_of]
 
     def write(self, state: torch.Tensor, slots: torch.Tensor) -> None:
-        """Writes the segments' values into the state."""
+        """Writes values per segment (slots,) to the state in place."""
         local(state).view(-1).copy_(slots[self._slot_of])
 
 
+def _check_rows_on_every_rank(tensor: DTensor, dimension: int, layout: ParamLayout) -> None:
+    ranks = tensor.device_mesh.size(dimension)
+    if ranks > 1 and len(even_boundaries(tensor.numel(), chunk_numel(tensor, dimension))) + 1 < ranks:
+        raise BlockError(
+            f"{layout.name} is transposed and its {tensor.shape[0]} rows leave some of {ranks} ranks "
+            f"without any, which Adam-mini does not support; shard it over fewer ranks"
+        )
+
+
 def _in_every_shard(layout: ParamLayout) -> bool:
-    """Whether a shard of rows holds a part of all output units: of a transposed weight, they are columns."""
+    """Whether every shard of rows holds a part of all output units, as for the columns of a transposed weight."""
     return layout.transposed and not layout.batch_dims
 
 
@@ -104,15 +109,15 @@ def _unit_placements(tensor: DTensor, layout: ParamLayout) -> tuple[Placement, .
 
 
 def units_to_elements(tensor: torch.Tensor, layout: ParamLayout, value: torch.Tensor) -> torch.Tensor:
-    """A saved value per output unit of a parameter as a value per element of this rank's part: (elements,).
+    """Expands saved values per output unit to the elements of this rank's shard: (elements,).
 
     Args:
         tensor: the parameter.
-        layout: with which it was saved.
-        value: (output units,) or (stacked matrices, output units): a DTensor, or whole and plain.
+        layout: the layout it was saved with.
+        value: (output units,) or (stacked matrices, output units); a DTensor, or the whole as a plain tensor.
 
     Raises:
-        CheckpointError: it has another shape.
+        CheckpointError: ``value`` has another shape.
     """
     shape = (*layout.shape[: layout.batch_dims], layout.outputs)
     if tuple(value.shape) != shape:
@@ -137,17 +142,17 @@ def units_to_elements(tensor: torch.Tensor, layout: ParamLayout, value: torch.Te
 
 
 def _slot_of_units(layout: ParamLayout, plan: StepPlan) -> np.ndarray:
-    """The slot of every output unit that lies in a shard of whole rows, in memory's order: int64, (units,)."""
+    """The slot of every output unit of a shard of whole rows, in memory order: int64, (units,)."""
     element, slot = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     width = layout.outputs if layout.transposed else layout.inputs
     for table in (plan.local.table, plan.shared.table):
         for row in table:
-            # the segments of a transposed weight run through all of its rows, so one row tells
+            # the segments of a transposed weight span all of its rows, so one row is enough
             runs = np.arange(1 if layout.transposed else row[OUTER])
             parts = np.arange(row[INNER] // row[UNIT])
             starts = row[OFFSET] + runs[:, None] * row[STRIDE] + parts * row[UNIT]
             slots = row[SLOT] + runs[:, None] * row[SLOT_STEP] + parts
-            # the elements of a unit at which it is looked at: all of a segment's, one per unit
+            # one element per output unit of the segment
             step = np.arange(0, row[UNIT], 1 if layout.transposed else max(width, 1))
             element.append((starts[..., None] + step).ravel())
             slot.append(np.repeat(slots.ravel(), len(step)))

@@ -1,4 +1,4 @@
-"""How all ranks come to raise the same error."""
+"""Raising the same error on all ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ Result = TypeVar("Result")
 
 
 def raise_on_all_ranks(error: Exception | None, what: str, error_type: type[BlockError] = BlockError) -> None:
-    """Raises on every rank where any of them has an error, so that none goes on alone into a collective.
+    """Raises on every rank if any rank has an error, so that no rank enters the next collective alone. Collective.
 
-    A rank without an error of its own raises the first one's text. Without torch.distributed it just raises. Calls may
-    be nested: an error that all ranks have raised is passed on without asking them again.
+    Ranks without an error raise one with the text of the lowest failed rank. Without torch.distributed, raises this
+    process's error. Calls may be nested: an error already raised on all ranks is re-raised without communication.
 
     Args:
         error: this rank's error, or None.
-        what: what all ranks were doing, for those that had no error.
-        error_type: what these raise.
+        what: what the ranks were doing, for the message on ranks without an error.
+        error_type: the type of error these ranks raise.
+
+    Raises:
+        Exception: ``error`` itself, or an ``error_type`` if the ranks' errors differ.
     """
     if not dist.is_initialized() or getattr(error, "raised_on_all_ranks", False):
         if error is not None:
@@ -39,20 +42,23 @@ def raise_on_all_ranks(error: Exception | None, what: str, error_type: type[Bloc
             f"{what} failed on rank{'s' if len(failed) > 1 else ''} {ranks} of {len(texts)}; "
             f"rank {first}: {failed[first]}"
         )
-    error.raised_on_all_ranks = True  # type: ignore[attr-defined]
+    error.raised_on_all_ranks = True  # type: ignore[attr-defined]  # an attribute of ours on any exception
     raise error
 
 
 def run_on_all_ranks(act: Callable[[], Result], what: str, error_type: type[BlockError] = BlockError) -> Result:
-    """Does this rank's part of something; where that fails on any rank, with whatever error, all ranks raise.
+    """Calls ``act`` on this rank and raises on all ranks if it raised on any. Collective.
 
     Args:
-        act: this rank's part; it holds no collective that the others would wait in.
+        act: this rank's part; must not contain collectives, in which other ranks would hang if it failed.
         what, error_type: as for :func:`raise_on_all_ranks`.
+
+    Returns:
+        What ``act`` returned on this rank.
     """
     try:
         result = act()
-    except Exception as problem:  # whatever it is, the other ranks have to hear of it
+    except Exception as problem:  # any type: the other ranks must be told
         raise_on_all_ranks(problem, what, error_type)
         raise AssertionError("an error was given and not raised") from problem
     raise_on_all_ranks(None, what, error_type)
@@ -60,5 +66,5 @@ def run_on_all_ranks(act: Callable[[], Result], what: str, error_type: type[Bloc
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """Whether this process has global rank 0, or torch.distributed is not initialized."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,4 +1,4 @@
-"""Which part of which parameter lies where, and the ranges and segments that a step follows. Below kernels and optim."""
+"""Shard maps (which elements a rank's flat tensors hold) and step plans. Imports neither kernels nor optim."""
 
 from .shards import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit, even_boundaries
 from .step_plan import Rectangles, StepClass, StepPlan, element_plan, segment_plan

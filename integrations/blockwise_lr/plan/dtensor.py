@@ -1,8 +1,7 @@
-"""Parameters that are DTensors, as PyTorch's FSDP2 (``fully_shard``) makes them: their shards, and states placed as they are.
+"""DTensor parameters, as PyTorch's FSDP2 (``fully_shard``) makes them: their shard maps and their states' placements.
 
-States of a DTensor parameter are DTensors too, so that torch.distributed.checkpoint knows which part each rank holds and
-can reshard it. Adam-mini's second moment has one value per *output unit* there, a row of the weight or a column of a
-transposed one: rows are sharded as the parameter's are, and how segments lie in a shard does not show.
+States of a DTensor parameter are DTensors too, so that torch.distributed.checkpoint knows which part each rank holds
+and can reshard it. See :mod:`blockwise_lr.checkpoint.units` for Adam-mini's second moment.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from .shards import Fragment, ShardBoundaries, ShardMap, even_boundaries
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor: of a DTensor its local shard, sharing memory; anything else as it is."""
+    """The local shard of a DTensor, sharing its memory; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def groups_of(tensors: Iterable[torch.Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups of the meshes on which any of the tensors lie; none where no tensor is a DTensor."""
+    """The process groups of the DTensors' device meshes; empty if no tensor is a DTensor."""
     groups: dict[dist.ProcessGroup, None] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
@@ -32,13 +31,17 @@ def groups_of(tensors: Iterable[torch.Tensor]) -> list[dist.ProcessGroup]:
 
 
 def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Tensor], str]) -> ShardMap | None:
-    """The ShardMap of the DTensors among an optimizer's tensors; None where there are none.
+    """The ShardMap of the DTensors among an optimizer's tensors; None if there are none.
 
     FSDP2 shards dimension 0 of every parameter as torch.chunk does: ceil(rows / ranks) rows per rank, the last ranks
-    fewer or none. A mesh with a replicated dimension besides (HSDP) changes nothing.
+    fewer or none. A further replicated mesh dimension (HSDP) is supported.
+
+    Args:
+        tensors: the optimizer's tensors; those that are no DTensors are left out.
+        name_of: the parameter name of a tensor.
 
     Raises:
-        BlockError: another placement (tensor parallelism, or a shard of another dimension).
+        BlockError: a DTensor with another placement (tensor parallelism, or a shard of another dimension).
     """
     found, cuts = [], {}
     for tensor in tensors:
@@ -56,17 +59,22 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
 
 
 def chunk_numel(tensor: DTensor, dimension: int) -> int:
-    """Elements of a full shard."""
+    """Elements of one rank's shard, over a mesh dimension, when the shard is full."""
     row = tensor.numel() // max(tensor.shape[0], 1)
     return -(-tensor.shape[0] // tensor.device_mesh.size(dimension)) * row
 
 
 def shard_start(tensor: DTensor, dimension: int | None) -> int:
+    """The first element of this rank's shard, counted in the whole tensor; 0 for a replicated tensor (None)."""
     return 0 if dimension is None else tensor.device_mesh.get_local_rank(dimension) * chunk_numel(tensor, dimension)
 
 
 def sharded_dimension(tensor: DTensor, name: str) -> int | None:
-    """The mesh dimension over which dimension 0 is sharded."""
+    """The mesh dimension over which the tensor's dimension 0 is sharded; None if it is replicated.
+
+    Raises:
+        BlockError: the tensor is sharded twice, or in another dimension.
+    """
     dimensions = [number for number, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
     plain = all(
         type(placement) is Shard and placement.dim == 0 for placement in map(tensor.placements.__getitem__, dimensions)
@@ -80,7 +88,7 @@ def sharded_dimension(tensor: DTensor, name: str) -> int | None:
 
 
 def like(tensor: DTensor, values: torch.Tensor) -> DTensor:
-    """This rank's values as a DTensor of the tensor's shape and placements."""
+    """This rank's values, as many as its shard has elements, as a DTensor of the tensor's shape and placements."""
     return DTensor.from_local(
         values.view(tensor.to_local().shape),
         tensor.device_mesh,

@@ -1,7 +1,8 @@
-"""ShardMap: which part of which parameter lies where in the flat tensors that this rank's optimizer steps on."""
+"""ShardMap: which elements of which parameters this rank's flat optimizer tensors hold."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,9 +16,9 @@ from ..blocks.marks import marks_of
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + numel) of a parameter, row-major, lying at ``offset`` of a flat tensor.
+    """Elements [start, start + numel) of a parameter, row-major, at ``offset`` in a flat tensor.
 
-    Under tensor parallelism the parameter is this rank's slice, and ``start`` counts within the slice.
+    Under tensor parallelism the parameter is this rank's slice, and ``start`` is an index into the slice.
     """
 
     name: str
@@ -28,15 +29,15 @@ class Fragment:
 
 @dataclass(frozen=True)
 class ShardBoundaries:
-    """Where shard edges cut a parameter.
+    """The boundaries between ranks' shards inside a parameter.
 
     Attributes:
-        positions: element positions strictly inside the parameter where one rank's shard ends and another's begins,
-            ascending; the same on every rank of the group.
-        group: the ranks that hold the parameter's shards (data parallel); None for the default group.
-        has_replicas: other pipeline stages hold copies of the parameter (a tied embedding), cut at places of their own, and
-            ``positions`` are those of all copies. What lies between two positions is then summed alone and the sums
-            are added in the order of the positions, so that all stages get the same sum of a row to the bit.
+        positions: element indices strictly inside the parameter at which another rank's shard begins: int64,
+            ascending, the same on every rank of the group.
+        group: the ranks that hold the parameter's shards (data parallel); None: the default group.
+        has_replicas: other pipeline stages hold replicas (a tied embedding) with boundaries of their own;
+            ``positions`` are then those of all replicas. Each interval between positions is summed on its own and the
+            partial sums are added in the order of positions, so that a row's sum is bitwise identical on all stages.
     """
 
     positions: np.ndarray
@@ -46,12 +47,12 @@ class ShardBoundaries:
 
 @dataclass(frozen=True)
 class TensorParallelSplit:
-    """A parameter whose segments go on in the slices of other ranks: output rows, under tensor parallelism along the input
-    axis, or a vector that is one segment.
+    """A parameter whose segments span tensor-parallel ranks: rows split along the input axis, or a vector that is one
+    segment.
 
     Attributes:
         group: the ranks that hold the slices; all of them hold the same fragments of their slices.
-        parts: how many slices make a whole segment.
+        parts: number of slices of a segment.
     """
 
     group: ProcessGroup
@@ -60,12 +61,12 @@ class TensorParallelSplit:
 
 @dataclass
 class ShardMap:
-    """What every adapter supplies: the flat tensors of this rank's optimizer and what lies in them.
+    """The flat tensors of this rank's optimizer and their contents; supplied by every framework adapter.
 
     Attributes:
         flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
-        boundaries: parameters that shard edges cut, in an order that is the same on all ranks. Only Adam-mini needs them.
-        splits: parameters whose segments span tensor-parallel ranks. Only Adam-mini needs them.
+        boundaries: parameters that span several shards, in the same order on all ranks. Used by Adam-mini only.
+        splits: parameters whose segments span tensor-parallel ranks. Used by Adam-mini only.
     """
 
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
@@ -74,11 +75,11 @@ class ShardMap:
 
 
 def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
-    """Whether the segments of a tensor-parallel slice go on in the slices of other ranks.
+    """Whether the segments of a tensor-parallel slice span the slices of other ranks.
 
     Args:
-        param: with its framework's marks.
-        layout: of the slice, as the optimizer's step uses it.
+        param: the slice, with its framework's attributes.
+        layout: the slice's layout in the optimizer's step.
     """
     axis = marks_of(param).split_axis
     if axis is None:
@@ -87,9 +88,9 @@ def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
 
 
 def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], ParamLayout]) -> ShardMap:
-    """The same shards with the fragments of parameters that have copies ending where any copy is cut.
+    """The shard map with the fragments of replicated parameters split at the shard boundaries of all replicas.
 
-    Parameters whose segments do not lie one after another stay as they are; their parts are summed as without copies.
+    Parameters whose segments are not contiguous in memory are left unchanged; they are summed as without replicas.
     """
     split = {
         name: cut.positions
@@ -111,11 +112,15 @@ def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:
     edges = [fragment.start, *map(int, inside), end]
     return [
         Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
-        for low, high in zip(edges, edges[1:])
+        for low, high in itertools.pairwise(edges)
     ]
 
 
 def even_boundaries(numel: int, shard: int, first: int = 0) -> np.ndarray:
-    """Positions inside a parameter that lies at ``first`` of a buffer cut every ``shard`` elements."""
+    """Shard boundaries inside a parameter at element ``first`` of a buffer with a boundary every ``shard`` elements.
+
+    Returns:
+        int64, ascending, relative to the parameter, strictly between 0 and ``numel``.
+    """
     edges = np.arange(first // shard + 1, -(-(first + numel) // shard), dtype=np.int64) * shard - first
     return edges[(edges > 0) & (edges < numel)]

@@ -1,8 +1,8 @@
-"""Step plans: a flat tensor as strided rectangles of equal block type, and for Adam-mini the segments in them.
+"""Step plans: a flat tensor as strided rectangles of one block type each, and for Adam-mini their segments.
 
-A rectangle is ``outer`` runs of ``inner`` consecutive elements, one every ``stride``: a plain weight is one rectangle, a
-QKV weight fused per head two or three however many heads it has, a transposed one three. So a plan's size grows with the
-number of parameters and cuts, never with rows or elements.
+A rectangle is ``outer`` runs of ``inner`` consecutive elements, with ``stride`` elements from one start to the next. A
+plain weight is one rectangle; a QKV weight fused per head is two or three for any number of heads, and a transposed one
+three. A plan's size is linear in the number of parameters and shard boundaries, and independent of rows and elements.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StepClass:
     kind: str  # "matrix", "bias" or "norm", as in ParamLayout.kind
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: kernels keep what they make of a table as long as it lives
+@dataclass(frozen=True, eq=False)  # hashed by identity: kernels cache what they derive from a table in weak references
 class Rectangles:
     """A table of rectangles.
 
@@ -54,7 +54,7 @@ class Rectangles:
 
     @cached_property
     def extent(self) -> tuple[int, int]:
-        """How many elements and how many slots memory must have for all rectangles to lie in it."""
+        """(elements, slots) that tensors must have for all rectangles to be within bounds."""
         if not len(self.table):
             return 0, 0
         offset, outer, stride, inner, _, slot, slot_step, unit = self.table.T
@@ -65,15 +65,15 @@ class Rectangles:
 
 @dataclass(frozen=True)
 class SegmentRun:
-    """Consecutive segments of one piece of one parameter and their consecutive slots.
+    """Consecutive segments of one piece of one parameter, with consecutive slots.
 
     Attributes:
         name: the parameter.
         piece: index into its layout's pieces.
-        first: the first segment's number within the piece, over all repeats and stacked matrices.
-        slot: its slot in the flat tensor's second moment.
-        count: how many.
-        start: the first element of the parameter in the fragment they lie in.
+        first: the first segment's index within the piece, over all repeats and stacked matrices.
+        slot: the first segment's slot in the flat tensor's second moment.
+        count: number of segments.
+        start: the first parameter element of the fragment that holds them.
     """
 
     name: str
@@ -86,16 +86,16 @@ class SegmentRun:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How one flat tensor is stepped.
+    """The rectangles and segments of one flat tensor's step.
 
     Attributes:
-        numel: elements of the flat tensor, padding included.
-        classes: what the CLASS column points to.
-        local: rectangles whose segments lie in this shard whole (AdamW: all rectangles).
-        shared: rectangles of segments that go on in other shards; their sums of squares are reduced before they are
-            stepped. Empty for AdamW.
-        slots: second moments of this shard (Adam-mini); 0 for AdamW.
-        runs: which segments the slots are.
+        numel: elements of the flat tensor, including padding.
+        classes: the step classes that the CLASS column indexes.
+        local: rectangles whose segments are entirely in this shard (element-wise optimizers: all rectangles).
+        shared: rectangles whose segments span several shards; their sums of squares are reduced over ranks before
+            the step. Empty for element-wise optimizers.
+        slots: number of second moments in this shard (Adam-mini); 0 for element-wise optimizers.
+        runs: the segments of the slots.
     """
 
     numel: int
@@ -107,16 +107,16 @@ class StepPlan:
 
     @property
     def nbytes(self) -> int:
-        """Memory the plan takes."""
+        """Approximate memory of the plan in bytes."""
         return sum(r.table.nbytes + r.segment_numel.nbytes for r in (self.local, self.shared)) + 100 * len(self.runs)
 
 
 def element_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout]) -> StepPlan:
-    """The plan of an element-wise optimizer: fragments in rectangles of equal block type.
+    """The plan of an element-wise optimizer: fragments as rectangles of one block type each.
 
     Args:
         numel: elements of the flat tensor.
-        fragments: what lies in it.
+        fragments: its contents.
         layouts: the layout of each fragment's parameter.
     """
     classes: dict[StepClass, int] = {}
@@ -130,11 +130,11 @@ def element_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[Pa
 def segment_plan(
     numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout], *, parts: dict[str, int] | None = None
 ) -> StepPlan:
-    """The plan of Adam-mini: rectangles with a slot of the second moment for every segment in this shard.
+    """The plan of Adam-mini: rectangles, and one slot of the second moment per segment in this shard.
 
     Args:
         numel, fragments, layouts: as for :func:`element_plan`.
-        parts: parameters whose rows span that many tensor-parallel slices.
+        parts: parameter name -> number of tensor-parallel slices that its segments span; 1 for names not in it.
 
     Raises:
         BlockError: a layout whose head size is not known.
@@ -169,7 +169,7 @@ def segment_plan(
 
 
 def element_biases(layout: ParamLayout) -> ParamLayout:
-    """The layout with one Adam-mini segment per element where it is a bias (plain Adam, as the official code does)."""
+    """For a bias, its layout with one Adam-mini segment per element (as the official code); others unchanged."""
     if layout.kind != BIAS:
         return layout
     pieces = tuple(Piece(piece.block, piece.size, 1, piece.role) for piece in layout.pieces)
@@ -179,7 +179,7 @@ def element_biases(layout: ParamLayout) -> ParamLayout:
 
 
 def segments_per_repeat(piece: Piece) -> int:
-    """Segments of a piece in one repeat of the pattern; 1 where all repeats share one."""
+    """Segments of a piece in one repeat of the pattern; 1 if all repeats share one."""
     return piece.size // piece.unit if piece.unit else 1
 
 
@@ -190,17 +190,17 @@ def segment_numel(layout: ParamLayout, index: int) -> int:
 
 
 def shared_segments(layout: ParamLayout, index: int, positions: np.ndarray) -> np.ndarray:
-    """Numbers of the segments of a piece that shard edges cut, ascending.
+    """Indices of a piece's segments that span several shards: int64, ascending.
 
     Args:
         layout: the parameter's layout.
-        index: which of its pieces.
-        positions: element positions of the edges, strictly inside the parameter.
+        index: the piece's index in ``layout.pieces``.
+        positions: shard boundaries, strictly inside the parameter, as in :class:`ShardBoundaries`.
     """
     piece = layout.pieces[index]
     start = sum(p.size for p in layout.pieces[:index])
     per_repeat = segments_per_repeat(piece)
-    if layout.transposed:  # every column runs through the whole matrix, so an edge anywhere inside cuts all of them
+    if layout.transposed:  # a column spans the whole matrix, so any boundary inside divides every column
         matrix = layout.inputs * layout.outputs
         matrices = np.unique(positions[positions % matrix != 0] // matrix)
         per_matrix = layout.repeat * per_repeat
@@ -218,7 +218,7 @@ def shared_segments(layout: ParamLayout, index: int, positions: np.ndarray) -> n
 
 
 def slot_numel(rectangles: Rectangles) -> tuple[np.ndarray, np.ndarray]:
-    """The slots that rectangles use, ascending, int64, and the elements of each one's whole segment, float32."""
+    """(slots, numel): the rectangles' slots, int64, ascending, and the elements of each whole segment, float32."""
     slots, numel = [np.empty(0, np.int64)], [np.empty(0)]
     for row, segment in zip(rectangles.table, rectangles.segment_numel):
         run = row[SLOT] + np.arange(row[INNER] // row[UNIT])
@@ -239,21 +239,21 @@ def _known(layout: ParamLayout) -> ParamLayout:
 
 
 def _by_block(layout: ParamLayout) -> ParamLayout:
-    """The layout with neighbouring pieces of one block type merged; an element-wise step needs no more."""
+    """The layout with adjacent pieces of one block type merged, which is enough for an element-wise step."""
     merged: list[Piece] = []
     for piece in layout.pieces:
         if merged and merged[-1].block == piece.block:
             merged[-1] = Piece(piece.block, merged[-1].size + piece.size)
         else:
             merged.append(Piece(piece.block, piece.size))
-    if len(merged) == 1:  # all of one block: plain memory, whatever the axis and the repeats
+    if len(merged) == 1:  # one block type: contiguous memory for any axis and repeat
         return ParamLayout(layout.name, (layout.numel,), (Piece(merged[0].block, layout.numel),), kind=layout.kind)
     return ParamLayout(
         layout.name, layout.shape, tuple(merged), layout.repeat, layout.transposed, layout.batch_dims, layout.kind
     )
 
 
-Row = tuple[tuple[int, ...], bool]  # (columns of the table with the segment's number for SLOT, whether it is cut)
+Row = tuple[tuple[int, ...], bool]  # (table columns, with the segment's index for SLOT; whether it spans shards)
 
 
 def _piece_rows(layout: ParamLayout, fragment: Fragment, classes: dict[StepClass, int]) -> list[list[Row]]:
@@ -293,20 +293,20 @@ def _chunks(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, n
                 False,
             )
         )
-    if shared:  # in several rectangles its sum needs the way of a cut segment, even where no other rank adds to it
+    if shared:  # a segment in several rectangles is summed as one that spans shards, even if it is on one rank only
         return [(row, shared_cut or len(rows) > 1) for row, _ in rows]
     return rows
 
 
 def _partial_periods(first: int, end: int, period: int) -> list[int]:
-    """Periods of which only a part lies in [first, end)."""
+    """Periods that are only partly in [first, end)."""
     partial = {first // period} if first % period else set()
     return sorted(partial | ({end // period} if end % period else set()))
 
 
 def _run(low: int, high: int, base: int, unit: int, segment: int, shift: int, number: int, shared: bool) -> list[Row]:
-    """[low, high) of a chunk that begins at ``base``: the part of a segment before the first unit edge, then whole
-    segments, then the part of a segment after the last edge."""
+    """Rectangles for [low, high) of a chunk that begins at ``base``: up to one partial segment, whole segments, and up
+    to one partial segment."""
     if low >= high:
         return []
     if shared:
@@ -324,7 +324,7 @@ def _run(low: int, high: int, base: int, unit: int, segment: int, shift: int, nu
 
 
 def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, number: int) -> list[Row]:
-    """Columns: a piece is a run of every input row, and its segments run through all of them."""
+    """Columns: a piece is one run in every input row, and its segments span all input rows."""
     width, matrix = layout.outputs, layout.inputs * layout.outputs
     unit = piece.unit or piece.size
     shift = fragment.offset - fragment.start

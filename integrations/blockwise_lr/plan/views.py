@@ -16,12 +16,12 @@ def runs_of(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
 
 
 def segments_of(tensor: torch.Tensor, row: np.ndarray) -> torch.Tensor:
-    """The rectangle as a view (outer, segments of a run, unit)."""
+    """The rectangle as a view (outer, segments per run, unit)."""
     return runs_of(tensor, row).unflatten(1, (-1, int(row[UNIT])))
 
 
 def slots_of(moments: torch.Tensor, row: np.ndarray, base: int = 0) -> torch.Tensor:
-    """The rectangle's slots as a view: (outer, segments of a run), or (segments of a run,) where runs share them."""
+    """The rectangle's slots as a view: (outer, segments per run), or (segments per run,) if all runs share them."""
     count = int(row[INNER] // row[UNIT])
     offset = moments.storage_offset() + int(row[SLOT]) - base
     if row[SLOT_STEP] == 0:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Pure."""
+"""Learning-rate schedules."""
 
 from .warmup_cosine import BlockwiseWarmupCosine, warmup_cosine
 

@@ -1,4 +1,4 @@
-"""The paper's schedule: every block type warms up from 0 to its own peak and decays to one shared minimum."""
+"""Linear warmup and cosine decay per block type, from a peak of its own to one shared minimum (arXiv 2502.19002)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ log = logging.getLogger("blockwise_lr")
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> tuple[float, float]:
-    """(weight of the peak, weight of min_lr) at the ``step``-th update, counted from 1.
+    """The coefficients (a, b) of lr = a * peak + b * min_lr at an update.
 
-    Warmup is linear and reaches the peak at update number ``warmup``; the cosine reaches min_lr at update ``total`` and
-    stays there. A learning rate is peak * first + min_lr * second, for every block type with its own peak (arXiv
-    2502.19002; the official code's get_lr, whose update 0 with a rate of 0 is left out).
+    For step <= warmup: a = step / warmup, b = 0. Then, with t = (step - warmup) / (total - warmup), at most 1:
+    a = (1 + cos(pi t)) / 2, b = 1 - a. Every block type has its own peak and all share min_lr. Source: get_lr of the
+    official code of arXiv 2502.19002, without its update 0, whose learning rate is 0.
+
+    Args:
+        step: the number of the update, from 1.
+        warmup: updates until the peak is reached.
+        total: updates until min_lr is reached.
     """
     if step <= warmup:
         return step / warmup, 0.0
@@ -32,22 +37,22 @@ def warmup_cosine(step: int, warmup: int, total: int) -> tuple[float, float]:
 
 
 class BlockwiseWarmupCosine(LRScheduler):
-    """Learning rates per block type: linear warmup to ratio * lr, then a cosine to one min_lr shared by all.
+    """Linear warmup to ratio * lr per block type, then cosine decay to one shared min_lr.
 
-    For a BlockwiseAdamW or BlockwiseAdamMini it sets ``lr`` (that of ratio 1) and states every block type's rate; for any
-    other optimizer, ``lr`` of every group. A block type whose peak is below min_lr stays at its peak: no rate rises while
-    the others decay. The peak is the rate the optimizer was built with, also where its state was loaded before. Usable as a
-    DeepSpeed scheduler type and as a torch scheduler: one call of ``step`` per optimizer step.
+    For a blockwise optimizer it sets the base ``lr`` (ratio 1) and the learning rate of every block type; for any other
+    optimizer, ``lr`` of every group. A block type whose peak is below min_lr stays at its peak. The peak is the
+    learning rate the optimizer was built with, even if its state was loaded before. Works as a DeepSpeed scheduler type
+    and as a torch scheduler: one call of ``step`` per optimizer step. Formula: :func:`warmup_cosine`.
 
     Args:
         optimizer: a torch optimizer, or DeepSpeed's wrapper of one.
         total_num_steps: optimizer steps until min_lr is reached.
         warmup_num_steps: optimizer steps of warmup; 0 starts at the peak.
-        min_lr: the shared final learning rate; the optimizer's own ``min_lr``, or else lr / 20, by default.
-        last_batch_iteration: number of optimizer steps done, less one; -1 for a fresh start.
+        min_lr: the shared final learning rate; by default the optimizer's ``min_lr``, or lr / 20 if it has none.
+        last_batch_iteration: number of completed optimizer steps minus one; -1 for a fresh start.
 
     Raises:
-        BlockError: counts that are not whole or out of order, or min_lr above a group's lr.
+        BlockError: step counts that are not integers or out of range, or min_lr above a group's lr.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class BlockwiseWarmupCosine(LRScheduler):
 
     @property
     def last_batch_iteration(self) -> int:
-        """Number of optimizer steps done, less one."""
+        """Number of completed optimizer steps minus one."""
         return self.last_epoch - 1
 
     @property
@@ -94,19 +99,22 @@ class BlockwiseWarmupCosine(LRScheduler):
     def _weights(self) -> tuple[float, float]:
         return warmup_cosine(self.last_epoch + 1, self.warmup_num_steps, self.total_num_steps)
 
-    def get_lr(self) -> list[float]:
-        """The base learning rate of each param group (that of ratio 1) for the next optimizer step."""
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """The base learning rate (ratio 1) of each param group for the next optimizer step."""
+        return list(self._base_lrs())
+
+    def _base_lrs(self) -> list[float]:
         weight, floor = self._weights()
         return [weight * peak + floor * low for peak, low in zip(self.peaks, self.min_lrs)]
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """One optimizer step is done; with a number, that one is."""
+        """Advances by one optimizer step, or to the given ``last_batch_iteration``."""
         if last_batch_iteration is not None:
             self.last_epoch = last_batch_iteration
         super().step()
         self._state_block_lrs()
 
-    def _update_lr(self, epoch: int | None = None) -> None:  # torch's SequentialLR calls it past step
+    def _update_lr(self, epoch: int | None = None) -> None:  # torch's SequentialLR calls it instead of step
         super()._update_lr(epoch)
         self._state_block_lrs()
 
@@ -127,10 +135,10 @@ class BlockwiseWarmupCosine(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the saved step, on this scheduler's own settings; logs where these are not the saved ones.
+        """Continues at the saved step with this scheduler's own settings; logs those that differ from the saved ones.
 
         Raises:
-            BlockError: there is no state, or that of a scheduler that does not count as this one does.
+            BlockError: ``state_dict`` is not the state of a BlockwiseWarmupCosine.
         """
         saved = state_dict.get("last_batch_iteration") if isinstance(state_dict, Mapping) else None
         if not isinstance(saved, int):
@@ -145,14 +153,14 @@ class BlockwiseWarmupCosine(LRScheduler):
                     "BlockwiseWarmupCosine goes on with %s = %s; the checkpoint had %s", key, now, state_dict[key]
                 )
         self.last_epoch = saved + 1
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr()):
+        for group, lr in zip(self.optimizer.param_groups, self._base_lrs()):
             set_lr(group, lr)
         self._last_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._state_block_lrs()
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer in what a framework wrapped around it."""
+    """The torch optimizer inside a framework's wrappers."""
     found = optimizer
     while not isinstance(found, torch.optim.Optimizer) and hasattr(found, "optimizer"):
         found = found.optimizer
@@ -162,7 +170,7 @@ def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _peaks(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """The rates a schedule starts from: ``lr`` of a loaded optimizer is that of the step it was saved at."""
+    """The learning rates the optimizer was built with; after loading, ``lr`` is that of the saved step."""
     built = getattr(optimizer, "built_lrs", None)
     return [
         group.get("initial_lr", group["lr"] if built is None else lr)

@@ -1,6 +1,6 @@
-"""The Hugging Face door: factories for the Trainer, and public models of every family.
+"""Hugging Face integration: optimizer factories for the Trainer, and public models of every family.
 
-With DeepSpeed nothing of this is needed: ``TrainingArguments(deepspeed=...)`` and ``import blockwise_lr.deepspeed``.
+Not needed with DeepSpeed: use ``TrainingArguments(deepspeed=...)`` and ``import blockwise_lr.deepspeed``.
 """
 
 from __future__ import annotations

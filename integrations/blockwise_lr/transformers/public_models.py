@@ -1,8 +1,8 @@
-"""Public models of every family, as their published configs state them; depth cut to the fewest layers that show every
-kind of layer. ``blockwise-lr families`` maps each of them on the meta device; the tests count them from these numbers.
+"""Public models of every family with their published configs, at the smallest depth that has every kind of layer.
 
-A new family is one entry here, one in :mod:`blockwise_lr.blocks.families` where its names are not generic, and one row
-in the tests.
+``blockwise-lr families`` maps each of them on the meta device; the tests compare the counts with formulas of the
+configs. A new family is one entry here, one in :mod:`blockwise_lr.blocks.families` if its names are not generic, and
+one row in the tests.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class PublicModel:
     """One published model.
 
     Attributes:
-        name: as its publisher calls it.
-        architecture: its class in transformers, or a function of :mod:`.remote_code` for code that lives elsewhere.
-        config: what its config says where that matters for parameters.
+        name: the publisher's name.
+        architecture: the class in transformers, or a function of :mod:`.remote_code` for models that are not there.
+        config: the values of its config that determine parameters.
     """
 
     name: str
@@ -53,7 +53,7 @@ def _decoder(
     layers: int = 2,
     **more: Any,
 ) -> PublicModel:
-    """A config in the spelling that most decoders share."""
+    """A model whose config has the common names of values."""
     return PublicModel(
         name,
         architecture,
@@ -433,7 +433,7 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
 
 @dataclass(frozen=True)
 class Survey:
-    """How a model was mapped: parameters (tied ones once), spans of one role in them, parameters that no rule knows."""
+    """Counts of a mapped model: parameters (tied ones once), spans of one role in them, parameters without a rule."""
 
     model: str
     family: str
@@ -444,10 +444,10 @@ class Survey:
 
 
 def survey(model: PublicModel) -> Survey:
-    """Maps a public model and counts.
+    """Maps a public model and counts its parameters.
 
     Raises:
-        BlockError: its layouts do not fit its config.
+        BlockError: a layout does not fit the config.
     """
     built = model.build()
     family = config_values(built.config).get("model_type", model.architecture)

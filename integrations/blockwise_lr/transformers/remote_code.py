@@ -1,40 +1,18 @@
-"""Names and shapes of models whose code is not in transformers: nanoGPT, torchtitan, and repositories with remote code.
+"""Names and shapes of models that are not in transformers: nanoGPT, torchtitan, and repositories with remote code.
 
-Each function returns a module without a forward pass: meta parameters under the names that the published code uses.
+Each function returns a module of meta parameters with the names of the published code, and no forward pass.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def skeleton(shapes: Shapes, config: dict[str, Any]) -> torch.nn.Module:
-    """A module with meta parameters of those dotted names and shapes, and that config."""
-    root = torch.nn.Module()
-    root.config = config
-    for name, shape in shapes.items():
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, torch.nn.Module())
-            module = module._modules[part]
-        module.register_parameter(leaf, torch.nn.Parameter(torch.empty(shape, device="meta")))
-    return root
-
-
-def layers(count: int, prefix: str, layer: Shapes) -> Shapes:
-    """The shapes of equal layers, numbered from 0 after ``prefix``."""
-    return {f"{prefix}.{number}.{name}": shape for number in range(count) for name, shape in layer.items()}
+from ..blocks.skeleton import Shapes, Skeleton, layers
 
 
 def nanogpt(*, n_embd: int, n_layer: int, n_head: int, vocab_size: int, block_size: int) -> torch.nn.Module:
     """karpathy/nanoGPT, model.py: GPT-2's names with plain linear layers; bias=False, head tied to wte."""
-    model = skeleton(
+    model = Skeleton(
         {
             "transformer.wte.weight": (vocab_size, n_embd),
             "transformer.wpe.weight": (block_size, n_embd),
@@ -55,7 +33,7 @@ def nanogpt(*, n_embd: int, n_layer: int, n_head: int, vocab_size: int, block_si
         },
         {"n_head": n_head},
     )
-    model.lm_head.weight = model.transformer.wte.weight
+    model.tie("lm_head.weight", "transformer.wte.weight")
     return model
 
 
@@ -64,7 +42,7 @@ def torchtitan_llama(
 ) -> torch.nn.Module:
     """pytorch/torchtitan, models/llama3: the names of Meta's own LLaMA code."""
     kv = dim // n_heads * n_kv_heads
-    return skeleton(
+    return Skeleton(
         {
             "tok_embeddings.weight": (vocab_size, dim),
             **layers(
@@ -115,12 +93,12 @@ def internlm(
     *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int, vocab_size: int
 ) -> torch.nn.Module:
     """internlm/internlm-7b, modeling_internlm.py: LLaMA's names with biases in the attention."""
-    attention = {
+    attention: Shapes = {
         f"self_attn.{name}_proj.{kind}": (hidden_size, hidden_size) if kind == "weight" else (hidden_size,)
         for name in "qkvo"
         for kind in ("weight", "bias")
     }
-    return skeleton(
+    return Skeleton(
         _llama_shell(attention, hidden_size, intermediate_size, num_hidden_layers, vocab_size),
         {"model_type": "internlm", "num_attention_heads": num_attention_heads},
     )
@@ -130,11 +108,11 @@ def baichuan(
     *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, num_attention_heads: int, vocab_size: int
 ) -> torch.nn.Module:
     """baichuan-inc/Baichuan2-7B-Base, modeling_baichuan.py: LLaMA's names with one W_pack for q, k and v."""
-    attention = {
+    attention: Shapes = {
         "self_attn.W_pack.weight": (3 * hidden_size, hidden_size),
         "self_attn.o_proj.weight": (hidden_size, hidden_size),
     }
-    return skeleton(
+    return Skeleton(
         _llama_shell(attention, hidden_size, intermediate_size, num_hidden_layers, vocab_size),
         {"model_type": "baichuan", "num_attention_heads": num_attention_heads},
     )
@@ -151,7 +129,7 @@ def internlm2(
 ) -> torch.nn.Module:
     """internlm/internlm2-7b, modeling_internlm2.py: wqkv holds, per key head, its query heads, k and v."""
     fused = hidden_size // num_attention_heads * (num_attention_heads + 2 * num_key_value_heads)
-    return skeleton(
+    return Skeleton(
         {
             "model.tok_embeddings.weight": (vocab_size, hidden_size),
             **layers(
@@ -189,7 +167,7 @@ def chatglm(
 ) -> torch.nn.Module:
     """THUDM/glm-4-9b, modeling_chatglm.py: all q, then the k and v of a few heads; gate and up in one weight."""
     fused = hidden_size // num_attention_heads * (num_attention_heads + 2 * multi_query_group_num)
-    return skeleton(
+    return Skeleton(
         {
             "transformer.embedding.word_embeddings.weight": (padded_vocab_size, hidden_size),
             **layers(

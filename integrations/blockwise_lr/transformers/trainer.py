@@ -1,8 +1,7 @@
 """Hugging Face Trainer without DeepSpeed: ``optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {"lr": 6e-4})``.
 
-The Trainer calls what is no optimizer class as a factory, with the model (transformers.trainer_optimizer,
-``is_optimizer_factory``), when the model is what will be trained: wrapped, sharded, with adapters. Its
-learning-rate schedulers scale ``lr`` and so keep the ratios.
+The Trainer calls a factory with the final model: wrapped, sharded and with adapters (transformers.trainer_optimizer,
+``is_optimizer_factory``). Its learning-rate schedulers scale ``lr`` and so keep the ratios.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ class OptimizerFactory:
     optimizer: ClassVar[type[BlockwiseOptimizer]]
 
     def __call__(self, model: torch.nn.Module, **settings: Any) -> BlockwiseOptimizer:
-        """The optimizer of a model.
+        """Builds the optimizer of a model.
 
         Args:
-            model: what the Trainer trains.
-            settings: arguments of the optimizer's class; ``block_rules`` and ``block_strict`` go to
+            model: the Trainer's model.
+            settings: arguments of the optimizer's class; ``block_rules`` and ``block_strict`` are passed to
                 :func:`~blockwise_lr.map_blocks`.
 
         Raises:
-            BlockError: as :func:`~blockwise_lr.map_blocks` and the optimizer's class.
+            BlockError: as for :func:`~blockwise_lr.map_blocks` and the optimizer's class.
         """
         options = self.optimizer.Options.checked(settings, f"{self.optimizer.__name__}: ")
         settings = {key: value for key, value in settings.items() if key not in ("block_rules", "block_strict")}

@@ -1,4 +1,4 @@
-"""BERT, T5, ViT, vision towers and OPT: names that mean something else in other families."""
+"""BERT, T5, ViT, vision towers and OPT, whose names have another meaning in other families."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Families that keep q, k and v in one weight, each in its own order (named by the attribute or by its split in
-the model's forward)."""
+"""Families with q, k and v in one weight; orders as in the split of the model's forward pass in transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ QKV = ("q", "k", "v")
 
 
 def _falcon(shape: tuple[int, ...], heads: HeadCounts) -> tuple[tuple[Piece, ...], int]:
-    """Falcon's three generations: per query group (40B and later), all q with one k and v (7B), or per head (RW)."""
+    """Falcon: [q heads, k, v] per query group (40B), all q then one k and v (7B), or [q, k, v] per head (RW)."""
     if heads.config.get("new_decoder_architecture"):
         return qkv_pieces(shape[0], heads.q, heads.kv, "group")
     if heads.config.get("multi_query"):
@@ -22,7 +21,7 @@ def _falcon(shape: tuple[int, ...], heads: HeadCounts) -> tuple[tuple[Piece, ...
 
 
 def _gpt_bigcode(shape: tuple[int, ...], heads: HeadCounts) -> tuple[tuple[Piece, ...], int]:
-    """StarCoder 1: all q with one k and v, or per head without multi_query."""
+    """StarCoder 1: all q then one k and v, or [q, k, v] per head without multi_query."""
     if heads.config.get("multi_query", True):
         return qkv_pieces(shape[0], heads.q, 1, "none")
     return qkv_pieces(shape[0], heads.q, heads.q, "head")
@@ -44,6 +43,6 @@ FUSED: dict[str, tuple[Rule, ...]] = {
         Rule("*.query_key_value.*", split=QKV),
         Rule("*.output_layer.weight", HEAD),
     ),
-    # the query projection of Qwen3-Next also holds the gate of the attention's output, per head
+    # Qwen3-Next's query projection is [q, output gate] per head
     "qwen3_next": (Rule("*.self_attn.q_proj.*", split=("q", "gate"), interleave="head"),),
 }

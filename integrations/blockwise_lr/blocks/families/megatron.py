@@ -1,8 +1,8 @@
 """Megatron's names and layouts: megatron-core 0.16 to 0.19, legacy Megatron-DeepSpeed, and hybrid Mamba models.
 
-Sources: megatron.core.transformer.attention (SelfAttention.get_query_key_value_tensors for the order of rows in a fused
-weight), multi_latent_attention, moe, multi_token_prediction, megatron.core.ssm.mamba_mixer; for the legacy names
-Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism every layout is that of this rank's slice.
+Sources: megatron.core.transformer.attention (SelfAttention.get_query_key_value_tensors for the row order of a fused
+weight), multi_latent_attention, moe, multi_token_prediction, megatron.core.ssm.mamba_mixer; for the legacy names,
+Megatron-DeepSpeed's megatron.model.transformer. Under tensor parallelism, layouts are those of this rank's slice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..dims import HeadCounts, head_counts
 from ..layout import Piece
-from ..rules import Rule, qkv_pieces
+from ..rules import Rule, qkv_pieces, required_heads
 from ..types import BlockError, BlockType
 
 EMBEDDING, HEAD, QK, VO, FFN, NORM, ROUTER, SSM = BlockType
@@ -21,7 +21,7 @@ Pieces = tuple[tuple[Piece, ...], int]
 
 
 def _qkv(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
-    """[q heads of a group, their output gates where the config has them, k, v], once per query group."""
+    """[q heads of a group, their output gates if the config has them, k, v] per query group."""
     roles = ("q", "gate", "k", "v") if heads.config.get("attention_output_gate") else ("q", "k", "v")
     if not heads.kv:
         return _part_of_a_group(shape[0], heads, roles), 1
@@ -29,9 +29,9 @@ def _qkv(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
 
 
 def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tuple[Piece, ...]:
-    """With more tensor-parallel ranks than query groups, a rank holds a run of the rows of all, and outputs are gathered.
+    """The rows of one rank when several tensor-parallel ranks share a query group: an even split of all rows.
 
-    Where the edges cut heads, what Adam-mini calls a head is left open, on all ranks, so that it refuses the model.
+    If the split divides heads, the head size is left unknown on all ranks, and Adam-mini refuses the model.
     """
     parts, rank = heads.config["tensor_model_parallel_size"], heads.config.get("tensor_model_parallel_rank")
     if rank is None:
@@ -39,7 +39,7 @@ def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tu
             f"{parts} tensor-parallel ranks share fewer query groups, and which part of a group this rank "
             f"holds is not known; state tensor_model_parallel_rank in the config"
         )
-    whole = head_counts({**heads.config, "tensor_model_parallel_size": 1})
+    whole = required_heads(head_counts({**heads.config, "tensor_model_parallel_size": 1}))
     pieces, groups = qkv_pieces(rows * parts, whole.q, whole.kv, "group", roles)
     cut = rows % pieces[-1].size  # a head is as long as a group's v
     return tuple(
@@ -59,12 +59,12 @@ def _kv_up(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
 
 
 def _kv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
-    """MLA: the latent that k and v are made from, then the rotary part of k, which all heads share."""
+    """MLA: [latent of k and v, rotary part of k, shared by all heads]."""
     return _down(shape[0], _latent_and_rotary(heads), heads), 1
 
 
 def _qkv_down(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
-    """MLA, fused: the query's latent rows, then those of :func:`_kv_down`."""
+    """MLA, fused: [latent of q, then the rows of :func:`_kv_down`]."""
     q = heads.config.get("q_lora_rank") or 0
     if not 0 < q < shape[0]:
         raise BlockError(f"linear_qkv_down_proj has {shape[0]} rows and the config's q_lora_rank is {q}; give a rule")
@@ -78,22 +78,23 @@ def _latent_and_rotary(heads: HeadCounts) -> tuple[Piece, ...]:
 
 
 def _down(rows: int, pieces: tuple[Piece, ...], heads: HeadCounts) -> tuple[Piece, ...]:
-    """What ``rows`` rows are of a projection made of ``pieces``: all of them, or a tensor-parallel rank's slice.
+    """The pieces of ``rows`` rows of a down projection: all of it, or a tensor-parallel rank's slice.
 
-    A rotary key that the edge of a slice cuts is, to Adam-mini, a head of its own on either side. Where the slice's rank is
-    not known, all of it has the lower rate of the latent.
+    If a slice boundary divides the rotary key, Adam-mini treats each part as a head. If the rank is unknown, the whole
+    slice is mapped to vo, the block type of the latent, which has the lower learning rate.
     """
     total, parts = sum(piece.size for piece in pieces), heads.config.get("tensor_model_parallel_size") or 1
     rank = 0 if rows == total else heads.config.get("tensor_model_parallel_rank")
     if rank is None or rows not in (total, total / parts):
         return (Piece(VO, rows, 1, "latent"),)
     return tuple(
-        replace(piece, size=size, unit=min(piece.unit, size)) for piece, size in _run(pieces, rank * rows, rows)
+        replace(piece, size=size, unit=None if piece.unit is None else min(piece.unit, size))
+        for piece, size in _run(pieces, rank * rows, rows)
     )
 
 
 def _run(pieces: tuple[Piece, ...], begin: int, rows: int) -> Iterator[tuple[Piece, int]]:
-    """(piece, its rows) of ``rows`` rows from ``begin`` of pieces that follow each other."""
+    """(piece, number of its rows) for the rows [begin, begin + rows) of contiguous pieces."""
     for piece in pieces:
         size = min(piece.size, begin + rows) - max(begin, 0)
         if size > 0:
@@ -102,7 +103,7 @@ def _run(pieces: tuple[Piece, ...], begin: int, rows: int) -> Iterator[tuple[Pie
 
 
 def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:
-    """(this rank's experts, their equal parts of ``columns``)."""
+    """(experts on this rank, columns per expert)."""
     experts = (heads.config.get("num_moe_experts") or 1) // (heads.config.get("expert_model_parallel_size") or 1)
     if columns % experts:
         raise BlockError(
@@ -112,13 +113,13 @@ def _per_expert(columns: int, heads: HeadCounts) -> tuple[int, int]:
 
 
 def _weight1(shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
-    """Legacy GroupedMLP stores (hidden, experts * ffn), and reads it as (experts, hidden, ffn) of the same memory."""
+    """Legacy GroupedMLP: stored as (hidden, experts * ffn), viewed as (experts, hidden, ffn) in the forward pass."""
     experts, ffn = _per_expert(shape[1], heads)
     return experts, shape[0], ffn
 
 
 def _weight2(shape: tuple[int, ...], heads: HeadCounts) -> tuple[int, ...]:
-    """Stored (experts * ffn, hidden), read as (experts, ffn, hidden)."""
+    """Legacy GroupedMLP: stored as (experts * ffn, hidden), viewed as (experts, ffn, hidden) in the forward pass."""
     return *_per_expert(shape[0], heads), shape[1]
 
 
@@ -142,11 +143,11 @@ MEGATRON: dict[str, tuple[Rule, ...]] = {
         Rule("*.experts.weight1", FFN, batch_dims=1, transposed=True, view=_weight1),
         Rule("*.experts.weight2", FFN, batch_dims=1, transposed=True, view=_weight2),
         Rule("*.{eh_proj,fc1_latent_proj,fc2_latent_proj}.{weight,bias}", FFN),
-        # state-space mixers: Mamba's, and gated delta nets in the place of self-attention
+        # state-space mixers: Mamba's, and gated delta nets instead of self-attention
         Rule("*.{mixer,self_attention}.{in_proj,out_proj}.{weight,bias}", SSM),
         Rule("*.{mixer,self_attention}.{conv1d,conv1d_weight,conv1d_bias}*", SSM),
         Rule("*.{mixer,self_attention}.{A_log,D,dt_bias}", SSM, undecayed=True),
-        # what else goes into attention's scores: learnt softmax offsets, the indexer of sparse attention
+        # further inputs of the attention scores: learnt softmax offsets, the indexer of sparse attention
         Rule("*.core_attention.softmax_offset", QK),
         Rule("*.indexer.{linear_wq_b,linear_wk,linear_weights_proj}.weight", QK),
         # embeddings and output layers

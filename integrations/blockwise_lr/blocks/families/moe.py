@@ -1,4 +1,4 @@
-"""Families with stacked experts of another orientation, attention sinks, or multi-head latent attention."""
+"""Families with transposed stacked experts, attention sinks, or multi-head latent attention (MLA)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ EMBEDDING, HEAD, QK, VO, FFN, NORM, ROUTER, SSM = BlockType
 
 
 def _latent_up(shape: tuple[int, ...], heads: HeadCounts) -> tuple[tuple[Piece, ...], int]:
-    """kv_b_proj of multi-head latent attention: [k without its rotary part, v] per head."""
+    """kv_b_proj of MLA: [k without its rotary part, v] per head."""
     k, v = _sizes(heads, "qk_nope_head_dim", "v_head_dim")
     return (Piece(QK, k, k, "k"), Piece(VO, v, 1, "v")), heads.q
 
 
 def _latent_down(shape: tuple[int, ...], heads: HeadCounts) -> tuple[tuple[Piece, ...], int]:
-    """kv_a_proj_with_mqa: the latent that k and v are made from, then the rotary part of k, shared by all heads.
+    """kv_a_proj_with_mqa of MLA: [latent of k and v, rotary part of k, shared by all heads].
 
-    The latent carries both paths and counts as vo, the sharper of the two, whose learning rate is the smaller one.
+    The latent feeds both k and v; it is mapped to vo, the block type with the smaller learning rate.
     """
     latent, rotary = _sizes(heads, "kv_lora_rank", "qk_rope_head_dim")
     return (Piece(VO, latent, 1, "latent"), Piece(QK, rotary, rotary, "k")), 1
