@@ -207,13 +207,13 @@ def _tensors(saved: Any) -> Sequence[Sequence[Contents]] | None:
 def by_names(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Saved param groups whose states have been brought to this run's shards by parameter names, a value per element: the
     record in them tells of the origin alone, and no longer where in the saving ranks' shards anything lay."""
-    groups = [dict(group) for group in groups]
-    record = Record.of_groups(groups)
+    copies = [dict(group) for group in groups]
+    record = Record.of_groups(copies)
     if record is not None:
         packed = replace(record, tensors=None, second_moment=ELEMENTS).packed()
-        for group in groups:
+        for group in copies:
             group[KEY] = packed
-    return groups
+    return copies
 
 
 @dataclass(frozen=True)

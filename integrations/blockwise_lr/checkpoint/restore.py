@@ -148,7 +148,7 @@ def _parts(
         if form == ELEMENTS or record is None:
             value = local_part(tensor, value)
         elif form == UNITS:
-            value = units_to_elements(tensor, record.layout(optimizer.block_map.name_of(tensor)), value)
+            value = units_to_elements(tensor, record.layout(optimizer.block_map.require_name(tensor)), value)
         else:
             expected = _source_plan(optimizer, tensor, record).slots
         size = value.numel() * (2 if value.is_complex() else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -54,7 +54,7 @@ class SavePolicy:
 class RestoreTarget(Protocol):
     """An optimizer that states are loaded into."""
 
-    rule: Any  # an UpdateRule; a class variable of the optimizers
+    rule: ClassVar[UpdateRule]
     param_groups: list[dict[str, Any]]
     block_map: BlockMap
     accept_mismatch: tuple[str, ...]
@@ -77,6 +77,3 @@ class SegmentTarget(RestoreTarget, Protocol):
     """One whose rule keeps a state per segment."""
 
     def all_reduce_shared(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]: ...
-
-
-__all__ = ["RestoreTarget", "SavePolicy", "SegmentTarget", "UpdateRule", "in_parameters"]

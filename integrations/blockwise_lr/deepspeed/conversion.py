@@ -204,7 +204,10 @@ def _check_tiling(checkpoint: str, held: Mapping[str, Contents]) -> None:
     """Refuses parameters whose parts, joined by rank, are not the whole of them: DeepSpeed's converter joins just so."""
     parts: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
     for name, flats in held.items():
-        rank, slice_ = _STATES.fullmatch(name).groups()
+        match = _STATES.fullmatch(name)
+        if match is None:
+            continue
+        rank, slice_ = match.groups()
         for _, fragments in flats:
             for parameter, start, numel, _ in fragments:
                 parts.setdefault((slice_, parameter), []).append((int(rank), start, numel))

@@ -62,7 +62,7 @@ def _get_full(
     if optim_state_key is None:
         return upstream()
     found = states.held(parameter, optim_state_key, 0, parameter.numel())
-    dist.all_reduce(found, group=parameter._dp_group)
+    dist.all_reduce(found, group=getattr(parameter, "_dp_group"))  # noqa: B009  DeepSpeed's attribute
     return found.view(parameter.shape)
 
 
@@ -179,11 +179,11 @@ class _States:
         return segments is not None and segments.name == key
 
     def _name(self, parameter: torch.Tensor) -> str:
-        return self._optimizer.block_map.name_of(parameter)
+        return self._optimizer.block_map.require_name(parameter)
 
     def _fragments(self, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, Fragment]]:
         name = self._name(parameter)
-        for tensor, _ in self._optimizer.shards.flats:
+        for tensor, _ in self._optimizer.attached_shards.flats:
             for fragment in self._optimizer.fragments_of(tensor):
                 if fragment.name == name:
                     yield tensor, fragment

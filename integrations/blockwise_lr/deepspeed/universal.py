@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.errors import CheckpointError, raise_on_all_ranks
+from ..checkpoint.errors import CheckpointError, run_on_all_ranks
 from ..checkpoint.record import Record, by_names
 from ..checkpoint.restore import check_record
 from ..optim.base import BlockwiseOptimizer
@@ -113,9 +113,16 @@ def check_universal(optimizer: BlockwiseOptimizer, folder: str) -> None:
     source = UniversalFolder(folder)
     check_record(optimizer, source.record(), f"checkpoint {folder}")
     states = _state_names(optimizer)
-    for name in {fragment.name for _, fragments in optimizer.shards.flats for fragment in fragments}:
+    for name in {fragment.name for _, fragments in optimizer.attached_shards.flats for fragment in fragments}:
         for key in ("fp32", *states) if source.has_states(name, states) else ("fp32",):
             source.values(name, key, optimizer.block_map[name].numel)
+
+
+def _read(optimizer: BlockwiseOptimizer, folder: str) -> tuple[UniversalFolder, dict[int, dict[str, Any]]]:
+    """The folder, and this rank's states by id of the flat tensor."""
+    source = UniversalFolder(folder)
+    flats = optimizer.attached_shards.flats
+    return source, {id(flat): _moments(source, optimizer, flat, fragments) for flat, fragments in flats}
 
 
 def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> None:
@@ -128,17 +135,11 @@ def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> 
         MismatchError: as :meth:`BlockwiseOptimizer.load_state_dict`.
     """
     is_stage3 = hasattr(wrapper, "_set_fp32_optimizer_param_groups")
-    error, source, moments = None, None, {}
-    try:
-        source = UniversalFolder(folder)
-        moments = {id(flat): _moments(source, optimizer, flat, fragments) for flat, fragments in optimizer.shards.flats}
-    except CheckpointError as problem:
-        error = problem
-    raise_on_all_ranks(error)
+    source, states = run_on_all_ranks(lambda: _read(optimizer, folder))
     if is_stage3:
         wrapper._set_fp32_optimizer_param_groups()
     try:
-        optimizer.load_state_dict(_state_dict(source, optimizer, moments))
+        optimizer.load_state_dict(_state_dict(source, optimizer, states))
     finally:
         if is_stage3:
             wrapper._clear_fp32_optimizer_param_groups()
@@ -197,7 +198,7 @@ def _state_dict(
 
 @torch.no_grad()
 def _load_weights(source: UniversalFolder, optimizer: BlockwiseOptimizer) -> None:
-    for flat, fragments in optimizer.shards.flats:
+    for flat, fragments in optimizer.attached_shards.flats:
         for fragment in fragments:
             values = source.values(fragment.name, "fp32", optimizer.block_map[fragment.name].numel)
             flat.view(-1)[fragment.offset : fragment.offset + fragment.numel] = values[
@@ -224,7 +225,8 @@ def model_state_files(found: list[str], pattern: str) -> list[str]:
 
 def _main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m blockwise_lr.deepspeed.universal", description=convert.__doc__.partition("\n")[0]
+        prog="python -m blockwise_lr.deepspeed.universal",
+        description="Converts a checkpoint folder of a ZeRO engine into a universal one.",
     )
     parser.add_argument("checkpoint", help="folder of one tag, e.g. checkpoints/global_step1000")
     parser.add_argument("output", help="folder to write, e.g. checkpoints/global_step1000_universal")

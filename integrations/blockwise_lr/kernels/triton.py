@@ -7,6 +7,8 @@ Consecutive elements that begin at a multiple of four are moved 16 bytes at a ti
 multiplying with ALIGN, not by tl.multiple_of: that marks the value wherever it is used, the other branch included.
 """
 
+# mypy: allow-untyped-defs
+# (device code is compiled by Triton, which reads constexpr annotations only)
 from __future__ import annotations
 
 import contextlib
@@ -300,7 +302,7 @@ def sums_of(rectangles: Rectangles, device: torch.device) -> Sums:
     first = np.searchsorted(ordered, ordered)  # where the equal slots begin
     turn = np.arange(size) - first
     rounds = tuple(
-        tuple(torch.from_numpy(numbers[turn == number]).to(device) for numbers in (ordered, order))
+        (torch.from_numpy(ordered[turn == number]).to(device), torch.from_numpy(order[turn == number]).to(device))
         for number in range(int(turn.max()) + 1)
     )
     return Sums(tasks(Rectangles(table, rectangles.segment_numel), False, device), size, rounds)
@@ -433,7 +435,7 @@ class TritonKernel:
                     FIELDS=_FIELDS,
                 )
 
-    def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make):
+    def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make: Callable[..., Any]) -> Any:
         known = self._known.setdefault(rectangles, {})
         if (kind, device) not in known:
             known[kind, device] = make(rectangles, device=device)

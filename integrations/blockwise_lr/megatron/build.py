@@ -60,7 +60,8 @@ def build(
 def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
     """The block types in each param group on any pipeline stage; Megatron makes the same groups on all of them."""
     here = [
-        {block for p in group["params"] for block in block_map[block_map.name_of(p)].blocks} for group in param_groups
+        {block for p in group["params"] for block in block_map[block_map.require_name(p)].blocks}
+        for group in param_groups
     ]
     group = parallel_state.get_pipeline_model_parallel_group()
     stages: list[list[set[BlockType]]] = [[]] * dist.get_world_size(group)
@@ -92,9 +93,8 @@ def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Calla
 def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """The rule's options among those that Megatron gives its Adam. Other optimizers' betas are their own: Megatron's
     ``lion_beta1`` and the like where it has them, and the rule's defaults where it has not, but never --adam-beta1."""
-    found = {
-        name: given[name] for name in ("weight_decay", "eps") if name in given and name in rule.Options.model_fields
-    }
+    names = [name for name in ("weight_decay", "eps") if name in given and name in rule.Options.model_fields]
+    found: dict[str, Any] = {name: given[name] for name in names}
     if "eps" in found:
         return {**found, "betas": given["betas"]}
     betas = [getattr(config, f"{rule.name}_beta{number}", None) for number in (1, 2)]

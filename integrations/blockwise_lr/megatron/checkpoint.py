@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -20,7 +20,7 @@ from ..blocks import BlockMap
 from ..checkpoint.moments import expand_segments, take_segments
 from ..checkpoint.record import same_segments
 from ..checkpoint.restore import averaged
-from ..checkpoint.target import SavePolicy
+from ..checkpoint.target import SavePolicy, SegmentTarget
 from ..optim.base import BlockwiseOptimizer
 
 # What Megatron's own scheduler compares with the checkpoint, and overrides where its flags say so.
@@ -76,13 +76,21 @@ class _Exchange:
     """
 
     def __init__(self, wrapper: DistributedOptimizer, optimizer: BlockwiseOptimizer) -> None:
-        self.wrapper, self.optimizer = weakref.ref(wrapper), optimizer
+        self._wrapper, self.optimizer = weakref.ref(wrapper), optimizer
         self.segments_known = False  # the states being loaded were saved by the same segments
         self.to_average: dict[int, torch.Tensor] = {}
 
+    @property
+    def wrapper(self) -> DistributedOptimizer:
+        """Megatron's optimizer, which is there as long as its methods are called."""
+        wrapper = self._wrapper()
+        if wrapper is None:
+            raise RuntimeError("Megatron's optimizer is gone, and a method of it was called")
+        return wrapper
+
     def install(self) -> None:
         """Replaces the two methods through which all of Megatron's formats go, on this instance."""
-        wrapper = self.wrapper()
+        wrapper = self.wrapper
         wrapper._get_main_param_and_optimizer_states = self.give
         wrapper._set_main_param_and_optimizer_states = self.take
         for name in _LOADERS:
@@ -118,7 +126,7 @@ class _Exchange:
                 self.to_average[id(main)] = value.reshape(-1).float().clone()
 
     def _main(self, model_param: torch.Tensor) -> torch.Tensor:
-        group, order = self.wrapper().model_param_group_index_map[model_param]
+        group, order = self.wrapper.model_param_group_index_map[model_param]
         return self.optimizer.param_groups[group]["params"][order]
 
     def _averaging(self, load: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,12 +136,12 @@ class _Exchange:
         def loading(*arguments: Any, **options: Any) -> None:
             self.to_average.clear()
             self.segments_known = same_segments(self.optimizer.loaded_record, self.optimizer.record())
-            load(self.wrapper(), *arguments, **options)
+            load(self.wrapper, *arguments, **options)
             spec = self.optimizer.rule.segment_state
             if spec is not None and not self.segments_known:
                 tensors = self.optimizer.all_tensors()
                 elements = {number: self.to_average[id(tensor)] for number, tensor in enumerate(tensors)}
-                for number, means in averaged(self.optimizer, tensors, elements).items():
+                for number, means in averaged(cast(SegmentTarget, self.optimizer), tensors, elements).items():
                     self.optimizer.state[tensors[number]][spec.name].copy_(means)
                 self.to_average.clear()
 

@@ -31,6 +31,7 @@ from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_
 # what copies and pickles of an optimizer keep besides torch's own
 _KEPT = (
     "block_map",
+    "_map_given",
     "kernel_name",
     "accept_mismatch",
     "ratio_fade_steps",
@@ -102,7 +103,9 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         options = self.rule.Options.checked(given)
         self.kernel_name, self.bias_segments = options.kernel, getattr(options, "bias_segments", None)
         self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
-        self._block_rules, self.block_map = options.block_rules, block_map
+        self._block_rules, self._map_given = options.block_rules, block_map is not None
+        if block_map is not None:
+            self.block_map = block_map
         self.blocks_of_groups: Sequence[tuple[BlockType, ...]] | None = None  # an adapter's, see Attachment
         self.initial_settings: list[dict[str, Any]] = []
         self._forget_tensors()
@@ -154,16 +157,16 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
     def _map(self, groups: Sequence[dict[str, Any]]) -> None:
         """Maps the parameters of new groups and takes note of their settings."""
         named = [(name, p) for group in groups for name, p in zip(names_of(group), group["params"])]
-        if self.block_map is None:
-            if all(name is None for name, _ in named):
+        if not self._map_given and not self.initial_settings:
+            if any(name is None for name, _ in named):
                 raise BlockError(
                     f"{type(self).__name__} needs to know which parameter is which; pass "
                     f"model.named_parameters(), or block_map=map_blocks(model)"
                 )
-            self.block_map = map_named(named, rules=self._block_rules)
+            self.block_map = map_named([(str(name), p) for name, p in named], rules=self._block_rules)
         else:
             self._complete_map(named)
-        for name, p in ((self.block_map.name_of(p), p) for _, p in named if p.requires_grad):
+        for name, p in ((self.block_map.require_name(p), p) for _, p in named if p.requires_grad):
             self._check_layout(name, p)
         self.initial_settings = [
             *self.initial_settings,
@@ -184,7 +187,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
                 f"so make the map from the model that holds it"
             )
         if new:
-            known.add(map_named(new, rules=self._block_rules, heads=known.heads))
+            known.add(map_named([(str(name), p) for name, p in new], rules=self._block_rules, heads=known.heads))
 
     def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
         """Refuses a parameter that is not as the map says, or cannot be stepped, before the first step."""
@@ -253,12 +256,25 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
                 )
             end = fragment.offset + fragment.numel
 
+    @property
+    def attached_shards(self) -> ShardMap:
+        """What was attached.
+
+        Raises:
+            BlockError: no framework has attached shards.
+        """
+        if self.shards is None:
+            raise BlockError(
+                f"no shards are attached to this {type(self).__name__}; call attach with those that the framework has made"
+            )
+        return self.shards
+
     def _shards_are_dtensors(self) -> bool:
         return self.shards is not None and any(isinstance(flat, DTensor) for flat, _ in self.shards.flats)
 
     def _attach_dtensors(self) -> None:
         trained = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-        sharded = dtensor_shards(trained, self.block_map.name_of)
+        sharded = dtensor_shards(trained, self.block_map.require_name)
         if sharded is not None:
             self.attach_shards(sharded)
 
@@ -374,7 +390,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     @torch._disable_dynamo  # kernels work on memory that dynamo does not see
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step.
 
         Args:
@@ -406,7 +422,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
             self._attach_dtensors()
             self._note_record()
         plan = self.plan_of(p)
-        state = self.state[p] if p in self.state else {}
+        state = self.state.get(p, {})
         refuse_unlike(name or "a shard", p, state, plan.numel, self.state_numel(p))
         step = int(state["step"]) + 1 if state else 1
         advance_fade(group, step)
@@ -426,6 +442,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         """Parameter, gradient and element states as rows to be stepped; what is not contiguous is written back after."""
         kept = (tensor, *(self.state[tensor][spec.name] for spec in self.rule.element_states))
         param, *states = map(row, kept)
+        assert tensor.grad is not None  # only tensors with a gradient are stepped
         yield param, row(tensor.grad), states
         for original, values in zip(kept, (param, *states)):
             if not is_row(original):

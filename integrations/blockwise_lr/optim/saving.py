@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._version import __version__
-from ..blocks.block_map import plain_name
+from ..blocks.block_map import BlockMap, plain_name
+from ..blocks.layout import ParamLayout
 from ..checkpoint.matching import Contents, merged
 from ..checkpoint.moments import expand_segments
 from ..checkpoint.record import ELEMENTS, KEY, SEGMENTS, UNITS, Record, plain_layouts
@@ -17,12 +19,41 @@ from ..checkpoint.restore import prepare_state_dict
 from ..checkpoint.target import SavePolicy
 from ..checkpoint.units import UnitMoments
 from ..plan.dtensor import like
+from ..plan.shards import Fragment, ShardMap
+from ..plan.step_plan import StepPlan
+from ..rules.base import UpdateRule
 
 
-class Saving:
-    """Mixed into :class:`~blockwise_lr.optim.base.BlockwiseOptimizer`."""
+class Saving(torch.optim.Optimizer):
+    """The part of :class:`~blockwise_lr.optim.base.BlockwiseOptimizer` that saves and loads; that class has what is only
+    declared here."""
 
     RECORD_KEY = KEY
+
+    rule: ClassVar[UpdateRule]
+    block_map: BlockMap
+    bias_segments: str | None
+    initial_settings: list[dict[str, Any]]
+    accept_mismatch: tuple[str, ...]
+    ratio_fade_steps: int
+    shards: ShardMap | None
+    _fragments: WeakIdKeyDictionary
+    _placed: WeakIdKeyDictionary
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def plan_of(self, tensor: torch.Tensor) -> StepPlan:
+        raise NotImplementedError
+
+    def fragments_of(self, tensor: torch.Tensor) -> list[Fragment]:
+        raise NotImplementedError
+
+    def _layout_in(self, tensor: torch.Tensor, name: str) -> ParamLayout:
+        raise NotImplementedError
+
+    def _shards_are_dtensors(self) -> bool:
+        raise NotImplementedError
 
     def _set_saving(self) -> None:
         self.saving = SavePolicy()  # as a framework's adapter changes it, see attach
@@ -116,7 +147,7 @@ class Saving:
 
     def unit_moments(self, tensor: torch.Tensor) -> UnitMoments:
         """How the second moment of a whole parameter is kept per output unit."""
-        return UnitMoments(tensor, self._layout_in(tensor, self.block_map.name_of(tensor)), self.plan_of(tensor))
+        return UnitMoments(tensor, self._layout_in(tensor, self.block_map.require_name(tensor)), self.plan_of(tensor))
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,8 +175,8 @@ class Saving:
         for position, loaded in states.items():
             self._take(tensors[position], loaded)
         self._placed.clear()  # the moments lie elsewhere now
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def _take(self, tensor: torch.Tensor, loaded: dict[str, Any]) -> None:
         """A tensor's loaded state, in memory of its own."""

@@ -1,4 +1,4 @@
-"""Sums of squares of segments that shard edges cut: one small all-reduce a step and process group."""
+"""Sums of squares of segments that several ranks share: one small all-reduce per step and process group."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..plan.step_plan import SegmentRun, StepPlan, segment_numel, shared_segment
 
 @dataclass(frozen=True)
 class _LocalToBuffer:
-    """This rank's part of one flat tensor in a buffer: ``slots[i]`` of the flat's sums goes to ``index[i]`` of the buffer,
-    and the whole segment's sum is found at ``total[i]``."""
+    """Where one flat tensor's partial sums go in the reduced buffer: slot ``slots[i]`` is written to ``index[i]``, and the
+    whole segment's sum is read from ``total[i]``."""
 
     flat: int
     slots: torch.Tensor
@@ -29,29 +29,29 @@ class _LocalToBuffer:
 class SyncStage:
     """One all-reduce: which sums of which flat tensors meet in a buffer of ``size`` floats over ``group``.
 
-    ``additions``: (to, from), places of the buffer whose sums are added up afterwards, one pair after another.
+    ``ordered_reduction``: (to, from), indices of the buffer that are added after the all-reduce, one pair after another.
     """
 
     group: dist.ProcessGroup | None
     size: int
-    shares: tuple[_LocalToBuffer, ...]
-    additions: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    local_to_buffer: tuple[_LocalToBuffer, ...]
+    ordered_reduction: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
     def start(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dist.Work]:
         """Starts the all-reduce of the flat tensors' sums; returns the buffer and the handle to wait for."""
         buffer = torch.zeros(self.size, dtype=torch.float32, device=sums[0].device)
-        for share in self.shares:
-            buffer[share.index] = sums[share.flat][share.slots]
+        for entry in self.local_to_buffer:
+            buffer[entry.index] = sums[entry.flat][entry.slots]
         return buffer, dist.all_reduce(buffer, group=self.group, async_op=True)
 
     def finish(self, sums: Sequence[torch.Tensor], started: tuple[torch.Tensor, dist.Work]) -> None:
         """Waits, then writes the reduced sums back."""
         buffer, work = started
         work.wait()
-        for to, places in self.additions:
+        for to, places in self.ordered_reduction:
             buffer[to] += buffer[places]
-        for share in self.shares:
-            sums[share.flat][share.slots] = buffer[share.total]
+        for entry in self.local_to_buffer:
+            sums[entry.flat][entry.slots] = buffer[entry.total]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ def sync_of(shards: ShardMap, plans: Sequence[StepPlan], layouts: Mapping[str, P
     number, so ranks agree on it without talking. Every rank of a group takes part, also one that holds no cut segment.
     """
     over_shards = [
-        _cut_stage(group, {name: cut for name, cut in shards.boundaries.items() if cut.group is group}, plans, layouts)
+        _boundary_stage(
+            group, {name: cut for name, cut in shards.boundaries.items() if cut.group is group}, plans, layouts
+        )
         for group in dict.fromkeys(cut.group for cut in shards.boundaries.values())
     ]
     over_slices = [
@@ -90,17 +92,18 @@ def sync_of(shards: ShardMap, plans: Sequence[StepPlan], layouts: Mapping[str, P
     return SegmentSync(tuple(s for s in over_shards if s.size), tuple(s for s in over_slices if s.size))
 
 
-def _cut_stage(
+def _boundary_stage(
     group: dist.ProcessGroup | None,
-    cuts: Mapping[str, ShardBoundaries],
+    boundaries: Mapping[str, ShardBoundaries],
     plans: Sequence[StepPlan],
     layouts: Mapping[str, ParamLayout],
 ) -> SyncStage:
     places: dict[tuple[str, int], _SlotIndex | _OrderedPartials] = {}
     size = 0
-    for name, cut in cuts.items():
+    for name, cut in boundaries.items():
         layout = layouts[name]
         for piece in range(len(layout.pieces)):
+            found: _SlotIndex | _OrderedPartials
             if cut.has_replicas and layout.is_consecutive:
                 found = _OrderedPartials.of(size, segment_numel(layout, piece), cut.positions)
             else:
@@ -108,17 +111,17 @@ def _cut_stage(
             if found.size:
                 places[name, piece] = found
                 size += found.size
-    shares = []
+    entries: list[_LocalToBuffer] = []
     for flat, plan in enumerate(plans):
         runs = [(run, places[run.name, run.piece]) for run in plan.runs if (run.name, run.piece) in places]
-        shares += _local_to_buffer(flat, *zip(*(found.share(run) for run, found in runs))) if runs else []
-    additions = [pair for found in places.values() for pair in found.additions()]
-    return SyncStage(group, size, tuple(shares), tuple(additions))
+        entries += _entries(flat, *zip(*(found.local_to_buffer(run) for run, found in runs))) if runs else []
+    additions = [pair for found in places.values() for pair in found.ordered_reduction()]
+    return SyncStage(group, size, tuple(entries), tuple(additions))
 
 
 @dataclass(frozen=True)
 class _SlotIndex:
-    """One place of the buffer, from ``base`` on, for each of a piece's cut ``segments``."""
+    """Buffer layout of a piece's shared ``segments``: one float per segment, from ``base`` on."""
 
     base: int
     segments: np.ndarray
@@ -127,26 +130,26 @@ class _SlotIndex:
     def size(self) -> int:
         return len(self.segments)
 
-    def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A run's cut segments: their slots, the places of their sums, and of the whole segments' sums."""
+    def local_to_buffer(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A run's shared segments: their slots, the buffer indices of their partial sums and of the whole sums."""
         low, high = np.searchsorted(self.segments, (run.first, run.first + run.count))
         places = np.arange(low, high) + self.base
         return self.segments[low:high] - run.first + run.slot, places, places
 
-    def additions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """None: the all-reduce itself adds up a segment's parts."""
+    def ordered_reduction(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """None: the all-reduce itself adds a segment's parts."""
         return []
 
 
 @dataclass(frozen=True)
 class _OrderedPartials:
-    """One place of the buffer, from ``base`` on, for every stretch between two edges in a cut segment.
-
-    Only one rank writes to a place, and the places are added in order, so a sum depends on nothing but the edges.
+    """Buffer layout when tied replicas are sharded differently: one float per interval between shard boundaries inside a
+    segment, from ``base`` on. One rank writes each float and they are added in a fixed order, so that replicas stay bitwise
+    identical.
 
     Attributes:
         numel: elements of a segment; an embedding's are its rows.
-        begins: where in the parameter each stretch begins, ascending.
+        begins: where in the parameter each interval begins, ascending.
     """
 
     base: int
@@ -155,7 +158,7 @@ class _OrderedPartials:
 
     @staticmethod
     def of(base: int, numel: int, positions: np.ndarray) -> _OrderedPartials:
-        """The stretches that edges at ``positions`` make of the segments they cut."""
+        """The intervals that boundaries at ``positions`` make of the segments they lie in."""
         inside = positions[positions % numel != 0]
         return _OrderedPartials(base, numel, np.unique(np.concatenate([inside // numel * numel, inside])))
 
@@ -163,7 +166,7 @@ class _OrderedPartials:
     def size(self) -> int:
         return len(self.begins)
 
-    def share(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def local_to_buffer(self, run: SegmentRun) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As of :class:`_SlotIndex`."""
         segments = np.unique(self.begins // self.numel)
         segments = segments[slice(*np.searchsorted(segments, (run.first, run.first + run.count)))]
@@ -171,8 +174,8 @@ class _OrderedPartials:
         places = np.searchsorted(self.begins, np.maximum(segments * self.numel, run.start))
         return segments - run.first + run.slot, places + self.base, firsts + self.base
 
-    def additions(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(to, from): the second stretches of all segments to the first ones, then the third, and so on."""
+    def ordered_reduction(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(to, from): all segments' second intervals to the first ones, then the third, and so on."""
         firsts = np.searchsorted(self.begins, self.begins // self.numel * self.numel)
         numbers = np.arange(self.size) - firsts
         pairs = [(firsts[numbers == n], np.flatnonzero(numbers == n)) for n in range(1, int(numbers.max()) + 1)]
@@ -180,15 +183,16 @@ class _OrderedPartials:
 
 
 def _split_stage(group: dist.ProcessGroup, names: set[str], plans: Sequence[StepPlan]) -> SyncStage:
-    shares, size = [], 0
+    entries: list[_LocalToBuffer] = []
+    size = 0
     for flat, plan in enumerate(plans):
         slots = [np.arange(run.slot, run.slot + run.count) for run in plan.runs if run.name in names]
         count = sum(len(s) for s in slots)
         places = [np.arange(size, size + count)]
-        shares += _local_to_buffer(flat, slots, places, places)
+        entries += _entries(flat, slots, places, places)
         size += count
     _agree(group, size)
-    return SyncStage(group, size, tuple(shares))
+    return SyncStage(group, size, tuple(entries))
 
 
 def _agree(group: dist.ProcessGroup, size: int) -> None:
@@ -202,8 +206,8 @@ def _agree(group: dist.ProcessGroup, size: int) -> None:
         )
 
 
-def _local_to_buffer(flat: int, *parts: Sequence[np.ndarray]) -> list[_LocalToBuffer]:
-    """The share with these slots, places and places of totals; none where there are no slots."""
+def _entries(flat: int, *parts: Sequence[np.ndarray]) -> list[_LocalToBuffer]:
+    """The entry with these slots, indices and indices of totals; none where there are no slots."""
     if not sum(map(len, parts[0])):
         return []
     return [_LocalToBuffer(flat, *(torch.from_numpy(np.concatenate(part)) for part in parts))]

@@ -118,19 +118,19 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
 
     def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:
         """The sums of all attached flat tensors, zeros for those without a gradient: their rank takes part too."""
-        for tensor, _ in self.shards.flats:
+        for tensor, _ in self.attached_shards.flats:
             if id(tensor) not in sums:
                 sums[id(tensor)] = torch.zeros(self.plan_of(tensor).slots, dtype=torch.float32, device=tensor.device)
-        return [sums[id(tensor)] for tensor, _ in self.shards.flats]
+        return [sums[id(tensor)] for tensor, _ in self.attached_shards.flats]
 
     # ---- the step
 
     def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
-        sums, started = self._prereduced, None
+        sums, started = self._prereduced, []
         reduce_now = not self._prereduced
         if reduce_now:
-            sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work])
-            started = self._sync and self._sync.start(self._in_order(sums))
+            sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work if p.grad is not None])
+            started = [] if self._sync is None else self._sync.start(self._in_order(sums))
         for p, values in work:
             with self._rows(p) as (param, grad, states), self._slots(p) as slots:
                 self._kernel(p).segment_step(
@@ -144,7 +144,7 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
     @contextmanager
     def _slots(self, p: torch.Tensor) -> Iterator[torch.Tensor]:
         """The segment state as kernels take it, a value per segment of this rank's plan."""
-        state = self.state[p][self.rule.segment_state.name]
+        state = self.state[p][self._segment_key]
         if not isinstance(p, DTensor):
             yield state
             return

@@ -78,6 +78,8 @@ def refuse_unlike(
         BlockError: a gradient, moment or the tensor itself is of another size, type, device or kind.
     """
     grad = tensor.grad
+    if grad is None:
+        raise BlockError(f"{name} has no gradient; call backward before step")
     if grad.layout != torch.strided:
         raise BlockError(
             f"{name} has a sparse gradient, which blockwise optimizers do not support; build the embedding with sparse=False"
@@ -90,7 +92,7 @@ def refuse_unlike(
     if (
         isinstance(grad, DTensor) != isinstance(tensor, DTensor)
         or row_numel(grad) != numel
-        or (isinstance(grad, DTensor) and grad.placements != tensor.placements)
+        or (isinstance(grad, DTensor) and isinstance(tensor, DTensor) and grad.placements != tensor.placements)
     ):
         raise BlockError(
             f"the gradient of {name} is of shape {tuple(grad.shape)} and another placement or size than the "
