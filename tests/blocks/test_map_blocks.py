@@ -149,3 +149,11 @@ def test_the_fingerprint_tells_layouts_apart():
     one, same = map_blocks(llama()).fingerprint(), map_blocks(llama()).fingerprint()
     other = map_blocks(llama(), config={"num_attention_heads": 2, "num_key_value_heads": 1}).fingerprint()
     assert one == same != other
+
+
+def test_the_name_of_a_tensor_that_must_be_mapped():
+    model = llama()
+    block_map = map_blocks(model)
+    assert block_map.require_name(model.model.norm.weight) == "model.norm.weight"
+    with pytest.raises(BlockError, match=r"a tensor of shape \(32,\) is not in the block map"):
+        block_map.require_name(model.model.norm.weight.detach().clone())

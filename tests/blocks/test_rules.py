@@ -9,7 +9,7 @@ from twins import llama
 
 from blockwise_lr import BlockError, map_blocks
 from blockwise_lr.blocks.globs import matches
-from blockwise_lr.blocks.rules import user_rules
+from blockwise_lr.blocks.rules import Rule, user_rules
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,8 @@ def test_stacked_vectors_are_vectors():
         "bias": ("bias", 3, 8),
         "weight": ("matrix", 3, 8),
     }
+
+
+def test_a_rule_of_a_table_that_says_no_block():
+    with pytest.raises(BlockError, match="has no block, split or special"):
+        Rule("*.proj.weight").layout("layers.0.proj.weight", (4, 4), None)

@@ -93,6 +93,7 @@ class ParamLayout:
 
     @property
     def numel(self) -> int:
+        """Elements of the parameter."""
         return math.prod(self.shape)
 
     @property

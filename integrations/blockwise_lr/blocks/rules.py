@@ -58,6 +58,7 @@ class Rule:
     view: Callable[[tuple[int, ...], HeadCounts], tuple[int, ...]] | None = None
 
     def matches(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the rule applies to a parameter of that name and shape."""
         return not (self.vector and len(shape) > 1) and matches(self.match, name)
 
     def layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
@@ -249,6 +250,7 @@ class UserRule(BaseModel):
         return self
 
     def rule(self) -> Rule:
+        """The rule that this JSON object describes."""
         block = None if self.block is None else block_type(self.block)
         return Rule(self.match, block, self.heads, self.split, self.interleave, self.transposed, self.batch_dims)
 

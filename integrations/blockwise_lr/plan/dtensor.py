@@ -43,7 +43,7 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
     Raises:
         BlockError: a DTensor with another placement (tensor parallelism, or a shard of another dimension).
     """
-    found, cuts = [], {}
+    found, boundaries = [], {}
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
             continue
@@ -53,9 +53,9 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
         if dimension is not None:
             positions = even_boundaries(tensor.numel(), chunk_numel(tensor, dimension))
             if len(positions):
-                cuts[name] = ShardBoundaries(positions, tensor.device_mesh.get_group(dimension))
+                boundaries[name] = ShardBoundaries(positions, tensor.device_mesh.get_group(dimension))
         found.append((tensor, [Fragment(name, shard_start(tensor, dimension), numel, 0)] if numel else []))
-    return ShardMap(found, cuts) if found else None
+    return ShardMap(found, boundaries) if found else None
 
 
 def chunk_numel(tensor: DTensor, dimension: int) -> int:

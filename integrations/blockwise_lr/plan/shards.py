@@ -93,9 +93,9 @@ def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], Par
     Parameters whose segments are not contiguous in memory are left unchanged; they are summed as without replicas.
     """
     split = {
-        name: cut.positions
-        for name, cut in shards.boundaries.items()
-        if cut.has_replicas and layout_of(name).is_consecutive
+        name: boundary.positions
+        for name, boundary in shards.boundaries.items()
+        if boundary.has_replicas and layout_of(name).is_consecutive
     }
     flats = [
         (flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])

@@ -152,8 +152,8 @@ def segment_plan(
             first = min(row[SLOT] for row, _ in piece_rows)
             last = max(_last_segment(row) for row, _ in piece_rows)
             segment = float(segment_numel(layout, index) * split)
-            for row, is_cut in piece_rows:
-                key = is_cut or split > 1
+            for row, spans_shards in piece_rows:
+                key = spans_shards or split > 1
                 rows[key].append((*row[:SLOT], row[SLOT] - first + slots, *row[SLOT_STEP:]))
                 numels[key].append(segment)
             runs.append(SegmentRun(fragment.name, index, first, slots, last - first + 1, fragment.start))
@@ -278,7 +278,7 @@ def _chunks(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, n
     base = start * layout.inputs
     shift = fragment.offset - fragment.start
     shared = not piece.unit and repeats > 1
-    shared_cut = shared and any(base < edge < (repeats - 1) * period + base + size for edge in (first, end))
+    is_divided = shared and any(base < edge < (repeats - 1) * period + base + size for edge in (first, end))
     rows: list[Row] = []
     full_first, full_end = -(-first // period), end // period
     for repeat in _partial_periods(first, end, period):
@@ -294,7 +294,7 @@ def _chunks(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, n
             )
         )
     if shared:  # a segment in several rectangles is summed as one that spans shards, even if it is on one rank only
-        return [(row, shared_cut or len(rows) > 1) for row, _ in rows]
+        return [(row, is_divided or len(rows) > 1) for row, _ in rows]
     return rows
 
 
@@ -314,11 +314,11 @@ def _run(low: int, high: int, base: int, unit: int, segment: int, shift: int, nu
     rows: list[Row] = []
     head = min(high, base + -(-(low - base) // unit) * unit)
     tail = max(head, base + (high - base) // unit * unit)
-    for begin, stop, is_cut in ((low, head, True), (head, tail, False), (tail, high, True)):
+    for begin, stop, spans_shards in ((low, head, True), (head, tail, False), (tail, high, True)):
         if begin < stop:
-            length = stop - begin if is_cut else unit
+            length = stop - begin if spans_shards else unit
             rows.append(
-                ((begin + shift, 1, 0, stop - begin, number, segment + (begin - base) // unit, 0, length), is_cut)
+                ((begin + shift, 1, 0, stop - begin, number, segment + (begin - base) // unit, 0, length), spans_shards)
             )
     return rows
 
@@ -332,7 +332,7 @@ def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, 
     for index in range(fragment.start // matrix, -(-(fragment.start + fragment.numel) // matrix)):
         low = max(fragment.start, index * matrix)
         high = min(fragment.start + fragment.numel, (index + 1) * matrix)
-        is_cut = high - low < matrix
+        spans_shards = high - low < matrix
         for repeat in range(layout.repeat):
             base = repeat * layout.period + start
             segment = (index * layout.repeat + repeat) * (piece.size // unit) if piece.unit else index
@@ -354,7 +354,7 @@ def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, 
                             0,
                             unit,
                         ),
-                        is_cut,
+                        spans_shards,
                     )
                 )
     return rows

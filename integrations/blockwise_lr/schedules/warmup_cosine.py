@@ -126,6 +126,7 @@ class BlockwiseWarmupCosine(LRScheduler):
                 state_block_lrs(group, {block: weight * top + floor * min(low, top) for block, top in tops.items()})
 
     def state_dict(self) -> dict[str, Any]:
+        """The step and the settings, which :meth:`load_state_dict` compares with its own."""
         return {
             "last_batch_iteration": self.last_batch_iteration,
             "total_num_steps": self.total_num_steps,

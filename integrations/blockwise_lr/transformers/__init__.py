@@ -5,14 +5,12 @@ Not needed with DeepSpeed: use ``TrainingArguments(deepspeed=...)`` and ``import
 
 from __future__ import annotations
 
-from typing import Any
-
 from .trainer import FACTORIES, OptimizerFactory
 
 __all__ = ["FACTORIES", "OptimizerFactory", *FACTORIES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[OptimizerFactory]:
     try:
         return FACTORIES[name]
     except KeyError:

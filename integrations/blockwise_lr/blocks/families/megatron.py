@@ -41,9 +41,9 @@ def _part_of_a_group(rows: int, heads: HeadCounts, roles: tuple[str, ...]) -> tu
         )
     whole = required_heads(head_counts({**heads.config, "tensor_model_parallel_size": 1}))
     pieces, groups = qkv_pieces(rows * parts, whole.q, whole.kv, "group", roles)
-    cut = rows % pieces[-1].size  # a head is as long as a group's v
+    divides_heads = rows % pieces[-1].size != 0  # a head is as long as a group's v
     return tuple(
-        replace(piece, size=size, unit=None if cut else piece.unit)
+        replace(piece, size=size, unit=None if divides_heads else piece.unit)
         for piece, size in _run(pieces * groups, rank * rows, rows)
     )
 
