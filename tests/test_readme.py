@@ -123,7 +123,7 @@ def test_the_table_of_options_is_complete():
 def test_the_table_of_flags_is_complete():
     text = (ROOT / "integrations" / "blockwise_lr" / "megatron" / "README.md").read_text()
     named = {flag for row in re.findall(r"^\| (`--.*?) \|", text, re.M) for flag in FLAG.findall(row)}
-    assert {flag for flag in named if not flag.startswith("--no-")} == {"--optimizer", *flags_of_settings()}
+    assert named == {"--optimizer", *flags_of_settings()}
 
 
 def test_losses_and_gains_are_those_of_the_rows():
