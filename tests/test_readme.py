@@ -6,7 +6,9 @@ where it is defined (page_checks.py). The last tests show that each of the check
 """
 
 import argparse
+import importlib
 import json
+import pkgutil
 import re
 
 import pytest
@@ -123,7 +125,16 @@ def test_the_table_of_options_is_complete():
 def test_the_table_of_flags_is_complete():
     text = (ROOT / "integrations" / "blockwise_lr" / "megatron" / "README.md").read_text()
     named = {flag for row in re.findall(r"^\| (`--.*?) \|", text, re.M) for flag in FLAG.findall(row)}
-    assert {flag for flag in named if not flag.startswith("--no-")} == {"--optimizer", *flags_of_settings()}
+    assert named == {"--optimizer", *flags_of_settings()}
+
+
+def test_the_table_of_patches_is_complete():
+    from blockwise_lr import patches
+
+    found = {info.name for info in pkgutil.iter_modules(patches.__path__)}
+    found = {name for name in found if hasattr(importlib.import_module(f"blockwise_lr.patches.{name}"), "PATCH")}
+    named = set(re.findall(r"`(\w+)\.py`", (ROOT / "patches" / "README.md").read_text()))
+    assert found <= named
 
 
 def test_losses_and_gains_are_those_of_the_rows():
