@@ -1,7 +1,10 @@
 """Makes the helpers in this folder importable, and sets the environment, here and in the rank processes."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -10,6 +13,9 @@ for folder in (HERE, os.path.join(HERE, "..", "examples")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if "BLOCKWISE_LR_TEST_REFERENCES" not in os.environ:  # the ranks, which share it, have it from here (references.py)
+    os.environ["BLOCKWISE_LR_TEST_REFERENCES"] = tempfile.mkdtemp(prefix="blockwise-lr-references-")
+    atexit.register(shutil.rmtree, os.environ["BLOCKWISE_LR_TEST_REFERENCES"], ignore_errors=True)
 # in PyTorch's own folder, checkouts and environments would build over each other's extensions
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR",

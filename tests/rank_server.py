@@ -14,6 +14,24 @@ for name in (
     "blockwise_lr.deepspeed",
     "twins",
     "deepspeed_door.crash_worker",
+    "megatron_door.checkpoints",
+    "megatron_door.inside_deepspeed",
+    "hugging_face.runs",
+    "accelerate",
 ):
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+with contextlib.suppress(ImportError):  # Megatron's modules, which are imported where its patch is applied first
+    from blockwise_lr.patches.megatron_on_cpu import PATCH
+
+    undo = PATCH.apply()
+    try:
+        import megatron.core.dist_checkpointing
+        import megatron.core.models.gpt.gpt_layer_specs
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel
+        import megatron_door.parts  # noqa: F401
+
+        import blockwise_lr.megatron  # noqa: F401
+    finally:
+        undo()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from kinds import options_of
+from references import once
 from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids
 
 LR, MIN_LR, WARMUP, DECAY, BETAS, CLIP, ACCUMULATION = 2e-3, 1e-4, 3, 0.1, (0.9, 0.95), 0.5, 2
@@ -99,6 +100,7 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@once
 def reference(
     model_kind: str,
     kind: str,

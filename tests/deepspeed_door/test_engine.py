@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from deepspeed_door.engines import CLIP, DECAY, LR, MIN_LR, WARMUP, config, start, train, weights
 from ranks import pool
+from references import once
 from twins import RATIOS, Twin, make, paper_lr, token_ids, worst_difference
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
@@ -58,27 +59,31 @@ def test_nothing_is_reduced_when_nothing_is_cut():
     assert pool(1).run(no_cut_no_collective) == [0]
 
 
-def groups_case(stage):
+@once
+def two_groups_by_one_process(ranks):
+    """The weights of the twin with the decays of two_groups."""
     from deepspeed_door.engines import ACCUMULATION, BETAS, EPS
     from twins import REFERENCES
 
+    twin = Twin("llama", make("llama"))
+    optimizer = REFERENCES[ADAMW](twin, BETAS, EPS, DECAY, RATIOS)
+    for group in optimizer.optimizer.param_groups:  # block type groups hold matrices or vectors, never both
+        group["weight_decay"] = 0.05 if group["params"][0].dim() > 1 else 0.01
+    for number, batch in enumerate(token_ids(10, ACCUMULATION, ranks), 1):
+        for ids in batch.flatten(0, 1):
+            twin.backward(ids, 1 / (ACCUMULATION * ranks))
+        twin.clip(CLIP)
+        optimizer.step(lambda ratio, number=number: paper_lr(number, ratio, LR, MIN_LR, WARMUP, 10))
+    return {name: value.detach() for name, value in twin.values().items()}
+
+
+def groups_case(stage):
     model = make("llama")
     engine = start(model, config(ADAMW, stage), model_parameters=two_groups(model))
     train(engine, 10)
     found = weights(engine)
     engine.destroy()
-    twin = Twin("llama", make("llama"))
-    optimizer = REFERENCES[ADAMW](twin, BETAS, EPS, DECAY, RATIOS)
-    for group in optimizer.optimizer.param_groups:  # block type groups hold matrices or vectors, never both
-        group["weight_decay"] = 0.05 if group["params"][0].dim() > 1 else 0.01
-    ranks = dist.get_world_size()
-    for number, batch in enumerate(token_ids(10, ACCUMULATION, ranks), 1):
-        for part in batch:
-            for ids in part:
-                twin.backward(ids, 1 / (ACCUMULATION * ranks))
-        twin.clip(CLIP)
-        optimizer.step(lambda ratio: paper_lr(number, ratio, LR, MIN_LR, WARMUP, 10))
-    return worst_difference(found, {n: v.detach() for n, v in twin.values().items()})
+    return worst_difference(found, two_groups_by_one_process(dist.get_world_size()))
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

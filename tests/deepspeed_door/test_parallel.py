@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed_door.engines import BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP, config
 from kinds import with_kinds
 from ranks import pool
+from references import once
 from twins import RATIOS, TorchAdamW, Twin, make, paper_lr, token_ids, worst_difference
 
 ADAMW, MINI, LION = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"
@@ -280,6 +281,7 @@ def even_llama(seed=0):
     )
 
 
+@once
 def by_one_process():
     """The weights of even_llama after ten updates with torch's AdamW, a group per block type."""
     twin = Twin("llama", even_llama())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from deepspeed_door.engines import config, start, train, weights
 from ranks import pool
+from references import once
 from twins import RATIOS, Twin, make
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
@@ -15,6 +16,7 @@ LAYOUTS = [
 ]
 
 
+@once
 def loop_moments(steps, ranks, kind="llama"):
     """Both moments of every parameter after some steps of the plain loop, second moments spread over elements."""
     from deepspeed_door.engines import ACCUMULATION, BETAS, CLIP, DECAY, EPS, LR, MIN_LR, WARMUP

@@ -10,13 +10,15 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("deepspeed")
 
 from kinds import KINDS
-from megatron_door.inside_deepspeed import pipeline, slice_blocks, tensor_parallel
+from megatron_door.inside_deepspeed import TOTAL, pipeline, slice_blocks, tensor_parallel
+from megatron_door.training import prepared
 from ranks import pool
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_tensor_parallel_model_with_zero(kind, stage, record_property):
+    prepared("llama", kind, TOTAL, schedule="paper")
     for result in pool(4).run(tensor_parallel, "llama", kind, stage):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result
@@ -25,6 +27,7 @@ def test_tensor_parallel_model_with_zero(kind, stage, record_property):
 
 def test_one_moment_per_bias_vector_over_all_slices(record_property):
     """A column-parallel layer's bias is sliced, and Adam-mini's one moment is that of all slices."""
+    prepared("gpt", "BlockwiseAdamMini", TOTAL, schedule="paper", vector_biases=True)
     for result in pool(4).run(
         functools.partial(tensor_parallel, bias_segments="vector"), "gpt", "BlockwiseAdamMini", 1
     ):
@@ -36,6 +39,7 @@ def test_one_moment_per_bias_vector_over_all_slices(record_property):
 @pytest.mark.parametrize("kind", KINDS)
 def test_pipeline_module_of_megatron_layers_with_zero(kind, record_property):
     """No shard's edge lies in the tied embedding here."""
+    prepared("llama", kind, TOTAL, schedule="paper")
     for result in pool(4).run(pipeline, "llama", kind, 1):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result
@@ -45,6 +49,7 @@ def test_pipeline_module_of_megatron_layers_with_zero(kind, record_property):
 @pytest.mark.parametrize("kind, kernel", [*((kind, "reference") for kind in KINDS), ("BlockwiseAdamMini", "cpp")])
 def test_tied_embedding_whose_row_is_cut_on_one_stage_only(kind, kernel, record_property):
     """The row's squares are added up in the same order on both stages, so its copies stay equal to the bit."""
+    prepared("many_words", kind, TOTAL, schedule="paper")
     for result in pool(4).run(pipeline, "many_words", kind, 1, kernel):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result

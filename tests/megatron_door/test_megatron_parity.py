@@ -4,9 +4,10 @@ import pytest
 
 pytest.importorskip("megatron.core")
 
+import torch
 from kinds import with_kinds
 from megatron_door.layouts import Layout
-from megatron_door.training import parity, steps_parity
+from megatron_door.training import parity, prepared, steps_parity
 from ranks import pool
 
 CASES = [
@@ -39,6 +40,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, variant, ranks, layout", with_kinds(CASES), ids=str)
 def test_equals_the_single_process_twin(kind, variant, ranks, layout, record_property):
+    prepared(variant, kind, 10)
     for result in pool(ranks).run(parity, variant, kind, layout):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result
@@ -66,6 +68,7 @@ def test_bf16_follows_the_twin(kind, ranks, layout, record_property):
     """End to end, against one process in bf16 with fp32 weights: 10 steps change every tensor as there, but for what
     the steps make of roundings to 8 bits in another order. Megatron's own Adam, at one learning rate, is held to the
     same bound. The test above is the sharp one."""
+    prepared("llama", kind, 10, torch.bfloat16)
     for result in pool(ranks).run(parity, "llama", kind, layout):
         record_property("worst", result["worst"])
         assert result["worst"] < 0.05, result
@@ -77,5 +80,6 @@ def local_rows(layout):
 
 
 def test_the_local_form_of_adam_mini_depends_on_tensor_parallelism():
+    prepared("llama", "BlockwiseAdamMini", 10)
     for result in pool(2).run(local_rows, Layout(tp=2)):
         assert result["worst"] > 1e-4 and ("linear_proj" in result["name"] or "linear_fc2" in result["name"]), result

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from kinds import KINDS
 from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gather_full, load_full, megatron
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
+from ranks import pool
+from references import once
 from twins import REFERENCES, paper_lr, worst_difference
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
@@ -40,7 +42,7 @@ def megatron_lr(step: int, ratio: float) -> float:
     return MIN_LR + (ratio * LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (TOTAL - WARMUP)))
 
 
-@functools.cache
+@once
 def reference(
     variant: str,
     kind: str,
@@ -52,8 +54,10 @@ def reference(
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
     "adam" is torch's AdamW with one learning rate. In bf16 the twin computes in it and keeps fp32 weights and gradients.
+    Megatron's groups take all ranks, so a pool of one rank computes it (:func:`prepared`) and the others read it.
     The "paper" schedule begins with update 1 of the warmup and ends with ``steps``, Megatron's begins with 0.
     """
+    assert dist.get_world_size() == 1, "call prepared() first"
     with megatron(Layout()):
         twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16), vector_biases)
         first = {name: value.detach().clone() for name, value in twin.values().items()}
@@ -73,6 +77,15 @@ def reference(
                 )
             )
         return first, {name: value.detach().clone() for name, value in twin.values().items()}, losses
+
+
+def prepared(*arguments: Any, **options: Any) -> None:
+    """Has a pool of one rank compute :func:`reference` for the ranks of other pools; for the process of the tests."""
+    pool(1).run(_computed, arguments, options)
+
+
+def _computed(arguments: tuple, options: dict[str, Any]) -> None:
+    reference(*arguments, **options)
 
 
 def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]:
