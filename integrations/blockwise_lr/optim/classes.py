@@ -62,7 +62,10 @@ def _fields(rule: UpdateRule) -> dict[str, Any]:
 
 def _documentation(rule: UpdateRule) -> str:
     fields = _fields(rule)
-    names = [*rule.positional, *(name for name in rule.Options.names() if name in fields and name not in rule.positional)]
+    names = [
+        *rule.positional,
+        *(name for name in rule.Options.names() if name in fields and name not in rule.positional),
+    ]
     described = {name: f"{name}: {fields[name].description}." for name in names}
     first = list(rule.positional)
     lines = [
