@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .base import Patch, PatchError, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import PatchError, Symbol
 
 _CPU = torch.device("cpu")
 _TENSOR_TYPES = {
@@ -168,7 +169,7 @@ def _leaving_generator(iterate: Callable[..., Any]) -> Callable[..., Any]:
     return iterate_and_restore
 
 
-def _install(undo: Undo) -> None:
+def _install(undo: Undo, _: None) -> None:
     if torch.cuda.is_available():
         raise PatchError("patch 'cuda-on-cpu' stands in for a missing GPU, and this machine has one; leave it out")
     for name, value in _redirections().items():

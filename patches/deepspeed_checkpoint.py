@@ -6,18 +6,34 @@ loaders read only folders of their own ZeRO stage. Engines with other optimizers
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_deepspeed import ENGINE, PACKAGE, VERSIONS
 
-_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine."
+
+@dataclass(frozen=True)
+class Hooks:
+    """What stands around DeepSpeed's saving and loading.
+
+    Attributes:
+        is_ours: whether an engine's checkpoints are looked after.
+        save: (engine, DeepSpeed's save_checkpoint, directory, tag, save_latest, **others).
+        load: (engine, DeepSpeed's load_checkpoint, directory, tag, **others).
+        model_state_files: (what DeepSpeed found, the glob it used) -> the model state files of a universal folder.
+    """
+
+    is_ours: Callable[[Any], bool]
+    save: Callable[..., bool]
+    load: Callable[..., tuple[Any, Any]]
+    model_state_files: Callable[[list[str], str], list[str]]
 
 
-def _install(undo: Undo) -> None:
+def _install(undo: Undo, hooks: Hooks) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
-
-    from blockwise_lr.deepspeed.checkpoint import is_ours, load, save
-    from blockwise_lr.deepspeed.universal import model_state_files
 
     upstream_save = DeepSpeedEngine.save_checkpoint
     upstream_load = DeepSpeedEngine.load_checkpoint
@@ -32,9 +48,9 @@ def _install(undo: Undo) -> None:
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         arguments = dict(client_state=client_state, exclude_frozen_parameters=exclude_frozen_parameters)
-        if not is_ours(self):
+        if not hooks.is_ours(self):
             return upstream_save(self, save_dir, tag=tag, save_latest=save_latest, **arguments)
-        return save(self, upstream_save, save_dir, tag, save_latest, **arguments)
+        return hooks.save(self, upstream_save, save_dir, tag, save_latest, **arguments)
 
     def load_checkpoint(
         self: Any,
@@ -53,15 +69,15 @@ def _install(undo: Undo) -> None:
             load_module_only=load_module_only,
             custom_load_fn=custom_load_fn,
         )
-        if not is_ours(self):
+        if not hooks.is_ours(self):
             return upstream_load(self, load_dir, tag=tag, **arguments)
-        return load(self, upstream_load, load_dir, tag, **arguments)
+        return hooks.load(self, upstream_load, load_dir, tag, **arguments)
 
     def _get_all_ckpt_names(self: Any, checkpoints_path: str, tag: str) -> list[str]:
         found = upstream_names(self, checkpoints_path, tag)
-        if not (is_ours(self) and self.load_universal_checkpoint()):
+        if not (hooks.is_ours(self) and self.load_universal_checkpoint()):
             return found
-        return model_state_files(
+        return hooks.model_state_files(
             found, self._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*", pp_placeholder="0")
         )
 
@@ -72,15 +88,15 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="deepspeed-checkpoint",
-    package="deepspeed",
-    versions=">=0.19.8,<0.20",
+    package=PACKAGE,
+    versions=VERSIONS,
     symbols=(
         Symbol(
-            _ENGINE + "save_checkpoint",
+            ENGINE + ".save_checkpoint",
             ("self", "save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters"),
         ),
         Symbol(
-            _ENGINE + "load_checkpoint",
+            ENGINE + ".load_checkpoint",
             (
                 "self",
                 "load_dir",
@@ -92,28 +108,14 @@ PATCH = Patch(
                 "custom_load_fn",
             ),
         ),
-        Symbol(_ENGINE + "_get_all_ckpt_names", ("self", "checkpoints_path", "tag")),
-        Symbol(_ENGINE + "_get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
-        Symbol(_ENGINE + "_get_zero_ckpt_name", ("self", "checkpoints_path", "tag")),
-        Symbol(_ENGINE + "_get_zero_param_shapes", ("self",)),
-        Symbol(_ENGINE + "_copy_recovery_script", ("self", "save_path")),
-        Symbol("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._link_all_hp_params", ("self",)),
-        Symbol("deepspeed.utils.tensor_fragment:fragment_address", ("numel", "start")),
-        Symbol(
-            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._load_universal_checkpoint",
-            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
-        ),
-        Symbol(
-            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint",
-            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
-        ),
-        Symbol(
-            "deepspeed.runtime.bf16_optimizer:BF16_Optimizer._load_universal_checkpoint",
-            ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights"),
-        ),
-        Symbol("deepspeed.checkpoint.ds_to_universal:main", ("args",)),
+        Symbol(ENGINE + "._get_all_ckpt_names", ("self", "checkpoints_path", "tag")),
+    ),
+    reads=(
+        Symbol(ENGINE + "._get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
+        Symbol(ENGINE + ".load_universal_checkpoint", ("self",)),
     ),
     why="there is no hook between a checkpoint's last file and `latest`, and none before a load",
     until="DeepSpeed writes `latest` after a barrier, checks its files, and loads universal folders in any stage",
     install=_install,
+    hooks=Hooks,
 )

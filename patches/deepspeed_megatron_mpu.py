@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_deepspeed import ENGINE, PACKAGE, VERSIONS
 
 
-def _install(undo: Undo) -> None:
+def _install(undo: Undo, _: None) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     original = DeepSpeedEngine._configure_with_arguments
@@ -30,9 +32,9 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="deepspeed-megatron-mpu",
-    package="deepspeed",
-    versions=">=0.19.8,<0.20",
-    symbols=(Symbol("deepspeed.runtime.engine:DeepSpeedEngine._configure_with_arguments", ("self", "args", "mpu")),),
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(Symbol(ENGINE + "._configure_with_arguments", ("self", "args", "mpu")),),
     why="DeepSpeed asks an mpu for functions that megatron.core.parallel_state no longer has",
     until="DeepSpeed asks the mpu for its model-parallel group only",
     install=_install,

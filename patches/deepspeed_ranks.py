@@ -7,21 +7,33 @@ settings. Engines with other optimizers go on as before; for them it is one smal
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_deepspeed import ENGINE, PACKAGE, VERSIONS
 
-_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine."
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is done at an engine's start.
+
+    Attributes:
+        before: given the arguments of DeepSpeedEngine by name, before its first collective.
+        after: given the engine once it is built.
+        configure_scheduler: (engine, DeepSpeed's way of building its scheduler): has to call it.
+    """
+
+    before: Callable[[Mapping[str, Any]], None]
+    after: Callable[[Any], None]
+    configure_scheduler: Callable[[Any, Callable[[], None]], None]
 
 
-def _install(undo: Undo) -> None:
-    import inspect
-
+def _install(undo: Undo, hooks: Hooks) -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
-
-    from blockwise_lr.collective.errors import run_on_all_ranks
-    from blockwise_lr.deepspeed.agreement import compare_ranks
-    from blockwise_lr.optim.base import BlockwiseOptimizer
 
     init = DeepSpeedEngine.__init__
     configure = DeepSpeedEngine._configure_lr_scheduler
@@ -31,23 +43,12 @@ def _install(undo: Undo) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
-        of = given.arguments
-        compare_ranks(
-            of["args"],
-            of["model"],
-            of["optimizer"],
-            of["lr_scheduler"],
-            of["mpu"],
-            of["config_class"],
-            of["mesh_device"],
-        )
+        hooks.before(given.arguments)
         init(self, *args, **kwargs)
+        hooks.after(self)
 
     def _configure_lr_scheduler(self: Any) -> None:
-        if isinstance(self.basic_optimizer, BlockwiseOptimizer):
-            run_on_all_ranks(lambda: configure(self), "building the learning rate scheduler")
-        else:
-            configure(self)
+        hooks.configure_scheduler(self, functools.partial(configure, self))
 
     undo.set(DeepSpeedEngine, "__init__", __init__)
     undo.set(DeepSpeedEngine, "_configure_lr_scheduler", _configure_lr_scheduler)
@@ -55,11 +56,11 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="deepspeed-ranks",
-    package="deepspeed",
-    versions=">=0.19.8,<0.20",
+    package=PACKAGE,
+    versions=VERSIONS,
     symbols=(
         Symbol(
-            _ENGINE + "__init__",
+            ENGINE + ".__init__",
             (
                 "self",
                 "args",
@@ -77,9 +78,10 @@ PATCH = Patch(
                 "dont_change_device",
             ),
         ),
-        Symbol(_ENGINE + "_configure_lr_scheduler", ("self",)),
+        Symbol(ENGINE + "._configure_lr_scheduler", ("self",)),
     ),
     why="DeepSpeed trusts that all ranks were given the same model and settings, and hangs or trains on where not",
     until="DeepSpeed compares models and settings over the ranks",
     install=_install,
+    hooks=Hooks,
 )

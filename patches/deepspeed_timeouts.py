@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_deepspeed import PACKAGE, VERSIONS
 
 _BACKEND = "deepspeed.comm.torch:TorchBackend."
 
 
-def _install(undo: Undo) -> None:
+def _install(undo: Undo, _: None) -> None:
     import torch
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.constants import default_pg_timeout
@@ -33,12 +35,13 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="deepspeed-timeouts",
-    package="deepspeed",
-    versions=">=0.19.8,<0.20",
+    package=PACKAGE,
+    versions=VERSIONS,
     symbols=(
         Symbol(_BACKEND + "init_process_group", ("self", "backend", "timeout", "init_method", "rank", "world_size")),
         Symbol(_BACKEND + "new_group", ("self", "ranks")),
     ),
+    reads=(Symbol("deepspeed.constants:default_pg_timeout"),),
     why="new_group passes no timeout on",
     until="DeepSpeed passes its timeout to torch.distributed.new_group",
     install=_install,

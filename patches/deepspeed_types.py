@@ -7,80 +7,89 @@ wrapped the optimizer tells it what the flat tensors hold. Engines with other op
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, Symbol, Undo
-
-_ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine."
-_ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
-_ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
-_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_deepspeed import ENGINE, PACKAGE, VERSIONS
 
 
-def _install(undo: Undo) -> None:
+@dataclass(frozen=True)
+class Hooks:
+    """What stands behind the types.
+
+    Attributes:
+        optimizer_types: name in a ds_config -> class.
+        scheduler_types: the same for schedulers.
+        is_callable: whether a client's optimizer is a function that makes one.
+        build: (name, engine, model parameters) -> the optimizer of a ds_config's entry.
+        make: (client's function, engine, model parameters) -> the optimizer that it makes.
+        wrapping: entered while DeepSpeed wraps an optimizer.
+        attach: told of an engine whose optimizer DeepSpeed has wrapped.
+    """
+
+    optimizer_types: Mapping[str, type]
+    scheduler_types: Mapping[str, type]
+    is_callable: Callable[[Any], bool]
+    build: Callable[[str, Any, Any], Any]
+    make: Callable[[Any, Any, Any], Any]
+    wrapping: Callable[[], AbstractContextManager[Any]]
+    attach: Callable[[Any], None]
+
+
+def _install(undo: Undo, hooks: Hooks) -> None:
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import utils
-
-    from blockwise_lr.collective.errors import run_on_all_ranks
-    from blockwise_lr.deepspeed.agreement import compare_made, is_callable
-    from blockwise_lr.deepspeed.build import OPTIMIZER_TYPES, build_optimizer
-    from blockwise_lr.deepspeed.engine import attach
-    from blockwise_lr.optim.base import BlockwiseOptimizer
-    from blockwise_lr.schedules import BlockwiseWarmupCosine
 
     is_supported = DeepSpeedEngine._is_supported_optimizer
     build = DeepSpeedEngine._configure_basic_optimizer
     configure = DeepSpeedEngine._configure_optimizer
 
     def _is_supported_optimizer(self: Any, optimizer_name: str) -> bool:
-        return optimizer_name in OPTIMIZER_TYPES or is_supported(self, optimizer_name)
+        return optimizer_name in hooks.optimizer_types or is_supported(self, optimizer_name)
 
     def _configure_basic_optimizer(self: Any, model_parameters: Any) -> Any:
-        if self.optimizer_name() not in OPTIMIZER_TYPES:
+        if self.optimizer_name() not in hooks.optimizer_types:
             return build(self, model_parameters)
-        made = build_optimizer(self.optimizer_name(), self.module, model_parameters, self.optimizer_params() or {})
-        compare_made(made, self.module, self.mpu)
-        return made
+        return hooks.build(self.optimizer_name(), self, model_parameters)
 
     def _configure_optimizer(self: Any, client_optimizer: Any, model_parameters: Any) -> None:
-        if is_callable(client_optimizer):  # made here, so that all ranks hear of an error, or of another class
-            make = client_optimizer
-            client_optimizer = run_on_all_ranks(lambda: make(model_parameters), "building the optimizer")
-            compare_made(client_optimizer, self.module, self.mpu)
-        with BlockwiseOptimizer.holding_steps():  # the fp16 wrapper takes a step on zero gradients while it is built
+        if hooks.is_callable(client_optimizer):  # made here, so that all ranks hear of an error, or of another class
+            client_optimizer = hooks.make(client_optimizer, self, model_parameters)
+        with hooks.wrapping():  # the fp16 wrapper takes a step on zero gradients while it is built
             configure(self, client_optimizer, model_parameters)
-        attach(self)
+        hooks.attach(self)
 
     undo.set(DeepSpeedEngine, "_is_supported_optimizer", _is_supported_optimizer)
     undo.set(DeepSpeedEngine, "_configure_basic_optimizer", _configure_basic_optimizer)
     undo.set(DeepSpeedEngine, "_configure_optimizer", _configure_optimizer)
-    undo.set(lr_schedules, "BlockwiseWarmupCosine", BlockwiseWarmupCosine)
-    for kind in OPTIMIZER_TYPES.values():
+    for name, scheduler in hooks.scheduler_types.items():
+        undo.set(lr_schedules, name, scheduler)
+    for kind in hooks.optimizer_types.values():
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
         undo.call(lambda kind=kind: utils.ZERO_SUPPORTED_OPTIMIZERS.remove(kind))
 
 
 PATCH = Patch(
     name="deepspeed-types",
-    package="deepspeed",
-    versions=">=0.19.8,<0.20",
+    package=PACKAGE,
+    versions=VERSIONS,
     symbols=(
-        Symbol(_ENGINE + "_is_supported_optimizer", ("self", "optimizer_name")),
-        Symbol(_ENGINE + "_configure_basic_optimizer", ("self", "model_parameters")),
-        Symbol(_ENGINE + "_configure_optimizer", ("self", "client_optimizer", "model_parameters")),
+        Symbol(ENGINE + "._is_supported_optimizer", ("self", "optimizer_name")),
+        Symbol(ENGINE + "._configure_basic_optimizer", ("self", "model_parameters")),
+        Symbol(ENGINE + "._configure_optimizer", ("self", "client_optimizer", "model_parameters")),
         Symbol("deepspeed.runtime.zero.utils:ZERO_SUPPORTED_OPTIMIZERS"),
-        Symbol("deepspeed.runtime.lr_schedules:WarmupLR"),
-        # wrapped on the instances, by blockwise_lr.deepspeed.state_access
-        *(Symbol(f"{path}._link_all_hp_params", ("self",)) for path in (_ZERO12, _BF16)),
-        Symbol("deepspeed.utils:get_full_hp_param", ("self", "optim_state_key")),
-        Symbol("deepspeed.utils:set_full_hp_param", ("self", "value", "optim_state_key")),
-        Symbol(_ZERO3 + ".get_full_hp_param", ("self", "param", "optim_state_key")),
-        Symbol(_ZERO3 + ".set_full_hp_param", ("self", "value", "param", "optim_state_key")),
-        Symbol(_ZERO3 + ".get_local_fp32_param", ("self", "param", "optim_state_key")),
-        Symbol(_ZERO3 + ".set_local_hp_param", ("self", "value", "param", "optim_state_key")),
+    ),
+    reads=(
+        Symbol("deepspeed.runtime.lr_schedules:WarmupLR", why="beside it DeepSpeed looks for scheduler types"),
+        Symbol(ENGINE + ".optimizer_name", ("self",)),
     ),
     why="DeepSpeed's list of optimizer types is closed, and it builds optimizers from tensors without names",
     until="DeepSpeed offers a registry of optimizer types that are given the module",
     install=_install,
+    hooks=Hooks,
 )

@@ -6,34 +6,42 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_megatron import PACKAGE, VERSIONS
 
 
-def _install(undo: Undo) -> None:
+@dataclass(frozen=True)
+class Hooks:
+    """``add_arguments``: given Megatron's parser, adds ours to it and returns it."""
+
+    add_arguments: Callable[[Any], Any]
+
+
+def _install(undo: Undo, hooks: Hooks) -> None:
     from megatron.training import arguments
-
-    from blockwise_lr.megatron.settings import add_arguments
 
     original = arguments.add_megatron_arguments
 
     @functools.wraps(original)
     def add_megatron_arguments(parser: Any) -> Any:
-        return add_arguments(original(parser))
+        return hooks.add_arguments(original(parser))
 
     undo.set(arguments, "add_megatron_arguments", add_megatron_arguments)
 
 
 PATCH = Patch(
     name="megatron-arguments",
-    package="megatron-core",
-    versions=">=0.16,<0.20",
-    symbols=(
-        Symbol("megatron.training.arguments:add_megatron_arguments", ("parser",)),
-        Symbol("megatron.training.global_vars:_GLOBAL_ARGS"),  # where settings_of finds what was parsed
-    ),
+    package=PACKAGE,
+    versions=VERSIONS,
+    needs="megatron.training",
+    symbols=(Symbol("megatron.training.arguments:add_megatron_arguments", ("parser",)),),
     why="--optimizer is a closed choice",
     until="Megatron's optimizer choices come from a registry",
     install=_install,
+    hooks=Hooks,
 )

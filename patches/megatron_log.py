@@ -9,15 +9,24 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, PatchError, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import PatchError, Symbol
+from .upstream_megatron import PACKAGE, VERSIONS
 
 
-def _install(undo: Undo) -> None:
+@dataclass(frozen=True)
+class Hooks:
+    """``rates``: the learning rates that a Megatron optimizer uses now, by block type; empty for one that is not ours."""
+
+    rates: Callable[[Any], Mapping[str, Sequence[float]]]
+
+
+def _install(undo: Undo, hooks: Hooks) -> None:
     from megatron.training import global_vars, training
-
-    from blockwise_lr.megatron.build import current_block_lrs
 
     step, log = training.train_step, training.training_log
     of_step, of_log = _signature(step, "optimizer"), _signature(log, "iteration")
@@ -32,7 +41,7 @@ def _install(undo: Undo) -> None:
     def training_log(*arguments: Any, **keywords: Any) -> Any:
         result = log(*arguments, **keywords)
         iteration = of_log.bind(*arguments, **keywords).arguments["iteration"]
-        rates = current_block_lrs(trained[0]())
+        rates = hooks.rates(trained[0]())
         settings, writer = global_vars.get_args(), global_vars.get_tensorboard_writer()
         if rates and iteration % settings.log_interval == 0:
             shown = " | ".join(f"{block}: {_shown(values)}" for block, values in rates.items())
@@ -58,17 +67,17 @@ def _signature(function: Any, parameter: str) -> inspect.Signature:
     return signature
 
 
-def _shown(rates: list[float]) -> str:
+def _shown(rates: Sequence[float]) -> str:
     return " and ".join(f"{lr:.6E}" for lr in dict.fromkeys(rates))
 
 
 PATCH = Patch(
     name="megatron-log",
-    package="megatron-core",
-    versions=">=0.16,<0.20",
-    symbols=(
-        Symbol("megatron.training.training:train_step"),
-        Symbol("megatron.training.training:training_log"),
+    package=PACKAGE,
+    versions=VERSIONS,
+    needs="megatron.training",
+    symbols=(Symbol("megatron.training.training:train_step"), Symbol("megatron.training.training:training_log")),
+    reads=(
         Symbol("megatron.training.training:print_rank_last"),
         Symbol("megatron.training.global_vars:get_args"),
         Symbol("megatron.training.global_vars:get_tensorboard_writer"),
@@ -76,4 +85,5 @@ PATCH = Patch(
     why="Megatron logs a single learning rate",
     until="Megatron logs the learning rate of every parameter group",
     install=_install,
+    hooks=Hooks,
 )

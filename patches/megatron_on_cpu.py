@@ -14,7 +14,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import cuda_on_cpu
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_megatron import PACKAGE, VERSIONS
 
 _RANDOM = "megatron.core.tensor_parallel.random:"
 
@@ -39,7 +41,7 @@ class _CpuMesh:
         return DeviceMesh.from_group(group, "cpu")
 
 
-def _install(undo: Undo) -> None:
+def _install(undo: Undo, _: None) -> None:
     if not cuda_on_cpu.PATCH.applied:
         undo.call(cuda_on_cpu.PATCH.apply())
     from megatron.core.datasets import utils
@@ -63,8 +65,8 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="megatron-on-cpu",
-    package="megatron-core",
-    versions=">=0.16,<0.20",
+    package=PACKAGE,
+    versions=VERSIONS,
     symbols=(
         Symbol(_RANDOM + "_get_cuda_rng_state", ("device", "clone", "graph_safe")),
         Symbol(_RANDOM + "_set_cuda_rng_state", ("new_state", "device", "graph_safe")),

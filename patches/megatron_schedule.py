@@ -10,18 +10,32 @@ rises while the others decay. Groups of other optimizers are left alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Patch, Symbol, Undo
+from .base import Patch, Undo
+from .symbols import Symbol
+from .upstream_megatron import PACKAGE, VERSIONS
 
 _SCHEDULER = "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler."
 
 
-def _install(undo: Undo) -> None:
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+@dataclass(frozen=True)
+class Hooks:
+    """What a param group's block types are.
 
-    from blockwise_lr.blocks import BlockType
-    from blockwise_lr.rules.param_groups import ratio_now, state_block_lrs
+    Attributes:
+        ratios: the ratios in force now, by block type; None for a group of another optimizer.
+        state_rates: (group, block type -> learning rate): what the next step is to use.
+    """
+
+    ratios: Callable[[Mapping[str, Any]], Mapping[str, float] | None]
+    state_rates: Callable[[dict[str, Any], Mapping[str, float]], None]
+
+
+def _install(undo: Undo, hooks: Hooks) -> None:
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     original = OptimizerParamScheduler.step
 
@@ -29,11 +43,11 @@ def _install(undo: Undo) -> None:
     def step(self: Any, increment: int) -> None:
         original(self, increment)
         for group in self.optimizer.param_groups:
-            ratios = group.get("block_lr_ratios")
+            ratios = hooks.ratios(group)
             if ratios:
                 peak, low = group.get("max_lr", self.max_lr), group.get("min_lr", self.min_lr)
-                peaks = {block: ratio_now(group, BlockType(block)) * peak for block in ratios}
-                state_block_lrs(
+                peaks = {block: ratio * peak for block, ratio in ratios.items()}
+                hooks.state_rates(
                     group,
                     {
                         block: self.get_lr({**group, "max_lr": top, "min_lr": min(low, top)})
@@ -46,13 +60,12 @@ def _install(undo: Undo) -> None:
 
 PATCH = Patch(
     name="megatron-schedule",
-    package="megatron-core",
-    versions=">=0.16,<0.20",
-    symbols=(
-        Symbol(_SCHEDULER + "step", ("self", "increment")),
-        Symbol(_SCHEDULER + "get_lr", ("self", "param_group")),
-    ),
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(Symbol(_SCHEDULER + "step", ("self", "increment")),),
+    reads=(Symbol(_SCHEDULER + "get_lr", ("self", "param_group")),),
     why="config_overrides set one learning rate per parameter, and a fused QKV weight has two block types",
     until="Megatron's overrides can address rows of a parameter",
     install=_install,
+    hooks=Hooks,
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import warnings
+from collections.abc import Sequence
 
-from packaging.specifiers import SpecifierSet
-
-from .patches import Patch, all_patches
+from .patches import Declared, InstancePatch, Patch, all_instance_patches, all_patches, all_upstreams
+from .patches.symbols import has_module, is_in
 
 PACKAGES = (
     "torch",
@@ -44,21 +45,37 @@ def apex() -> str:
     return "NVIDIA Apex"
 
 
-def patch_state(patch: Patch) -> str:
-    """One word and a reason: applied, applicable, package absent, or version not supported."""
-    version = patch.installed_version()
-    if patch.applied:
+def patch_state(declared: Declared) -> str:
+    """In a few words whether something can be relied on in what is installed, and whether it is in force.
+
+    Imports the upstream package where it is of a supported version, and changes nothing.
+    """
+    version = declared.installed_version()
+    if isinstance(declared, Patch) and declared.applied:
         return "applied"
     if version is None:
-        return f"{patch.package} not installed"
-    if version not in SpecifierSet(patch.versions, prereleases=True):
-        return f"{patch.package} {version} not supported"
-    return "applicable"
+        return f"{declared.package} not installed"
+    if not is_in(version, declared.versions):
+        return f"{declared.package} {version} not supported"
+    if declared.needs and not has_module(declared.needs):
+        return f"{declared.needs} not installed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of imports that are no concern here
+        problems = declared.problems()
+    if problems:
+        return f"{len(problems)} missing: " + "; ".join(problems)
+    if isinstance(declared, Patch):
+        return "applicable"
+    if isinstance(declared, InstancePatch):
+        return "applicable, per object"
+    return f"all {len(declared.symbols_here())} there"
 
 
-def patches() -> list[tuple[Patch, str]]:
-    """Every patch and its state, upstream packages not imported."""
-    return [(patch, patch_state(patch)) for patch in all_patches()]
+def patches() -> Sequence[tuple[Declared, str]]:
+    """Every patch of modules and classes, every patch of single objects, and what is only read, each with its state."""
+    return [
+        (declared, patch_state(declared)) for declared in (*all_patches(), *all_instance_patches(), *all_upstreams())
+    ]
 
 
 def kernels() -> dict[str, str]:

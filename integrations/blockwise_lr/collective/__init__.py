@@ -1,6 +1,14 @@
 """What all ranks do, compare and fail together. Knows no framework and no optimizer."""
 
-from .agreement import same_on_all_ranks
+from .agreement import Difference, find_difference, gathered, same_on_all_ranks
 from .errors import is_rank_zero, raise_on_all_ranks, run_on_all_ranks
 
-__all__ = ["is_rank_zero", "raise_on_all_ranks", "run_on_all_ranks", "same_on_all_ranks"]
+__all__ = [
+    "Difference",
+    "find_difference",
+    "gathered",
+    "is_rank_zero",
+    "raise_on_all_ranks",
+    "run_on_all_ranks",
+    "same_on_all_ranks",
+]

@@ -5,14 +5,14 @@ After ``import blockwise_lr.deepspeed`` a ds_config may say ``"optimizer": {"typ
 :class:`~blockwise_lr.patches.PatchError` where the installed DeepSpeed is not one this package was written for.
 """
 
-from ..patches import deepspeed_checkpoint, deepspeed_megatron_mpu, deepspeed_ranks, deepspeed_timeouts, deepspeed_types
-from .checkpoint import load_newest
-from .engine import block_lrs, optimizer_of
+from ..patches import upstream_deepspeed
 
-__all__ = ["block_lrs", "load_newest", "optimizer_of"]
+upstream_deepspeed.UPSTREAM.check()  # before the imports below, which would fail on another DeepSpeed with less to say
 
-deepspeed_types.PATCH.apply()
-deepspeed_ranks.PATCH.apply()
-deepspeed_megatron_mpu.PATCH.apply()
-deepspeed_checkpoint.PATCH.apply()
-deepspeed_timeouts.PATCH.apply()
+from .checkpoint import load_newest  # noqa: E402
+from .door import apply_patches  # noqa: E402
+from .engine import block_lrs, detach, optimizer_of  # noqa: E402
+
+__all__ = ["block_lrs", "detach", "load_newest", "optimizer_of"]
+
+apply_patches()

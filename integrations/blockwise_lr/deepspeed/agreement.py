@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from ..blocks import BlockError
 from ..blocks.marks import marks_of
 from ..blocks.types import finite, shown
+from ..collective.agreement import Difference, find_difference, gathered
+from ..collective.errors import raise_on_all_ranks
 from ..optim.base import BlockwiseOptimizer
+from ..patches.upstream_deepspeed import UPSTREAM
 from .build import OPTIMIZER_TYPES
 from .unsupported import refuse_unsupported
 
@@ -42,34 +45,23 @@ def compare_ranks(
         BlockError: something differs, or a rank asks for what blockwise optimizers do not support; the same on every
             rank.
     """
-    rows = _parameters(model)
-    ours = _is_ours(optimizer, config)
-    mine: dict[str, Any] = {
-        "ours": ours,
-        "error": None,
-        "optimizer": _class_of(optimizer, config),
-        "settings": {},
-        "peers": (),
-        "digest": _digest(rows),
-    }
+    ours, settings, peers, error = _is_ours(optimizer, config), {}, (), None
     try:
-        mine["settings"] = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
-        mine["peers"] = _peers(model, mpu)
+        settings = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
+        peers = _peers(model, mpu)
         if ours:
+            _check_config(config)
             refuse_unsupported(config, model, optimizer, mesh_device)
-    except Exception as error:  # the other ranks wait for this one's answer
-        mine["error"] = str(error) if isinstance(error, BlockError) else f"{type(error).__name__}: {error}"
-    answers = _exchange(args, mine)
-    if not any(answer["ours"] for answer in answers):
+    except Exception as problem:  # the other ranks wait for this one's answer
+        error = problem
+    _set_device(args)
+    if not any(gathered(ours)):
         return
-    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", FIX)
-    failed = next((answer["error"] for answer in answers if answer["error"]), None)
-    if failed:
-        raise BlockError(failed)
-    for key in dict.fromkeys(key for answer in answers for key in answer["settings"]):
-        _refuse_difference([answer["settings"].get(key, "unset") for answer in answers], key, FIX)
-    if _differs_among_peers(answers, "digest"):
-        _refuse_models(_exchange(args, {"peers": mine["peers"], "rows": rows}))
+    _refuse(find_difference({"the optimizer": _class_of(optimizer, config)}))
+    raise_on_all_ranks(error, "starting the engine")
+    _refuse(find_difference(settings))
+    rows = {f"parameter {number} of the model": row for number, row in enumerate(_parameters(model))}
+    _refuse(find_difference(rows, peers=peers), _FIX_MODEL, absent="missing")
 
 
 def compare_made(optimizer: Any, model: torch.nn.Module, mpu: Any) -> None:
@@ -80,22 +72,10 @@ def compare_made(optimizer: Any, model: torch.nn.Module, mpu: Any) -> None:
             the same on every rank.
     """
     groups = _groups_of(optimizer) if isinstance(optimizer, BlockwiseOptimizer) else {}
-    answers = _exchange(
-        None,
-        {
-            "ours": bool(groups),
-            "optimizer": f"of class {type(optimizer).__name__}",
-            "settings": groups,
-            "peers": _peers(model, mpu),
-        },
-    )
-    if not any(answer["ours"] for answer in answers):
+    if not any(gathered(bool(groups))):
         return
-    _refuse_difference([answer["optimizer"] for answer in answers], "the optimizer", FIX)
-    if _differs_among_peers(answers, "settings"):
-        for ranks, values in _by_peers(answers, "settings"):
-            for key in dict.fromkeys(key for value in values for key in value):
-                _refuse_difference([value.get(key, "unset") for value in values], key, _FIX_GROUPS, ranks)
+    _refuse(find_difference({"the optimizer": f"of class {type(optimizer).__name__}"}))
+    _refuse(find_difference(groups, peers=_peers(model, mpu)), _FIX_GROUPS)
 
 
 def compare_slices(optimizer: BlockwiseOptimizer) -> None:
@@ -104,12 +84,15 @@ def compare_slices(optimizer: BlockwiseOptimizer) -> None:
     Raises:
         BlockError: ranks hold slices of other sizes; the same on every rank.
     """
-    answers = _exchange(None, {"shapes": [f"{name} {layout.shape}" for name, layout in optimizer.block_map.items()]})
-    for slices in zip(*(answer["shapes"] for answer in answers)):
-        _refuse_difference(
-            slices,
-            "a tensor-parallel slice",
-            "choose sizes (as of the vocabulary) that tensor_parallel.autotp_size divides",
+    slices = {name: f"{name} {layout.shape}" for name, layout in optimizer.block_map.items()}
+    fix = "choose sizes (as of the vocabulary) that tensor_parallel.autotp_size divides"
+    _refuse(find_difference(slices), fix, what="a tensor-parallel slice")
+
+
+def _refuse(difference: Difference | None, fix: str = FIX, *, what: str = "", absent: str = "unset") -> None:
+    if difference is not None:
+        raise BlockError(
+            f"the ranks would not train alike: {what or difference.place} is {difference.told(absent=absent)}; {fix}"
         )
 
 
@@ -209,6 +192,13 @@ def _numbers(value: Any) -> Any:
     return value
 
 
+def _check_config(config: Any) -> None:
+    """That what is read of a ds_config is called as it was: a setting of another name would go uncompared."""
+    zero = config.zero_config
+    sections = (config, zero, config.float16_config, config.bfloat16_config, config.tensor_parallel_config)
+    UPSTREAM.check_instance(*sections, zero.offload_optimizer)
+
+
 def _parameters(model: torch.nn.Module) -> list[str]:
     """Every parameter in the order of definition, as a line of text."""
     return [
@@ -232,52 +222,8 @@ def _peers(model: torch.nn.Module, mpu: Any) -> tuple[int, ...]:
     return tuple(range(dist.get_world_size())) if dist.is_initialized() else (0,)
 
 
-def _exchange(args: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
+def _set_device(args: Any) -> None:
+    """As the engine does a little later; NCCL takes each rank's own device for an exchange."""
     device = getattr(args, "device_rank", int(os.environ.get("LOCAL_RANK", -1)))
-    if device >= 0:  # as the engine does a little later; NCCL takes each rank's own device for the exchange
+    if device >= 0 and dist.is_initialized():
         get_accelerator().set_device(device)
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
-    return answers
-
-
-# ---- the verdict
-
-
-def _by_peers(answers: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[int], list[Any]]]:
-    """Per set of ranks that train the same parameters, in the order of ranks: the ranks and their answers."""
-    sets = dict.fromkeys(answer["peers"] for answer in answers)
-    members = [[rank for rank in peers if answers[rank]["peers"] == peers] for peers in sets]
-    return [(ranks, [answers[rank][key] for rank in ranks]) for ranks in members]
-
-
-def _differs_among_peers(answers: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return any(value != values[0] for _, values in _by_peers(answers, key) for value in values)
-
-
-def _refuse_models(answers: Sequence[Mapping[str, Any]]) -> None:
-    for ranks, models in _by_peers(answers, "rows"):
-        for number in range(max(map(len, models))):
-            rows = [model[number] if number < len(model) else "missing" for model in models]
-            _refuse_difference(rows, f"parameter {number} of the model", _FIX_MODEL, ranks)
-
-
-def _refuse_difference(values: Sequence[str], what: str, mend: str, ranks: Sequence[int] | None = None) -> None:
-    found: dict[str, list[int]] = {}
-    for rank, value in zip(range(len(values)) if ranks is None else ranks, values):
-        found.setdefault(value, []).append(rank)
-    if len(found) > 1:
-        told = " and ".join(f"{value} on rank{'s' if len(at) > 1 else ''} {_ranges(at)}" for value, at in found.items())
-        raise BlockError(f"the ranks would not train alike: {what} is {told}; {mend}")
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][-1] + 1:
-            parts[-1][1:] = [rank]
-        else:
-            parts.append([rank])
-    return ", ".join("-".join(map(str, part)) for part in parts)

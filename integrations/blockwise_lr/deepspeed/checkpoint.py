@@ -26,10 +26,12 @@ from ..checkpoint.errors import CheckpointError, DamageError, VersionError, run_
 from ..checkpoint.files import write_atomically, write_error
 from ..checkpoint.manifest import Entry, Layout, Manifest, entry_of, mark_complete, mark_incomplete, name_in
 from ..checkpoint.survey import scan_checkpoints
-from ..collective.errors import is_rank_zero
+from ..collective import gathered, is_rank_zero
 from ..optim.base import BlockwiseOptimizer
+from ..patches.deepspeed_instances import SAVED_FILES
+from ..patches.upstream_deepspeed import states_must_be_linked_anew
 from .flats import KEY, contents_of, layout
-from .preconditions import agreed_tag, check_folder, counters_kept, of_all_ranks
+from .preconditions import agreed_tag, check_folder, counters_kept
 from .reading import weights_mapped
 
 log = logging.getLogger("blockwise_lr")
@@ -69,14 +71,14 @@ def save(
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
-    layouts, records = zip(*of_all_ranks(run_on_all_ranks(lambda: _to_join(engine), saving)))
+    layouts, records = zip(*gathered(run_on_all_ranks(lambda: _to_join(engine), saving)))
     joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)
     checksums = bool((engine.config.get("checkpoint") or {}).get("checksums", True))
     with _noting_files(engine, folder, checksums) as files:
         upstream(engine, save_dir, tag=tag, save_latest=False, **arguments)
     own = run_on_all_ranks(lambda: {name: file.result() for name, file in files.items()}, saving)
-    found = {name: entry for entries in of_all_ranks(own) for name, entry in entries.items()}
+    found = {name: entry for entries in gathered(own) for name, entry in entries.items()}
 
     def finish() -> None:
         record = replace(engine.basic_optimizer.record(), tensors=None)  # what lies where is in the layout
@@ -179,12 +181,13 @@ def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[st
             files[_SCRIPT] = Future()
             files[_SCRIPT].set_exception(write_error(os.path.join(save_path, _SCRIPT), error))
 
-    checkpoint_engine.save, engine._copy_recovery_script = save_and_note, copy_script_or_note
-    try:
-        with ThreadPoolExecutor(2) as pool, _own_checksums_only(checksums):
-            yield files
-    finally:
-        del checkpoint_engine.save, engine._copy_recovery_script
+    with (
+        SAVED_FILES.during(checkpoint_engine, save=save_and_note),
+        SAVED_FILES.during(engine, _copy_recovery_script=copy_script_or_note),
+        ThreadPoolExecutor(2) as pool,
+        _own_checksums_only(checksums),
+    ):
+        yield files
 
 
 def _described(engine: Any, state_dict: Any) -> Any:
@@ -245,8 +248,7 @@ def load(
                 **arguments,
             )
         )
-    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
-        engine.optimizer._hp_optimizer_states_linked = False  # to the states before the load; the next step links anew
+    states_must_be_linked_anew(engine.optimizer)  # they are linked to the states before the load
     return result
 
 
@@ -269,7 +271,7 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
         lambda: scan_checkpoints(load_dir, universal=engine.load_universal_checkpoint()) if is_rank_zero() else None,
         f"searching {load_dir} for checkpoints",
     )
-    found = of_all_ranks(found)[0]
+    found = gathered(found)[0]
     if found.newer:
         raise VersionError("; ".join(found.newer))
     for tag, what in found.damaged.items():
@@ -303,7 +305,7 @@ def load_newest(engine: Any, load_dir: str, **arguments: Any) -> tuple[Any, Any]
             f"engine.load_checkpoint(load_dir, tag={found.unknown[0]!r}), or name another folder to "
             f"start anew"
         )
-    elsewhere = of_all_ranks(
+    elsewhere = gathered(
         run_on_all_ranks(lambda: scan_checkpoints(load_dir, universal=engine.load_universal_checkpoint()).tags)
     )
     for rank, tags in enumerate(elsewhere):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..blocks import BlockError
 from ..checkpoint.target import SavePolicy
+from ..collective.errors import run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
 from ..optim.segmentwise import SegmentwiseOptimizer
+from ..patches import undo_instance
+from ..patches.deepspeed_instances import LEARNING_RATES, UNIVERSAL_LOADS
+from ..patches.upstream_deepspeed import BF16, UPSTREAM, ZERO3, ZERO12, is_a
 from .agreement import compare_slices, is_callable
 from .flats import correct_mappings
 from .segment_sums_hook import prereduce_once_per_step
@@ -60,23 +62,51 @@ def attach(engine: Any) -> None:
         refuse_unsupported(engine._config, engine.module, optimizer, engine.mesh_device)
     if engine.autotp_size() > 1:
         compare_slices(optimizer)
-    shards = shard_map(engine.optimizer, optimizer, engine.module, engine.mpu)
+    wrapper = engine.optimizer
+    run_on_all_ranks(lambda: UPSTREAM.check_instance(engine, wrapper), "attaching the optimizer")
+    shards = shard_map(wrapper, optimizer, engine.module, engine.mpu)
     is_pipeline = isinstance(engine.module, PipelineModule)
     whole_map = whole_model_map(optimizer.block_map) if is_pipeline else None
     optimizer.attach(Attachment(shards, SavePolicy(recorded_map=whole_map, collective_load=shards is not None)))
-    if hasattr(engine.optimizer, "_link_all_hp_params"):  # ZeRO and BF16_Optimizer
-        serve_optimizer_states(engine.optimizer, optimizer)
-    if isinstance(optimizer, SegmentwiseOptimizer) and hasattr(engine.optimizer, "unscale_and_clip_grads"):
-        if shards is not None and shards.boundaries and len(shards.flats) > 1:
-            prereduce_once_per_step(engine.optimizer, optimizer)
+    if _is_zero(wrapper):
+        serve_optimizer_states(wrapper, optimizer)
+    if isinstance(optimizer, SegmentwiseOptimizer):
+        run_on_all_ranks(lambda: prereduce_once_per_step(wrapper, optimizer), "attaching the optimizer")
     _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
+
+
+def check_built(engine: Any) -> None:
+    """Checks an engine that is complete for what is read of it later, as in a save. Nothing for other optimizers.
+
+    Raises:
+        PatchError: DeepSpeed has changed; on every rank.
+    """
+    if isinstance(engine.basic_optimizer, BlockwiseOptimizer):
+        run_on_all_ranks(
+            lambda: UPSTREAM.check_instance(engine, engine.checkpoint_engine, engine.monitor), "building the engine"
+        )
+
+
+def detach(engine: Any) -> None:
+    """Gives an engine's objects back the methods of DeepSpeed's that :func:`attach` has replaced, as for a benchmark.
+
+    Training goes on as before, but for what those methods did: see ``blockwise-lr doctor``. Patches of the whole process
+    stay.
+    """
+    parameters = [p for _, p in engine.module.named_parameters()]
+    for owner in (engine, engine.optimizer, engine.checkpoint_engine, engine.monitor, *parameters):
+        undo_instance(owner)
+
+
+def _is_zero(wrapper: Any) -> bool:
+    return any(is_a(wrapper, kind) for kind in (ZERO12, ZERO3, BF16))
 
 
 def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
     """Universal checkpoints load through this package, and what ZeRO notes of its flat tensors is right."""
     wrapper = engine.optimizer
-    if not hasattr(wrapper, "_load_universal_checkpoint"):
+    if not _is_zero(wrapper):
         if engine.load_universal_checkpoint():
             raise BlockError(
                 "load_universal needs a ZeRO stage of 1 to 3, for DeepSpeed makes universal checkpoints of "
@@ -92,23 +122,20 @@ def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
         else:
             upstream(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
 
-    wrapper._load_universal_checkpoint = load
+    UNIVERSAL_LOADS.apply(wrapper, _load_universal_checkpoint=load)
 
 
 def _report_to_monitor(engine: Any, optimizer: BlockwiseOptimizer) -> None:
     """Adds each block type's learning rate to what the engine writes to TensorBoard and its other monitors."""
-    write: Callable[[list], None] = engine.monitor.write_events
+    write = engine.monitor.write_events
 
-    @functools.wraps(write)
-    def write_events(events: list, *args: Any, **kwargs: Any) -> None:
-        if any(name == "Train/Samples/lr" for name, *_ in events):
-            events = [
-                *events,
-                *(
-                    (f"Train/Samples/lr_{block}", lr, engine.global_samples)
-                    for block, lr in optimizer.block_lrs()[0].items()
-                ),
+    def write_events(event_list: list[tuple[str, Any, int]]) -> None:
+        if any(name == "Train/Samples/lr" for name, *_ in event_list):
+            rates = optimizer.block_lrs()[0]
+            event_list = [
+                *event_list,
+                *((f"Train/Samples/lr_{block}", lr, engine.global_samples) for block, lr in rates.items()),
             ]
-        write(events, *args, **kwargs)
+        write(event_list)
 
-    engine.monitor.write_events = write_events
+    LEARNING_RATES.apply(engine.monitor, write_events=write_events)

@@ -21,6 +21,8 @@ from ..blocks.block_map import plain_name
 from ..checkpoint.manifest import Layout
 from ..checkpoint.matching import merged
 from ..optim.base import BlockwiseOptimizer
+from ..patches.deepspeed_instances import STATE_PLACES
+from ..patches.upstream_deepspeed import BF16, ZERO12, is_a
 
 # Key of what a file with optimizer state says about its flat tensors, beside DeepSpeed's own keys.
 KEY = "blockwise_lr"
@@ -139,7 +141,8 @@ def correct_mappings(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
     and tells its converter of them as though they lay in the order of definition; it counts with their true places
     only where ``parameter_alignment`` puts padding between them.
     """
-    if getattr(wrapper, "round_robin_gradients", False):
+    replaced: dict[str, Any] = {}
+    if is_a(wrapper, ZERO12) and wrapper.round_robin_gradients:
         link = wrapper._link_all_hp_params
 
         def link_true_places() -> None:
@@ -150,10 +153,13 @@ def correct_mappings(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
             finally:
                 wrapper.round_robin_bit16_padding = padding
 
-        wrapper._link_all_hp_params = link_true_places
+        replaced["_link_all_hp_params"] = link_true_places
+    if is_a(wrapper, ZERO12) or is_a(wrapper, BF16):
+        replaced["_param_slice_mappings"] = slice_mappings(contents_of(optimizer))
+    if replaced:
+        STATE_PLACES.apply(wrapper, **replaced)
+    if "_link_all_hp_params" in replaced:
         wrapper._link_all_hp_params()
-    if hasattr(wrapper, "_param_slice_mappings"):
-        wrapper._param_slice_mappings = slice_mappings(contents_of(optimizer))
 
 
 def contents_of(optimizer: BlockwiseOptimizer) -> list[list[Any]]:

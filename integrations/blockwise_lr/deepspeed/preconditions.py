@@ -9,7 +9,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +21,12 @@ from ..checkpoint.manifest import Layout, Manifest, problems, raise_if_damaged, 
 from ..checkpoint.record import Record
 from ..checkpoint.restore import check_record
 from ..checkpoint.survey import looks_universal, remedy
-from ..collective.errors import is_rank_zero
+from ..collective import gathered, is_rank_zero
 from .flats import contents, difference, layout, order, order_difference, state_file
 from .reading import read
 from .universal import check_universal
 
 log = logging.getLogger("blockwise_lr")
-Value = TypeVar("Value")
 
 _COUNTERS = (
     "global_steps",
@@ -41,13 +40,6 @@ _COUNTERS = (
 _SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
 
 
-def of_all_ranks(value: Value) -> list[Value]:
-    """Every rank's value, by rank."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 # ---- one checkpoint for all ranks
 
 
@@ -58,7 +50,7 @@ def agreed_tag(load_dir: str, tag: str | None, universal: bool) -> str | None:
         CheckpointError: there is no such checkpoint, ``latest`` is empty or names none, or ranks see different folders.
     """
     tag, manifest = run_on_all_ranks(lambda: _view(load_dir, tag, universal))
-    views = of_all_ranks((tag, manifest))
+    views = gathered((tag, manifest))
     for rank, view in enumerate(views):
         if view != views[0]:
             raise CheckpointError(
@@ -147,7 +139,7 @@ def check_folder(
         if manifest is None or manifest.record is None:
             run_on_all_ranks(lambda: _check_states(engine, folder, model))
         own = run_on_all_ranks(lambda: _order_difference(engine, manifest and manifest.layout, model))
-        _refuse_together(folder, layout(engine).sharding, of_all_ranks(own))
+        _refuse_together(folder, layout(engine).sharding, gathered(own))
     if custom_load_fn is None and model is not None:
         run_on_all_ranks(lambda: _try_module(engine, folder, model.get("module"), load_module_strict))
     if load_lr_scheduler_states and not module_only and engine.lr_scheduler is not None and model is not None:
@@ -159,12 +151,12 @@ def _check_files(folder: str, load_dir: str, tag: str, manifest: Manifest) -> No
     rank, ranks, found = dist.get_rank(), dist.get_world_size(), []
     if manifest.complete:
         mine = run_on_all_ranks(lambda: (size_problems(folder, manifest), problems(folder, manifest, rank, ranks)))
-        found = _merged(of_all_ranks(mine))
+        found = _merged(gathered(mine))
     if manifest.complete and not found:
         return
     universal = looks_universal(folder, manifest)
     other = run_on_all_ranks(lambda: remedy(load_dir, tag, universal) if is_rank_zero() else "")
-    raise_if_damaged(folder, manifest, found, of_all_ranks(other)[0])
+    raise_if_damaged(folder, manifest, found, gathered(other)[0])
 
 
 def _merged(answers: list[tuple[list[str], list[str]]]) -> list[str]:

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ..checkpoint.errors import CheckpointError
+from ..patches.deepspeed_instances import MAPPED_LOADS
 
 # what DeepSpeed's ZeRO puts into its files beside tensors, numbers and text
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -72,11 +73,8 @@ def weights_mapped(checkpoint_engine: Any) -> Iterator[None]:
             "optimizer_state_dict": {key: value if key in _COPIED else _own(value) for key, value in zero.items()},
         }
 
-    checkpoint_engine.load = load_mapped
-    try:
+    with MAPPED_LOADS.during(checkpoint_engine, load=load_mapped):
         yield
-    finally:
-        del checkpoint_engine.load
 
 
 def _own(value: Any) -> Any:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import deepspeed.comm as dist
 import numpy as np
 import torch
 from deepspeed.pipe import PipelineModule
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ..blocks import BlockError
 from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
 from ..optim.base import BlockwiseOptimizer
+from ..patches.upstream_deepspeed import PartitionedView, Stage3View, UnfusedView, view_of
 from ..plan.shards import even_boundaries, spans_slices
 
 
@@ -41,32 +37,13 @@ def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Modu
 
 
 def _flats_and_cuts(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module) -> ShardMap:
-    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        return _stage3(wrapper, optimizer)
-    if isinstance(wrapper, DeepSpeedZeroOptimizer):
-        offsets = [
-            dict(zip(map(id, group), starts))
-            for group, starts in zip(wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets)
-        ]
-        return _partitioned(
-            optimizer,
-            module,
-            wrapper.bit16_groups,
-            wrapper.single_partition_of_fp32_groups,
-            wrapper.real_dp_process_group,
-            offsets,
-        )
-    if isinstance(wrapper, BF16_Optimizer):
-        return _partitioned(
-            optimizer,
-            module,
-            wrapper.bf16_groups,
-            wrapper.fp32_groups_flat_partition,
-            wrapper.real_dp_process_group,
-            None,
-        )
-    if isinstance(wrapper, FP16_UnfusedOptimizer):
-        return _unsharded(wrapper, optimizer)
+    view = view_of(wrapper)
+    if isinstance(view, Stage3View):
+        return _stage3(view, optimizer)
+    if isinstance(view, PartitionedView):
+        return _partitioned(view, optimizer, module)
+    if isinstance(view, UnfusedView):
+        return _unsharded(view, optimizer)
     raise BlockError(
         f"DeepSpeed wrapped {type(optimizer).__name__} in {type(wrapper).__name__}, which blockwise_lr does "
         f"not know; use ZeRO stage 0 to 3, fp16 or bf16 without further optimizer features"
@@ -80,23 +57,16 @@ def _name(optimizer: BlockwiseOptimizer, parameter: torch.Tensor) -> str:
     return name
 
 
-def _partitioned(
-    optimizer: BlockwiseOptimizer,
-    module: torch.nn.Module,
-    groups: Sequence[Sequence[torch.Tensor]],
-    flats: Sequence[torch.Tensor],
-    process_groups: Sequence[Any],
-    offsets: Sequence[dict[int, int]] | None,
-) -> ShardMap:
+def _partitioned(view: PartitionedView, optimizer: BlockwiseOptimizer, module: torch.nn.Module) -> ShardMap:
     """ZeRO-1 and 2, and BF16_Optimizer: a group's parameters lie one after another in a buffer that is cut evenly."""
     found, cuts = [], {}
-    for number, (parameters, flat, process_group) in enumerate(zip(groups, flats, process_groups)):
+    for number, (parameters, flat, process_group) in enumerate(zip(view.groups, view.flats, view.process_groups)):
         size = flat.numel()
         begin = dist.get_rank(group=process_group) * size
         fragments, position = [], 0
         for parameter in parameters:
             name, numel = _name(optimizer, parameter), parameter.numel()
-            start = position if offsets is None else offsets[number][id(parameter)]
+            start = position if view.offsets is None else view.offsets[number][id(parameter)]
             low, high = max(start, begin), min(start + numel, begin + size)
             if low < high:
                 fragments.append(Fragment(name, low - start, high - low, low - begin))
@@ -122,19 +92,18 @@ def _add_cuts_of_copies(
             cuts[_name(optimizer, weight)] = ShardBoundaries(positions, mine.group, has_replicas=True)
 
 
-def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3, optimizer: BlockwiseOptimizer) -> ShardMap:
+def _stage3(view: Stage3View, optimizer: BlockwiseOptimizer) -> ShardMap:
     """ZeRO-3: every parameter is cut evenly over the ranks, and a rank's pieces are laid one after another."""
     found, cuts = [], {}
-    for parameters, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat):
+    for parameters, flat in zip(view.groups, view.flats):
         fragments = []
         for parameter in parameters:
             name, shard = _name(optimizer, parameter), parameter.partition_numel()
             group = parameter.ds_process_group
             start = dist.get_rank(group=group) * shard
-            _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
             held = min(shard, parameter.ds_numel - start)  # less than a shard, or none, where the padding is
             if held > 0:
-                fragments.append(Fragment(name, start, held, offset))
+                fragments.append(Fragment(name, start, held, view.offset(parameter)))
             positions = even_boundaries(parameter.ds_numel, shard)
             if len(positions):
                 cuts[name] = ShardBoundaries(positions, group)
@@ -142,14 +111,9 @@ def _stage3(wrapper: DeepSpeedZeroOptimizer_Stage3, optimizer: BlockwiseOptimize
     return ShardMap(found, cuts)
 
 
-def _unsharded(wrapper: FP16_UnfusedOptimizer, optimizer: BlockwiseOptimizer) -> ShardMap:
+def _unsharded(view: UnfusedView, optimizer: BlockwiseOptimizer) -> ShardMap:
     """fp16 or bf16 without ZeRO: an fp32 copy of every parameter."""
-    pairs = (
-        (fp32, fp16)
-        for fp32s, fp16s in zip(wrapper.fp32_groups, wrapper.fp16_groups)
-        for fp32, fp16 in zip(fp32s, fp16s)
-    )
-    return ShardMap([(fp32, [Fragment(_name(optimizer, fp16), 0, fp32.numel(), 0)]) for fp32, fp16 in pairs])
+    return ShardMap([(fp32, [Fragment(_name(optimizer, fp16), 0, fp32.numel(), 0)]) for fp32, fp16 in view.pairs])
 
 
 def _whole(optimizer: BlockwiseOptimizer) -> list[tuple[torch.Tensor, list[Fragment]]]:

@@ -4,7 +4,11 @@
 :func:`register` once and go on using ``get_megatron_optimizer``, with ``OptimizerConfig(optimizer="blockwise_adamw")``.
 """
 
-from .door import register
-from .settings import KINDS, BlockSettings
+from ..patches import upstream_megatron
 
-__all__ = ["KINDS", "BlockSettings", "register"]
+upstream_megatron.UPSTREAM.check()  # before the imports below, which would fail on another Megatron with less to say
+
+from .door import Registration, register  # noqa: E402
+from .settings import KINDS, BlockSettings  # noqa: E402
+
+__all__ = ["KINDS", "BlockSettings", "Registration", "register"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..blocks import BlockMap, BlockType
 from ..collective.errors import run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
+from ..patches.megatron_optimizer import in_place_of_adam as _in_place_of_adam
 from ..rules.base import UpdateRule
 from ..rules.param_groups import group_lr
 from .checkpoint import save_for_any_layout, save_policy
@@ -99,19 +99,6 @@ def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> di
         return {**found, "betas": given["betas"]}
     betas = [getattr(config, f"{rule.name}_beta{number}", None) for number in (1, 2)]
     return found if None in betas else {**found, "betas": tuple(betas)}
-
-
-@contextmanager
-def _in_place_of_adam(factory: Callable[..., BlockwiseOptimizer]) -> Iterator[None]:
-    """While Megatron builds one optimizer: its fused Adam is our factory."""
-    from megatron.core import optimizer as module
-
-    adam, is_torch = module.Adam, module.USING_PYTORCH_OPTIMIZER
-    module.Adam, module.USING_PYTORCH_OPTIMIZER = factory, False
-    try:
-        yield
-    finally:
-        module.Adam, module.USING_PYTORCH_OPTIMIZER = adam, is_torch
 
 
 def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list[tuple[BlockType, ...]]) -> None:

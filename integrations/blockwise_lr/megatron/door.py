@@ -1,13 +1,45 @@
-"""Which patches the Megatron door needs, and their application."""
+"""Which patches the Megatron door needs, what they put in place, and the settings that library users register."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ..patches import megatron_arguments, megatron_log, megatron_optimizer, megatron_schedule
-from .settings import BlockSettings, remember
+from ..blocks import BlockType
+from ..optim.base import BlockwiseOptimizer
+from ..patches import megatron_arguments, megatron_log, megatron_optimizer, megatron_schedule, upstream_megatron
+from ..patches.symbols import has_module
+from ..rules.param_groups import ratio_now, state_block_lrs
+from .build import build, current_block_lrs
+from .settings import KINDS, BlockSettings, add_arguments, attach_settings, forget, remember, settings_of
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Settings that were registered, and the way back: call it to take the patches off and forget the settings.
+
+    Attributes:
+        settings: what was registered.
+    """
+
+    settings: BlockSettings
+    _undo: Callable[[], None]
+
+    def __call__(self) -> None:
+        forget(self.settings)
+        self._undo()
+
+    def attach_to(self, config: Any) -> Any:
+        """Has one OptimizerConfig built with these settings, whatever else is registered; returns the config.
+
+        So two models of one process train with different settings.
+
+        Raises:
+            BlockError: the config names none of our optimizers.
+        """
+        attach_settings(config, self.settings)
+        return config
 
 
 def register(
@@ -20,43 +52,69 @@ def register(
     kernel: str = "auto",
     accept_mismatch: Iterable[str] = (),
     ratio_fade_steps: int = 0,
-) -> Callable[[], None]:
+) -> Registration:
     """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw" or "blockwise_adam_mini")``.
 
-    Call it before the optimizer is built; a later call replaces the settings. They are those of
-    :class:`~blockwise_lr.megatron.BlockSettings`; lr, min_lr, betas, eps and weight_decay are OptimizerConfig's own.
+    Call it before the optimizer is built. The settings are those of :class:`~blockwise_lr.megatron.BlockSettings`; lr,
+    min_lr, betas, eps and weight_decay are OptimizerConfig's own. They hold for every config to which no others are
+    attached (:meth:`Registration.attach_to`); a later call replaces them.
+
+    The patches stay process-wide, for Megatron builds optimizers in module-level functions and schedules them in a class;
+    they leave configs that name other optimizers to Megatron.
 
     Returns:
-        What takes the patches back.
+        What takes the patches back, and attaches the settings to single configs.
 
     Raises:
         BlockError: a bad setting.
         PatchError: a megatron-core that the patches were not written for.
     """
-    remember(
-        BlockSettings(
-            block_lr_ratios=block_lr_ratios,
-            block_weight_decay=block_weight_decay,
-            block_rules=() if block_rules is None else block_rules,
-            block_strict=block_strict,
-            row_parallel_sums=row_parallel_sums,
-            kernel=kernel,
-            accept_mismatch=accept_mismatch,
-            ratio_fade_steps=ratio_fade_steps,
-        )
+    settings = BlockSettings(
+        block_lr_ratios=block_lr_ratios,
+        block_weight_decay=block_weight_decay,
+        block_rules=() if block_rules is None else block_rules,
+        block_strict=block_strict,
+        row_parallel_sums=row_parallel_sums,
+        kernel=kernel,
+        accept_mismatch=accept_mismatch,
+        ratio_fade_steps=ratio_fade_steps,
     )
-    return apply_patches()
+    undo = apply_patches()
+    remember(settings)
+    return Registration(settings, undo)
 
 
 def apply_patches() -> Callable[[], None]:
-    """Applies the patches of megatron-core, and those of megatron.training where it is installed; returns their undo."""
-    patches = [megatron_optimizer.PATCH, megatron_schedule.PATCH]
-    if importlib.util.find_spec("megatron.training") is not None:
-        patches += [megatron_arguments.PATCH, megatron_log.PATCH]
-    undos = [patch.apply() for patch in patches]
+    """Applies the patches of megatron-core, and those of megatron.training where it is installed; returns their undo.
+
+    Raises:
+        PatchError: a megatron-core that this was not written for, or one that lacks what is read of it.
+    """
+    upstream_megatron.UPSTREAM.check()
+    undos = [megatron_optimizer.PATCH.apply(_OPTIMIZER), megatron_schedule.PATCH.apply(_SCHEDULE)]
+    if has_module("megatron.training"):
+        upstream_megatron.TRAINING.check()
+        undos += [megatron_arguments.PATCH.apply(_ARGUMENTS), megatron_log.PATCH.apply(_LOG)]
 
     def undo() -> None:
         for step in reversed(undos):
             step()
 
     return undo
+
+
+def _ratios(group: Mapping[str, Any]) -> dict[str, float] | None:
+    ratios = group.get("block_lr_ratios")
+    return {block: ratio_now(group, BlockType(block)) for block in ratios} if ratios else None
+
+
+_OPTIMIZER = megatron_optimizer.Hooks(
+    kinds=KINDS,
+    optimizer_type=BlockwiseOptimizer,
+    settings_of=settings_of,
+    attach_settings=attach_settings,
+    build=build,
+)
+_SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs)
+_ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
+_LOG = megatron_log.Hooks(rates=current_block_lrs)

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
 from ..blocks import BlockError, BlockMap
+from ..collective.agreement import find_difference
 from ..optim.base import BlockwiseOptimizer
 from .settings import KINDS, BlockSettings
 
@@ -129,15 +130,12 @@ def refuse_other_settings(config: Any, settings: BlockSettings) -> None:
         **{name: _plain(getattr(config, name, None)) for name in names},
         **{field.name: _plain(getattr(settings, field.name)) for field in fields(settings)},
     }
-    everywhere: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    for rank, theirs in enumerate(everywhere):
-        for name, value in everywhere[0].items():
-            if theirs.get(name) != value:
-                raise BlockError(
-                    f"{name} is {value[:200]} on rank 0 and {str(theirs.get(name))[:200]} on rank {rank}; "
-                    f"start all ranks with the same flags, settings and rules"
-                )
+    difference = find_difference(mine)
+    if difference is not None:
+        raise BlockError(
+            f"{difference.place} is {difference.told(lambda value: value[:200])}; "
+            f"start all ranks with the same flags, settings and rules"
+        )
 
 
 def _plain(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from ..blocks.rules import user_rules
 from ..blocks.types import block_values, shown
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
+from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
@@ -64,14 +64,35 @@ class BlockSettings:
         object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
 
-_registered = BlockSettings()
-_asked: str | None = None  # what of ours the last --optimizer that was parsed named
+# Process-wide, as what they stand for is: the settings of configs that have none attached, by order of registration, and
+# what of ours the last --optimizer named that Megatron parsed into its one set of global arguments.
+_registered: list[BlockSettings] = []
+_asked: str | None = None
+_ATTACHED = "blockwise_settings"  # attribute of an OptimizerConfig
 
 
 def remember(settings: BlockSettings) -> None:
-    """Makes these the settings of every OptimizerConfig that names one of our optimizers."""
-    global _registered
-    _registered = settings
+    """Makes these the settings of every OptimizerConfig that names one of our optimizers and has none attached."""
+    _registered.append(settings)
+
+
+def forget(settings: BlockSettings) -> None:
+    """Takes them back; those that were registered before hold again."""
+    _registered[:] = [kept for kept in _registered if kept is not settings]
+
+
+def attach_settings(config: Any, settings: BlockSettings) -> None:
+    """Puts settings on one OptimizerConfig, where they go before what is registered.
+
+    Raises:
+        BlockError: the config names none of our optimizers.
+    """
+    if config.optimizer not in KINDS:
+        raise BlockError(
+            f"settings of blockwise optimizers were attached to an OptimizerConfig of optimizer {config.optimizer!r}; "
+            f"name one of {', '.join(KINDS)} in it"
+        )
+    setattr(config, _ATTACHED, replace(settings, kind=config.optimizer))
 
 
 def settings_of(config: Any) -> BlockSettings | None:
@@ -82,8 +103,9 @@ def settings_of(config: Any) -> BlockSettings | None:
     Raises:
         BlockError: ours was asked for, and Megatron's arguments do not hold it or its settings any more.
     """
-    if getattr(config, "blockwise", None) is not None:
-        return config.blockwise
+    attached = getattr(config, _ATTACHED, None)
+    if attached is not None:
+        return attached
     arguments = _megatron_arguments()
     if getattr(arguments, "yaml_cfg", None) is not None and (_asked or config.optimizer in KINDS):
         raise BlockError(
@@ -91,7 +113,7 @@ def settings_of(config: Any) -> BlockSettings | None:
             f"{_asked or config.optimizer}; give flags and leave out --yaml-cfg"
         )
     if config.optimizer in KINDS:
-        return replace(_registered, kind=config.optimizer)
+        return replace(_registered[-1] if _registered else BlockSettings(), kind=config.optimizer)
     if config.optimizer != "adam":
         return None
     kind = getattr(arguments, "blockwise_optimizer", None)
@@ -118,15 +140,10 @@ def _from_flags(kind: str, arguments: argparse.Namespace) -> BlockSettings:
 
 def _megatron_arguments() -> Any:
     """Megatron's parsed arguments, or None where megatron.training is not in use or has parsed none yet."""
-    module = sys.modules.get("megatron.training.global_vars")
-    if module is None:
-        return None
-    if not hasattr(module, "_GLOBAL_ARGS"):
-        raise BlockError(
-            "megatron.training.global_vars has no _GLOBAL_ARGS any more, so that --optimizer cannot be read; "
-            "install a megatron-core that the patches were written for (see `blockwise-lr doctor`)"
-        )
-    return module._GLOBAL_ARGS
+    try:
+        return upstream_megatron.global_arguments()
+    except PatchError as error:
+        raise BlockError(str(error)) from error
 
 
 class ChooseOptimizer(argparse.Action):

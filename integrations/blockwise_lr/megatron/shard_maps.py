@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
 from ..blocks import BlockError, BlockMap, ParamLayout
 from ..blocks.marks import marks_of
 from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
+from ..patches.upstream_megatron import bucketed_parameters, is_distributed, parts_of
 from ..plan.shards import even_boundaries, spans_slices
 from .mapping import slice_group
 from .refusals import check_tensors
@@ -27,41 +26,19 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
 
     Raises:
         BlockError: another kind of wrapper, or tensors that are not those parts of parameters that it states.
+        PatchError: the wrapper lacks what its parts are read from.
     """
-    flats, params = [], []
-    tensors = list(_tensors(wrapper))
-    check_tensors(wrapper.optimizer, ((flat, param, numel) for flat, param, _, numel in tensors))
-    for flat, param, start, _ in tensors:
-        params.append(param)
-        flats.append((flat, [Fragment(_name(block_map, param), start, flat.numel(), 0)]))
-    cuts = _cuts(wrapper, block_map) if isinstance(wrapper, DistributedOptimizer) else {}
-    return ShardMap(flats, cuts, _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {})
-
-
-def _tensors(wrapper: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, int, int]]:
-    """(the inner optimizer's tensor, the model parameter, where in it the tensor begins, how many elements it has)."""
-    if isinstance(wrapper, DistributedOptimizer):
-        for models, shards in (
-            (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
-            (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
-        ):
-            for params, flats in zip(models, shards):
-                for param, flat in zip(params, flats):
-                    part = wrapper._get_model_param_range_map(param)["param"]
-                    yield flat, param, part.start, part.size
-    elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
-        for params, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
-            yield from ((main, param, 0, param.numel()) for param, main in zip(params, mains))
-        yield from ((param, param, 0, param.numel()) for group in wrapper.fp32_from_fp32_groups for param in group)
-    elif isinstance(wrapper, FP32Optimizer):
-        yield from (
-            (param, param, 0, param.numel()) for group in wrapper.optimizer.param_groups for param in group["params"]
-        )
-    else:
+    parts = parts_of(wrapper)
+    if parts is None:
         raise BlockError(
             f"Megatron wrapped the optimizer in {type(wrapper).__name__}, which blockwise_lr does not know; "
             f"use the distributed optimizer or none"
         )
+    check_tensors(wrapper.optimizer, ((part.tensor, part.parameter, part.size) for part in parts))
+    params = [part.parameter for part in parts]
+    flats = [(part.tensor, [Fragment(_name(block_map, part.parameter), part.start, part.size, 0)]) for part in parts]
+    cuts = _cuts(wrapper, block_map) if is_distributed(wrapper) else {}
+    return ShardMap(flats, cuts, _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {})
 
 
 def _name(block_map: BlockMap, param: torch.Tensor) -> str:
@@ -76,19 +53,12 @@ def _name(block_map: BlockMap, param: torch.Tensor) -> str:
 def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, ShardBoundaries]:
     """Where the distributed optimizer's shards end: every bucket of a gradient buffer is cut evenly over the ranks."""
     cuts = {}
-    for buffer in wrapper.buffers:
-        ranks = buffer.data_parallel_group.size()
-        for bucket in buffer.buckets:
-            shard = bucket.grad_data.numel() // ranks
-            for param in bucket.params_list:
-                start, end, _ = buffer.param_index_map[param]
-                positions = even_boundaries(end - start, shard, start - bucket.offset)
-                if len(positions):
-                    # Megatron cuts the copies of a shared embedding alike: it gives each a bucket of its own
-                    shared = marks_of(param).is_tied_copy
-                    cuts[_name(block_map, param)] = ShardBoundaries(
-                        positions, buffer.data_parallel_group, has_replicas=shared
-                    )
+    for held in bucketed_parameters(wrapper):
+        positions = even_boundaries(held.numel, held.shard, held.start)
+        if len(positions):
+            # Megatron cuts the copies of a shared embedding alike: it gives each a bucket of its own
+            shared = marks_of(held.parameter).is_tied_copy
+            cuts[_name(block_map, held.parameter)] = ShardBoundaries(positions, held.group, has_replicas=shared)
     return cuts
 
 

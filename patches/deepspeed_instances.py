@@ -1,0 +1,91 @@
+"""What is replaced on single DeepSpeed engines and on the objects that they hold; other engines keep DeepSpeed's own."""
+
+from __future__ import annotations
+
+from .instances import InstancePatch
+from .symbols import Attributes, Symbol
+from .upstream_deepspeed import BF16, ENGINE, PACKAGE, VERSIONS, ZERO3, ZERO12
+
+_CHECKPOINT_ENGINE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine"
+_UNIVERSAL = ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")
+
+SAVED_FILES = InstancePatch(
+    name="deepspeed-saved-files",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(
+        Symbol(_CHECKPOINT_ENGINE + ".save", ("self", "state_dict", "path")),
+        Symbol(ENGINE + "._copy_recovery_script", ("self", "save_path")),
+    ),
+    why="during a save: which files a rank writes, and their checksums, is told nowhere",
+    until="DeepSpeed's checkpoint engines report what they wrote",
+)
+MAPPED_LOADS = InstancePatch(
+    name="deepspeed-mapped-loads",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(Symbol(_CHECKPOINT_ENGINE + ".load", ("self", "path", "map_location")),),
+    why="during a load: files that are copied at once are mapped, not read to memory first",
+    until="DeepSpeed loads with mmap",
+)
+UNIVERSAL_LOADS = InstancePatch(
+    name="deepspeed-universal-loads",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=tuple(Symbol(f"{of}._load_universal_checkpoint", _UNIVERSAL) for of in (ZERO12, ZERO3, BF16)),
+    why="DeepSpeed loads a stage's own universal folders only, and gives all param groups the first one's settings",
+    until="DeepSpeed loads universal folders in any stage, and every group's settings",
+)
+STATE_PLACES = InstancePatch(
+    name="deepspeed-state-places",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=tuple(Symbol(f"{of}._link_all_hp_params", ("self",)) for of in (ZERO12, BF16)),
+    sets=tuple(Attributes(of, ("_param_slice_mappings",)) for of in (ZERO12, BF16)),
+    why="with round_robin_gradients DeepSpeed notes wrong places of parameters in its flat tensors",
+    until="DeepSpeed notes the true places",
+)
+STATE_ACCESS = InstancePatch(
+    name="deepspeed-state-access",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(
+        *(Symbol(f"{of}._link_all_hp_params", ("self",)) for of in (ZERO12, BF16)),
+        Symbol("deepspeed.utils:get_full_hp_param", ("self", "optim_state_key")),
+        Symbol("deepspeed.utils:set_full_hp_param", ("self", "value", "optim_state_key")),
+        Symbol(ZERO3 + ".get_full_hp_param", ("self", "param", "optim_state_key")),
+        Symbol(ZERO3 + ".set_full_hp_param", ("self", "value", "param", "optim_state_key")),
+        Symbol(ZERO3 + ".get_local_fp32_param", ("self", "param", "optim_state_key")),
+        Symbol(ZERO3 + ".set_local_hp_param", ("self", "value", "param", "optim_state_key")),
+    ),
+    why="safe_get_full_optimizer_state and its kin cut states out of tensors of the shard's shape; Adam-mini's is another",
+    until="DeepSpeed asks the optimizer for a parameter's state",
+)
+SEGMENT_SUMS = InstancePatch(
+    name="deepspeed-segment-sums",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(
+        Symbol(ZERO12 + ".unscale_and_clip_grads", ("self", "grad_groups_flat", "total_norm")),
+        Symbol(ZERO3 + ".unscale_and_clip_grads"),
+    ),
+    why="ZeRO scales and steps one param group after another; Adam-mini's sums of all go in one all-reduce before",
+    until="DeepSpeed scales all gradients before it steps",
+)
+LEARNING_RATES = InstancePatch(
+    name="deepspeed-learning-rates",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(Symbol("deepspeed.monitor.monitor:MonitorMaster.write_events", ("self", "event_list")),),
+    why="DeepSpeed's monitors are given a single learning rate",
+    until="DeepSpeed reports every param group's",
+)
+INSTANCE_PATCHES = (
+    SAVED_FILES,
+    MAPPED_LOADS,
+    UNIVERSAL_LOADS,
+    STATE_PLACES,
+    STATE_ACCESS,
+    SEGMENT_SUMS,
+    LEARNING_RATES,
+)
