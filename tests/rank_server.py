@@ -26,10 +26,6 @@ with contextlib.suppress(ImportError):  # Megatron's modules, which are imported
 
     undo = PATCH.apply()
     try:
-        import megatron.core.dist_checkpointing
-        import megatron.core.models.gpt.gpt_layer_specs
-        import megatron.core.optimizer
-        import megatron.core.pipeline_parallel
         import megatron_door.parts  # noqa: F401
 
         import blockwise_lr.megatron  # noqa: F401
