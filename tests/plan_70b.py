@@ -76,7 +76,7 @@ def rank_plans(way: str) -> tuple[ShardMap, list[StepPlan], SegmentSync]:
 
 def kept_bytes(shards: ShardMap, plans: list[StepPlan], sync: SegmentSync) -> int:
     """Bytes of all tables that stay."""
-    shares = [share for stage in sync.over_shards for share in stage.shares]
+    shares = [share for stage in sync.over_shards for share in stage.local_to_buffer]
     return (
         sum(plan.nbytes for plan in plans)
         + sum(cut.positions.nbytes for cut in shards.boundaries.values())

@@ -4,7 +4,8 @@ All arms step a flat float32 shard of a LLaMA-shaped model with fused QKV (the o
 tensors, split as it needs them). Rounds are interleaved and begin with another arm each, so that a machine that slows
 down slows all arms; every ratio is the median over rounds of an arm's time over the base arm's time in the same round,
 with its quartiles. Arms share parameters, gradients and moments, so they touch the same memory; our optimizers have put
-it on huge pages, for all arms (BLOCKWISE_LR_HUGE_PAGES=0 shows the difference).
+it on huge pages, for all arms (BLOCKWISE_LR_HUGE_PAGES=0 shows the difference). ``--before CHECKOUT`` steps the optimizers
+of another checkout too (``git worktree add /tmp/before HEAD~1``), in the same rounds.
 """
 
 from __future__ import annotations
@@ -12,33 +13,37 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW
-from blockwise_lr.blocks import BlockMap, BlockType, ParamLayout, Piece
+import blockwise_lr.blocks
+from blockwise_lr.blocks import ParamLayout
 from blockwise_lr.kernels import kernel_for
 from blockwise_lr.kernels.huge_pages import use_huge_pages
-from blockwise_lr.optim import Fragment, ShardMap
+from blockwise_lr.optim import CLASSES
 
 HIDDEN, HEADS, KV_HEADS, FFN, VOCABULARY = 1024, 16, 4, 2816, 8192
 HEAD = HIDDEN // HEADS
 BASE = "torch fused AdamW"
-BYTES = {"AdamW": 28, "Adam-mini": 20}  # per element: read p, g, m (v), write p, m (v)
+BYTES = {"AdamW": 28, "Adam-mini and Lion": 20}  # per element: read p, g, m (v), write p, m (v)
 SETTINGS = dict(lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+LION = dict(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def layouts(numel: int) -> list[ParamLayout]:
+def layouts(numel: int, blocks: Any = blockwise_lr.blocks) -> list[ParamLayout]:
     """A LLaMA-shaped model of about that many parameters, in the order a buffer holds them."""
+    BlockType, ParamLayout, Piece = blocks.BlockType, blocks.ParamLayout, blocks.Piece
     q, k, v = (
         Piece(BlockType.QK, HEADS // KV_HEADS * HEAD, HEAD),
         Piece(BlockType.QK, HEAD, HEAD),
@@ -58,19 +63,36 @@ def layouts(numel: int) -> list[ParamLayout]:
     return found
 
 
-def ours(kind: type, flat: torch.Tensor, model: list[ParamLayout]) -> torch.optim.Optimizer:
-    """Our optimizer on the flat tensor."""
-    block_map = BlockMap(model)
-    block_map.bind([(model[0].name, flat)])
-    optimizer = kind([flat], block_map=block_map, **SETTINGS)
+def ours(kind: str, flat: torch.Tensor, numel: int, package: str = "blockwise_lr") -> torch.optim.Optimizer:
+    """Our optimizer on the flat tensor, of this version or of another that is imported under another name."""
+    blocks, optim = (importlib.import_module(f"{package}.{name}") for name in ("blocks", "optim"))
+    model = layouts(numel, blocks)
+    block_map = blocks.BlockMap(model)
+    parameter = torch.nn.Parameter(torch.empty(model[0].shape, device="meta"))
+    block_map.bind([(model[0].name, parameter)])
+    optimizer = getattr(optim, kind)([parameter], block_map=block_map, **(LION if "Lion" in kind else SETTINGS))
+    optimizer.param_groups[0]["params"] = [flat]  # as a framework does that has flattened its parameters
     fragments, offset = [], 0
     for layout in model:
         held = min(layout.numel, flat.numel() - offset)
         if held > 0:
-            fragments.append(Fragment(layout.name, 0, held, offset))
+            fragments.append(optim.Fragment(layout.name, 0, held, offset))
         offset += layout.numel
-    optimizer.attach_shards(ShardMap([(flat, fragments)]))
+    optimizer.attach_shards(optim.ShardMap([(flat, fragments)]))
     return optimizer
+
+
+def import_before(checkout: Path) -> str:
+    """Imports the package of another checkout under a name of its own, which is returned."""
+    name, folder = "blockwise_lr_before", checkout / "integrations" / "blockwise_lr"
+    found = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if found is None or found.loader is None:
+        raise SystemExit(f"error: {checkout} is no checkout of this project; name one with --before")
+    sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sys.modules[name])
+    return name
 
 
 def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None] | None:
@@ -100,17 +122,19 @@ def official(flat: torch.Tensor, model: list[ParamLayout]) -> Callable[[], None]
     return Adam_mini(named, dim=HIDDEN, n_heads=HEADS, n_kv_heads=KV_HEADS, verbose=False, **SETTINGS).step
 
 
-def arms(numel: int, device: torch.device) -> dict[str, Callable[[], None]]:
+def arms(numel: int, device: torch.device, before: str | None) -> dict[str, Callable[[], None]]:
     """Arm -> one step of it."""
     model = layouts(numel)
     flat = torch.nn.Parameter(torch.randn(numel, device=device))
     flat.grad = torch.randn(numel, device=device)
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         BASE: lambda: torch.optim.AdamW([flat], fused=True, **SETTINGS),
-        "BlockwiseAdamW": lambda: ours(BlockwiseAdamW, flat, model),
-        "BlockwiseAdamMini": lambda: ours(BlockwiseAdamMini, flat, model),
+        **{kind: functools.partial(ours, kind, flat, numel) for kind in CLASSES},
         **_peers(flat),
     }
+    if before:
+        for kind in set(dir(importlib.import_module(f"{before}.optim"))) & CLASSES.keys():
+            makers[f"{kind}, before"] = functools.partial(ours, kind, flat, numel, before)
     if numel <= 120_000_000:
         makers["torch foreach AdamW"] = lambda: torch.optim.AdamW([flat], foreach=True, **SETTINGS)
     moments = {name: torch.zeros(numel, device=device) for name in ("exp_avg", "exp_avg_sq")}
@@ -120,7 +144,7 @@ def arms(numel: int, device: torch.device) -> dict[str, Callable[[], None]]:
         optimizer = make()
         optimizer.step()
         for key, shared in moments.items():
-            if optimizer.state[flat][key].shape == shared.shape:
+            if key in optimizer.state[flat] and optimizer.state[flat][key].shape == shared.shape:
                 optimizer.state[flat][key] = shared
         found[name] = optimizer.step
     official_step = official(flat, model) if numel <= 120_000_000 else None
@@ -139,6 +163,7 @@ def _peers(flat: torch.Tensor) -> dict[str, Callable[[], torch.optim.Optimizer]]
     found: dict[str, Callable[[], torch.optim.Optimizer]] = {}
     for name, module, attribute, cuda, extra in (
         ("DeepSpeedCPUAdam", "deepspeed.ops.adam", "DeepSpeedCPUAdam", False, {"adamw_mode": True}),
+        ("DeepSpeedCPULion", "deepspeed.ops.lion", "DeepSpeedCPULion", False, LION),
         ("DeepSpeed FusedAdam", "deepspeed.ops.adam", "FusedAdam", True, {}),
         ("Apex FusedAdam", "apex.optimizers", "FusedAdam", True, {}),
     ):
@@ -146,17 +171,20 @@ def _peers(flat: torch.Tensor) -> dict[str, Callable[[], torch.optim.Optimizer]]
             continue
         try:
             kind = getattr(importlib.import_module(module), attribute)
-            kind([torch.nn.Parameter(torch.zeros(8, device=flat.device))], **SETTINGS, **extra)
+            settings = extra if extra is LION else {**SETTINGS, **extra}
+            kind([torch.nn.Parameter(torch.zeros(8, device=flat.device))], **settings)
         except Exception as error:  # not installed, or its extension does not build here
             print(f"{name} is left out: {type(error).__name__}: {error}")
             continue
-        found[name] = functools.partial(kind, [flat], **SETTINGS, **extra)
+        found[name] = functools.partial(kind, [flat], **settings)
     return found
 
 
-def measure(numel: int, rounds: int, device: torch.device) -> tuple[dict[str, list[float]], dict[str, int]]:
+def measure(
+    numel: int, rounds: int, device: torch.device, before: str | None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every arm in every round; on a GPU, also how many kernels a step launches."""
-    found = arms(numel, device)
+    found = arms(numel, device, before)
     times: dict[str, list[float]] = {name: [] for name in found}
     order = list(found.items())
     for number in track(range(rounds + 2), description=f"{numel / 1e6:.0f}M elements", transient=True):
@@ -186,7 +214,7 @@ def launches(step: Callable[[], None]) -> int:
 def _bytes_per_element(name: str) -> int:
     if name in ("triad", "copy"):
         return {"triad": 12, "copy": 8}[name]
-    return BYTES["Adam-mini" if "ini" in name else "AdamW"]
+    return BYTES["Adam-mini and Lion" if "ini" in name or "Lion" in name else "AdamW"]
 
 
 def summary(numel: int, times: dict[str, list[float]], launched: dict[str, int]) -> list[dict]:
@@ -260,9 +288,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e6, 1e7, 1e8, 4e8], help="elements of the shard")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--before", type=Path, help="another checkout, whose optimizers are stepped too")
     parser.add_argument("--json", type=Path, default=Path("runs/bench.json"))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = None if args.before is None else import_before(args.before)
     console = Console(width=120)
     console.print(f"kernel: {kernel_for(device).name} on {device}, torch {torch.__version__}")
     plans = plan_times()
@@ -270,7 +300,8 @@ def main() -> None:
         console.print(f"plans of a rank of {plan['plans']}: {plan['seconds']:.2f} s, {plan['bytes'] / 1e6:.2f} MB")
     entries = []
     for size in args.sizes:
-        entries += summary(int(size), *measure(int(size), args.rounds if size <= 2e8 else args.rounds // 3, device))
+        rounds = args.rounds if size <= 2e8 else args.rounds // 3
+        entries += summary(int(size), *measure(int(size), rounds, device, before))
         show([e for e in entries if e["elements"] == int(size)], console)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"steps": entries, "plans": plans}, indent=1))

@@ -72,7 +72,7 @@ class Shards:
             for parts in shares:
                 for share, values in parts:
                     buffer.index_add_(0, share.index, values[share.slots])
-            for to, places in stages[0].additions:
+            for to, places in stages[0].ordered_reduction:
                 buffer[to] += buffer[places]
             for parts in shares:
                 for share, values in parts:
