@@ -118,7 +118,7 @@ class CudaMeansCpu(TorchFunctionMode):
 
 def _redirections() -> dict[str, Any]:
     """What each attribute of torch.cuda becomes."""
-    properties = collections.namedtuple("Properties", "major minor name total_memory multi_processor_count")
+    properties = collections.namedtuple("properties", "major minor name total_memory multi_processor_count")
     stream = Stream()
     return {
         "is_available": lambda: True,

@@ -79,12 +79,16 @@ class Symbol:
 
     def problem(self) -> str | None:
         """What is wrong with the symbol in the installed version, in words; None where nothing is."""
+        module, _, qualified = self.path.partition(":")
         try:
-            value = self.value()
-        except AttributeError:
-            return _has_no_more(self.path)
+            value = importlib.import_module(module)
         except Exception as error:  # a module that is gone, or that fails on import for reasons of its own
-            return f"{self.path.partition(':')[0]} cannot be imported ({type(error).__name__}: {error})"
+            return f"{module} cannot be imported ({type(error).__name__}: {error})"
+        names = qualified.split(".")
+        for number, name in enumerate(names, 1):
+            if not hasattr(value, name):
+                return _has_no_more(f"{module}:{'.'.join(names[:number])}")
+            value = getattr(value, name)
         if self.parameters is None:
             return None
         found = tuple(inspect.signature(value).parameters)
@@ -127,8 +131,14 @@ def symbols(owner: str, *names: str, why: str = "", versions: str = "") -> tuple
 
 
 def has_attribute(instance: Any, name: str) -> bool:
-    """hasattr, without running the properties of a class."""
-    return name in getattr(instance, "__dict__", ()) or hasattr(type(instance), name) or hasattr(instance, name)
+    """hasattr, but neither runs the properties of a class nor believes its ``__getattr__``: a DeepSpeed engine answers for
+    its module, whose attributes may have the same names."""
+    held = getattr(instance, "__dict__", {})
+    return (
+        name in held
+        or hasattr(type(instance), name)
+        or any(name in held.get(kept, ()) for kept in ("_modules", "_parameters", "_buffers"))  # of torch.nn.Module
+    )
 
 
 def _has_no_more(path: str) -> str:

@@ -42,6 +42,7 @@ _READS = (
         "decoupled_weight_decay",
         why="features that are refused",
     ),
+    *symbols(_CONFIG, "lion_beta1", "lion_beta2", why="Lion's betas", versions=">=0.19"),
     *symbols(_CONFIG, "optimizer_cuda_graph", "use_layer_wise_distributed_optimizer", why="refused", versions=">=0.19"),
     *symbols(_DDP_CONFIG, "use_megatron_fsdp", "use_custom_fsdp", "fp8_param_gather", why="features that are refused"),
     *symbols(_DDP_CONFIG, "fp4_param_gather", why="refused", versions=">=0.19"),
