@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -40,6 +41,8 @@ _KEPT = (
     "bias_segments",
 )
 
+_holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
+
 
 class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
     """Base of all blockwise optimizers: steps the tensors of its param groups by an update rule.
@@ -60,17 +63,19 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
 
     rule: ClassVar[UpdateRule]
     Options: ClassVar[type[OptimizerOptions]]
-    _held = False
 
-    @classmethod
+    @staticmethod
     @contextmanager
-    def holding_steps(cls) -> Iterator[None]:
-        """While a framework wraps an optimizer: step() does nothing, so that a trial step neither counts nor decays."""
-        BlockwiseOptimizer._held = True
+    def holding_steps() -> Iterator[None]:
+        """While a framework wraps an optimizer: step() does nothing, so that a trial step neither counts nor decays.
+
+        Holds for this thread; may be nested.
+        """
+        token = _holding.set(True)
         try:
             yield
         finally:
-            BlockwiseOptimizer._held = False
+            _holding.reset(token)
 
     def __init__(
         self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
@@ -399,7 +404,7 @@ class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
         Raises:
             BlockError: a tensor, gradient, state or rate that cannot be stepped; no tensor has been changed then.
         """
-        if BlockwiseOptimizer._held:
+        if _holding.get():
             return None
         loss = None
         if closure is not None:
