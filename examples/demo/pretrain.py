@@ -1,4 +1,4 @@
-"""Pre-trains the demo's GPT with DeepSpeed, once per arm; run by torchrun on every rank.
+"""Pre-trains the demo's GPT with DeepSpeed, arm after arm; run by torchrun on every rank.
 
 What a user of DeepSpeed does is in ``train``: a ds_config, deepspeed.initialize, backward, step. The one line that
 makes the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``.
@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,12 +25,15 @@ from corpus import tokens
 from model import GPT, GPTConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import blockwise_lr.deepspeed  # noqa: F401  registers BlockwiseAdamW, BlockwiseAdamMini and BlockwiseWarmupCosine
+
 HERE = Path(__file__).parent
 LENGTH = 128
 BATCH = 16  # sequences per step, over all ranks
-EVALUATIONS = 15
-# both arms try learning rates a factor of 2 apart around what is usual for them
-SWEEP = {"AdamW": (5e-4, 1e-3, 2e-3), "BlockwiseAdamW": (3e-4, 6e-4, 1.2e-3)}
+EVALUATIONS = 10
+SEEDS = 2
+# both arms try as many learning rates a factor of 2 apart, their best inside
+SWEEP = {"AdamW": (1e-3, 2e-3, 4e-3), "BlockwiseAdamW": (1.5e-4, 3e-4, 6e-4)}
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Run:
 
     optimizer: str
     lr: float
+    seed: int
     steps: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -79,15 +84,15 @@ def validate(engine: deepspeed.DeepSpeedEngine, held_out: torch.Tensor) -> float
 def train(
     optimizer: str,
     lr: float,
+    seed: int,
     data: np.ndarray,
     held_out: torch.Tensor,
     *,
-    evaluations: int,
-    tick,
+    tick: Callable[[str, float | None], None],
     tensorboard: bool = False,
 ) -> Run:
     """Trains a fresh model on ``data`` (steps, BATCH, LENGTH + 1) and returns its curve."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = GPT(GPTConfig())
     # as BlockwiseAdamW does by default, AdamW leaves the norms undecayed
     groups = [
@@ -98,8 +103,8 @@ def train(
     engine, *_ = deepspeed.initialize(
         model=model, config=copy.deepcopy(config), model_parameters=groups if optimizer == "AdamW" else None
     )
-    run = Run(optimizer, lr)
-    every = max(len(data) // evaluations, 1)
+    run = Run(optimizer, lr, seed)
+    every = max(len(data) // EVALUATIONS, 1)
     for step, batch in enumerate(data, 1):
         began = time.perf_counter()
         ids = torch.from_numpy(batch).chunk(dist.get_world_size())[dist.get_rank()]
@@ -110,7 +115,7 @@ def train(
         if step % every == 0 or step == len(data):
             run.steps.append(step)
             run.losses.append(validate(engine, held_out))
-        tick(f"{optimizer} lr {lr:g}", run.losses[-1] if run.losses else None)
+        tick(f"{optimizer} lr {lr:g} seed {seed}", run.losses[-1] if run.losses else None)
     run.state_bytes = sum(
         value.numel() * value.element_size()
         for state in engine.optimizer.optimizer.state.values()
@@ -124,8 +129,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=int, default=450, help="steps of each full run")
-    parser.add_argument("--sweep-steps", type=int, default=120, help="steps of each run that tries a learning rate")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -138,9 +142,10 @@ def main() -> None:
     dist.barrier()
     held_out = torch.from_numpy(batches(tokens(args.out, validation=True), 4, seed=2).reshape(-1, LENGTH + 1))
     text = tokens(args.out, validation=False)
+    data = [batches(text, args.steps, seed=1 + 2 * seed) for seed in range(SEEDS)]  # 2 drew the held-out sequences
 
-    full_runs = ("AdamW", "BlockwiseAdamW", "BlockwiseAdamMini")
-    total = args.sweep_steps * sum(map(len, SWEEP.values())) + args.steps * len(full_runs)
+    tries = sum(map(len, SWEEP.values()))
+    total = args.steps * (tries + (SEEDS - 1) * len(SWEEP) + SEEDS)
     with Progress(
         TextColumn("{task.description:<42}"),
         BarColumn(),
@@ -154,22 +159,15 @@ def main() -> None:
             shown = "" if loss is None else f"  loss {loss:.3f}"
             progress.update(task, advance=1, description=what + shown)
 
-        short = batches(text, args.sweep_steps, seed=0)
-        sweep = [
-            train(optimizer, lr, short, held_out, evaluations=1, tick=tick)
-            for optimizer, lrs in SWEEP.items()
-            for lr in lrs
-        ]
-        best = {
-            optimizer: min((run for run in sweep if run.optimizer == optimizer), key=lambda run: run.losses[-1]).lr
-            for optimizer in SWEEP
-        }
-        best["BlockwiseAdamMini"] = best["BlockwiseAdamW"]
-        data = batches(text, args.steps, seed=1)
-        runs = [
-            train(optimizer, best[optimizer], data, held_out, evaluations=EVALUATIONS, tick=tick, tensorboard=True)
-            for optimizer in full_runs
-        ]
+        def arm(optimizer: str, lr: float, seed: int, tensorboard: bool = False) -> Run:
+            return train(optimizer, lr, seed, data[seed], held_out, tick=tick, tensorboard=tensorboard)
+
+        sweep = [arm(optimizer, lr, 0) for optimizer, lrs in SWEEP.items() for lr in lrs]
+        runs = []
+        for optimizer in SWEEP:
+            best = min((run for run in sweep if run.optimizer == optimizer), key=lambda run: run.losses[-1])
+            runs += [best, *(arm(optimizer, best.lr, seed, tensorboard=seed == 1) for seed in range(1, SEEDS))]
+        runs += [arm("BlockwiseAdamMini", runs[-1].lr, seed, tensorboard=seed == 1) for seed in range(SEEDS)]
     if dist.get_rank() == 0:
         results = {"sweep": [asdict(run) for run in sweep], "runs": [asdict(run) for run in runs]}
         (args.out / "results.json").write_text(json.dumps(results, indent=1))

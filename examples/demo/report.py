@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -25,35 +26,64 @@ def steps_to(run: dict, loss: float) -> float | None:
     return None
 
 
+@dataclass(frozen=True)
+class Arm:
+    """The runs of one optimizer at its learning rate, one for each seed."""
+
+    name: str
+    lr: float
+    runs: list[dict]
+
+    @property
+    def finals(self) -> list[float]:
+        return [run["losses"][-1] for run in self.runs]
+
+    @property
+    def mean(self) -> dict:
+        """The curve of the mean over seeds."""
+        return {"steps": self.runs[0]["steps"], "losses": np.mean([run["losses"] for run in self.runs], 0).tolist()}
+
+
+def arms_of(results: dict) -> list[Arm]:
+    """The arms in the order they were run."""
+    names = dict.fromkeys(run["optimizer"] for run in results["runs"])
+    of = {name: [run for run in results["runs"] if run["optimizer"] == name] for name in names}
+    return [Arm(name, runs[0]["lr"], runs) for name, runs in of.items()]
+
+
 def table(results: dict) -> Table:
-    """One row per full run."""
-    base = results["runs"][0]
-    made = Table(title=f"GPT on Python's standard library, {base['steps'][-1]} steps, DeepSpeed ZeRO-2 on 2 processes")
+    """One row per arm."""
+    arms = arms_of(results)
+    base = arms[0].mean
+    last, wanted = base["steps"][-1], base["losses"][-1]
+    made = Table(
+        title=f"GPT on Python's standard library, {last} steps, {len(arms[0].runs)} seeds, DeepSpeed ZeRO-2 on 2 processes"
+    )
     for column in (
         "optimizer",
         "base lr",
         "validation loss",
-        f"steps to {base['optimizer']}'s {base['losses'][-1]:.3f}",
-        "seconds",
+        "of each seed",
+        f"steps to {arms[0].name}'s {wanted:.3f}",
         "state per rank",
     ):
         made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
-    for run in results["runs"]:
-        reached = steps_to(run, base["losses"][-1])
+    for arm in arms:
+        reached = steps_to(arm.mean, wanted)
         made.add_row(
-            run["optimizer"],
-            f"{run['lr']:g}",
-            f"{run['losses'][-1]:.3f}",
-            "not reached" if reached is None else f"{reached:.0f} ({reached / base['steps'][-1]:.0%})",
-            f"{run['seconds']:.0f}",
-            f"{run['state_bytes'] / 2**20:.2f} MiB",
+            arm.name,
+            f"{arm.lr:g}",
+            f"{arm.mean['losses'][-1]:.3f}",
+            ", ".join(f"{loss:.3f}" for loss in arm.finals),
+            "not reached" if reached is None else f"{reached:.0f} ({reached / last:.0%})",
+            f"{arm.runs[0]['state_bytes'] / 2**20:.2f} MiB",
         )
     return made
 
 
 def sweep_table(results: dict) -> Table:
-    """What each learning rate of the sweep gave."""
-    made = Table(title=f"learning rates tried, {results['sweep'][0]['steps'][-1]} steps each")
+    """What each learning rate gave, and whether the best lies between others."""
+    made = Table(title=f"learning rates tried, {results['sweep'][0]['steps'][-1]} steps each, first seed")
     made.add_column("optimizer")
     made.add_column("base lr", justify="right")
     made.add_column("validation loss", justify="right")
@@ -63,18 +93,20 @@ def sweep_table(results: dict) -> Table:
 
 
 def picture(results: dict, file: Path) -> None:
-    """Validation loss over steps, one curve per full run."""
+    """Validation loss over steps: each arm's mean over seeds, its seeds thin."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for run, color in zip(results["runs"], ("#888888", "#1f5fbf", "#d1671b")):
-        axes.plot(
-            run["steps"], run["losses"], marker="o", ms=3, color=color, label=f"{run['optimizer']}, lr {run['lr']:g}"
-        )
-    axes.axhline(results["runs"][0]["losses"][-1], color="#888888", lw=0.8, ls="--")
+    arms = arms_of(results)
+    for arm, color in zip(arms, ("#888888", "#1f5fbf", "#d1671b")):
+        mean = arm.mean
+        axes.plot(mean["steps"], mean["losses"], marker="o", ms=3, color=color, label=f"{arm.name}, lr {arm.lr:g}")
+        for run in arm.runs:
+            axes.plot(run["steps"], run["losses"], color=color, lw=0.6, alpha=0.6)
+    axes.axhline(arms[0].mean["losses"][-1], color="#888888", lw=0.8, ls="--")
     low = min(min(run["losses"]) for run in results["runs"])
     axes.set_ylim(low - 0.1, low + 2.0)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title("GPT on Python's standard library, DeepSpeed ZeRO-2")
+    axes.set_title(f"GPT on Python's standard library, DeepSpeed ZeRO-2, {len(arms[0].runs)} seeds and their mean")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

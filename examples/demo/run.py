@@ -1,6 +1,7 @@
-"""The demo: ``python examples/demo/run.py`` pre-trains a small GPT three times on two processes and compares.
+"""The demo: ``python examples/demo/run.py`` pre-trains a small GPT on two processes with three optimizers and compares.
 
-AdamW at the best of three learning rates, BlockwiseAdamW at the best of three, and BlockwiseAdamMini at the latter's.
+AdamW and BlockwiseAdamW try three learning rates each at the demo's full length, and train a second time, from another
+start on other text, at their best; BlockwiseAdamMini trains twice at BlockwiseAdamW's.
 """
 
 from __future__ import annotations

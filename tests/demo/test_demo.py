@@ -19,7 +19,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     environment = {**os.environ, "COLUMNS": "120"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "run.py"), "--steps", "16", "--sweep-steps", "2"],
+        [sys.executable, str(EXAMPLES / "run.py"), "--steps", "4"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -53,9 +53,16 @@ def test_no_validation_file_is_trained_on():
 def test_the_demo_prints_its_table_and_draws(finished):
     folder, printed = finished
     results = json.loads((folder / "results.json").read_text())
-    assert [run["optimizer"] for run in results["runs"]] == ["AdamW", "BlockwiseAdamW", "BlockwiseAdamMini"]
+    kinds = ["AdamW", "BlockwiseAdamW", "BlockwiseAdamMini"]
+    assert [(run["optimizer"], run["seed"]) for run in results["runs"]] == [
+        (kind, seed) for kind in kinds for seed in (0, 1)
+    ]
+    for kind in kinds[:2]:  # as many rates for both, at the length and on the text that is compared
+        tried = [run for run in results["sweep"] if run["optimizer"] == kind]
+        best = min(tried, key=lambda run: run["losses"][-1])
+        assert len(tried) == 3 and best == next(run for run in results["runs"] if run["optimizer"] == kind)
     assert all(run["losses"][-1] < run["losses"][0] for run in results["runs"])
-    adamw, blockwise, mini = (run["state_bytes"] for run in results["runs"])
+    adamw, blockwise, mini = (run["state_bytes"] for run in results["runs"][::2])
     assert abs(adamw - blockwise) < 64 and mini < 0.51 * adamw  # they differ by a step counter per group
     for words in ("validation loss", "BlockwiseAdamMini", "state per rank", "curves.png"):
         assert words in printed
