@@ -95,18 +95,17 @@ def _add_cuts_of_copies(
 def _stage3(view: Stage3View, optimizer: BlockwiseOptimizer) -> ShardMap:
     """ZeRO-3: every parameter is cut evenly over the ranks, and a rank's pieces are laid one after another."""
     found, cuts = [], {}
-    for parameters, flat in zip(view.groups, view.flats):
+    for pieces, flat in zip(view.pieces, view.flats):
         fragments = []
-        for parameter in parameters:
-            name, shard = _name(optimizer, parameter), parameter.partition_numel()
-            group = parameter.ds_process_group
-            start = dist.get_rank(group=group) * shard
-            held = min(shard, parameter.ds_numel - start)  # less than a shard, or none, where the padding is
+        for piece in pieces:
+            name = _name(optimizer, piece.parameter)
+            start = dist.get_rank(group=piece.group) * piece.size
+            held = min(piece.size, piece.numel - start)  # less than a shard, or none, where the padding is
             if held > 0:
-                fragments.append(Fragment(name, start, held, view.offset(parameter)))
-            positions = even_boundaries(parameter.ds_numel, shard)
+                fragments.append(Fragment(name, start, held, piece.offset))
+            positions = even_boundaries(piece.numel, piece.size)
             if len(positions):
-                cuts[name] = ShardBoundaries(positions, group)
+                cuts[name] = ShardBoundaries(positions, piece.group)
         found.append((flat, fragments))
     return ShardMap(found, cuts)
 
