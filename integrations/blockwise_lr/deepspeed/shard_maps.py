@@ -84,7 +84,7 @@ def _add_cuts_of_copies(
     """Tied weights of a PipelineModule: every stage that holds one takes over where the others' shards cut it."""
     tied = module.get_tied_weights_and_groups() if isinstance(module, PipelineModule) else ()
     for weight, stages in tied:
-        mine = cuts.get(optimizer.block_map.name_of(weight))
+        mine = cuts.get(optimizer.block_map.name_of(weight) or "")
         everyone: list[Any] = [None] * dist.get_world_size(group=stages)
         dist.all_gather_object(everyone, () if mine is None else mine.positions, group=stages)
         if mine is not None:
@@ -134,5 +134,5 @@ def _splits(optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any) ->
     return {
         name: TensorParallelSplit(group, dist.get_world_size(group=group))
         for name, p in module.named_parameters()
-        if p.requires_grad and spans_slices(p, optimizer.layout_of(optimizer.block_map.name_of(p)))
+        if p.requires_grad and spans_slices(p, optimizer.layout_of(_name(optimizer, p)))
     }
