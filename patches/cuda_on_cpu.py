@@ -90,7 +90,7 @@ def _tensor_type(name: str, dtype: torch.dtype) -> type:
         def __call__(cls, *arguments: Any) -> torch.Tensor:
             if arguments and all(isinstance(size, int) for size in arguments):
                 return torch.empty(arguments, dtype=dtype)
-            return torch.tensor(*arguments, dtype=dtype)
+            return torch.tensor(arguments[0], dtype=dtype)
 
     return Meta(name, (), {})
 

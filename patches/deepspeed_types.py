@@ -7,6 +7,7 @@ wrapped the optimizer tells it what the flat tensors hold. Engines with other op
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def _install(undo: Undo, hooks: Hooks) -> None:
         undo.set(lr_schedules, name, scheduler)
     for kind in hooks.optimizer_types.values():
         utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
-        undo.call(lambda kind=kind: utils.ZERO_SUPPORTED_OPTIMIZERS.remove(kind))
+        undo.call(functools.partial(utils.ZERO_SUPPORTED_OPTIMIZERS.remove, kind))
 
 
 PATCH = Patch(

@@ -81,7 +81,7 @@ class Symbol:
         """What is wrong with the symbol in the installed version, in words; None where nothing is."""
         module, _, qualified = self.path.partition(":")
         try:
-            value = importlib.import_module(module)
+            value: Any = importlib.import_module(module)
         except Exception as error:  # a module that is gone, or that fails on import for reasons of its own
             return f"{module} cannot be imported ({type(error).__name__}: {error})"
         names = qualified.split(".")

@@ -5,7 +5,7 @@ The views are the only place that knows by which names DeepSpeed's optimizers ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -197,18 +197,35 @@ class PartitionedView:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """This rank's piece of a parameter that ZeRO-3 has cut.
+
+    Attributes:
+        parameter: the model's, whose tensor may be empty now.
+        numel: elements of the whole parameter.
+        size: elements of each rank's piece; the last ones' end, or all of it, is padding.
+        offset: where in its flat tensor the piece begins.
+        group: the ranks.
+    """
+
+    parameter: torch.Tensor
+    numel: int
+    size: int
+    offset: int
+    group: Any
+
+
+@dataclass(frozen=True)
 class Stage3View:
     """ZeRO-3: every parameter is cut evenly, and a rank's pieces are laid one after another.
 
     Attributes:
-        groups: the model's parameters, sub group by sub group.
         flats: this rank's flat fp32 tensor of each sub group.
-        offset: where in its flat tensor a parameter's piece begins.
+        pieces: what each of them holds.
     """
 
-    groups: Sequence[Sequence[torch.Tensor]]
     flats: Sequence[torch.Tensor]
-    offset: Callable[[torch.Tensor], int]
+    pieces: Sequence[Sequence[Piece]]
 
 
 @dataclass(frozen=True)
@@ -227,11 +244,8 @@ def view_of(wrapper: Any) -> PartitionedView | Stage3View | UnfusedView | None:
     UPSTREAM.check_instance(wrapper)
     if is_a(wrapper, ZERO3):
         UPSTREAM.refuse(_PARTITIONED.problem(p) for group in wrapper.fp16_groups for p in group)
-        return Stage3View(
-            wrapper.fp16_groups,
-            wrapper.fp32_partitioned_groups_flat,
-            lambda parameter: wrapper.grad_position[wrapper.get_param_id(parameter)][1],
-        )
+        pieces = [[_piece(wrapper, parameter) for parameter in group] for group in wrapper.fp16_groups]
+        return Stage3View(wrapper.fp32_partitioned_groups_flat, pieces)
     if is_a(wrapper, ZERO12):
         offsets = [
             dict(zip(map(id, group), starts))
@@ -294,6 +308,11 @@ def gradient_factor(wrapper: Any, total_norm: Any) -> float:
 def is_a(wrapper: Any, kind: str) -> bool:
     """Whether an object is an instance of one of this module's classes, such as ZERO3."""
     return isinstance(wrapper, Symbol(kind).value())
+
+
+def _piece(wrapper: Any, parameter: Any) -> Piece:
+    _, offset, _ = wrapper.grad_position[wrapper.get_param_id(parameter)]
+    return Piece(parameter, parameter.ds_numel, parameter.partition_numel(), offset, parameter.ds_process_group)
 
 
 def states_must_be_linked_anew(wrapper: Any) -> None:

@@ -45,7 +45,9 @@ def compare_ranks(
         BlockError: something differs, or a rank asks for what blockwise optimizers do not support; the same on every
             rank.
     """
-    ours, settings, peers, error = _is_ours(optimizer, config), {}, (), None
+    ours, settings = _is_ours(optimizer, config), {}
+    peers: tuple[int, ...] = ()
+    error: Exception | None = None
     try:
         settings = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
         peers = _peers(model, mpu)

@@ -99,7 +99,7 @@ def save(
 
 def _begin_together(folder: str, saving: str) -> None:
     """The first rank marks the folder; every rank then has to find that very mark."""
-    tokens = [uuid.uuid4().hex if is_rank_zero() else None, folder]
+    tokens: list[Any] = [uuid.uuid4().hex if is_rank_zero() else None, folder]
     dist.broadcast_object_list(tokens, src=0)
     token, first = tokens
     run_on_all_ranks(lambda: mark_incomplete(folder, token) if is_rank_zero() else None, saving)

@@ -67,9 +67,11 @@ def contents(engine: Any) -> list[list[Any]] | None:
 
 
 def _held(optimizer: BlockwiseOptimizer, called: Callable[[str], str]) -> list[list[Any]]:
+    shards = optimizer.shards
+    assert shards is not None, "asked of optimizers that a wrapper of DeepSpeed's has sharded"
     return [
         [flat.numel(), [list(f) for f in merged([(called(f.name), f.start, f.numel, f.offset) for f in fragments])]]
-        for flat, fragments in optimizer.shards.flats
+        for flat, fragments in shards.flats
     ]
 
 

@@ -138,7 +138,7 @@ def check_folder(
     elif with_states:
         if manifest is None or manifest.record is None:
             run_on_all_ranks(lambda: _check_states(engine, folder, model))
-        own = run_on_all_ranks(lambda: _order_difference(engine, manifest and manifest.layout, model))
+        own = run_on_all_ranks(lambda: _order_difference(engine, manifest.layout if manifest else None, model))
         _refuse_together(folder, layout(engine).sharding, gathered(own))
     if custom_load_fn is None and model is not None:
         run_on_all_ranks(lambda: _try_module(engine, folder, model.get("module"), load_module_strict))

@@ -84,7 +84,7 @@ def _add_cuts_of_copies(
     """Tied weights of a PipelineModule: every stage that holds one takes over where the others' shards cut it."""
     tied = module.get_tied_weights_and_groups() if isinstance(module, PipelineModule) else ()
     for weight, stages in tied:
-        mine = cuts.get(optimizer.block_map.name_of(weight))
+        mine = cuts.get(optimizer.block_map.name_of(weight) or "")
         everyone: list[Any] = [None] * dist.get_world_size(group=stages)
         dist.all_gather_object(everyone, () if mine is None else mine.positions, group=stages)
         if mine is not None:
@@ -95,18 +95,17 @@ def _add_cuts_of_copies(
 def _stage3(view: Stage3View, optimizer: BlockwiseOptimizer) -> ShardMap:
     """ZeRO-3: every parameter is cut evenly over the ranks, and a rank's pieces are laid one after another."""
     found, cuts = [], {}
-    for parameters, flat in zip(view.groups, view.flats):
+    for pieces, flat in zip(view.pieces, view.flats):
         fragments = []
-        for parameter in parameters:
-            name, shard = _name(optimizer, parameter), parameter.partition_numel()
-            group = parameter.ds_process_group
-            start = dist.get_rank(group=group) * shard
-            held = min(shard, parameter.ds_numel - start)  # less than a shard, or none, where the padding is
+        for piece in pieces:
+            name = _name(optimizer, piece.parameter)
+            start = dist.get_rank(group=piece.group) * piece.size
+            held = min(piece.size, piece.numel - start)  # less than a shard, or none, where the padding is
             if held > 0:
-                fragments.append(Fragment(name, start, held, view.offset(parameter)))
-            positions = even_boundaries(parameter.ds_numel, shard)
+                fragments.append(Fragment(name, start, held, piece.offset))
+            positions = even_boundaries(piece.numel, piece.size)
             if len(positions):
-                cuts[name] = ShardBoundaries(positions, group)
+                cuts[name] = ShardBoundaries(positions, piece.group)
         found.append((flat, fragments))
     return ShardMap(found, cuts)
 
@@ -135,5 +134,5 @@ def _splits(optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any) ->
     return {
         name: TensorParallelSplit(group, dist.get_world_size(group=group))
         for name, p in module.named_parameters()
-        if p.requires_grad and spans_slices(p, optimizer.layout_of(optimizer.block_map.name_of(p)))
+        if p.requires_grad and spans_slices(p, optimizer.layout_of(_name(optimizer, p)))
     }

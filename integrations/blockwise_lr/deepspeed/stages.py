@@ -42,6 +42,7 @@ def map_engine_module(module: torch.nn.Module, rules: Iterable[Any] | None, stri
                 f"block rule {rule.match!r} matches no trainable parameter on any pipeline stage; correct it "
                 f"or remove it"
             )
+    assert block_map is not None, "a rank without a block map has an error, and errors are raised above"
     return block_map
 
 

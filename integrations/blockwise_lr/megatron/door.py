@@ -69,16 +69,17 @@ def register(
         BlockError: a bad setting.
         PatchError: a megatron-core that the patches were not written for.
     """
-    settings = BlockSettings(
-        block_lr_ratios=block_lr_ratios,
-        block_weight_decay=block_weight_decay,
-        block_rules=() if block_rules is None else block_rules,
-        block_strict=block_strict,
-        row_parallel_sums=row_parallel_sums,
-        kernel=kernel,
-        accept_mismatch=accept_mismatch,
-        ratio_fade_steps=ratio_fade_steps,
-    )
+    given: dict[str, Any] = {  # of any type until BlockSettings has looked at it
+        "block_lr_ratios": block_lr_ratios,
+        "block_weight_decay": block_weight_decay,
+        "block_rules": () if block_rules is None else block_rules,
+        "block_strict": block_strict,
+        "row_parallel_sums": row_parallel_sums,
+        "kernel": kernel,
+        "accept_mismatch": accept_mismatch,
+        "ratio_fade_steps": ratio_fade_steps,
+    }
+    settings = BlockSettings(**given)
     undo = apply_patches()
     remember(settings)
     return Registration(settings, undo)

@@ -74,16 +74,12 @@ def map_chunks(
     named = [pair for chunk in chunks for pair in global_names(chunk)]
     here = {name: (tuple(p.shape), _whole_shape(p), marks_of(p).is_tied_copy) for name, p in named}
     group = pipeline or parallel_state.get_pipeline_model_parallel_group()
-    stages: list[dict] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(stages, here, group=group)
-    everywhere = {name: value for stage in stages for name, value in stage.items()} | here
+    found: list[dict] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(found, here, group=group)
+    everywhere = {name: value for stage in found for name, value in stage.items()} | here
     config = config_values(get_model_config(chunks[0]))
-    arguments = dict(
-        rules=rules,
-        strict=strict,
-        family="megatron",
-        copies=[name for name, (_, _, is_copy) in everywhere.items() if is_copy],
-    )
+    copies = [name for name, (_, _, is_copy) in everywhere.items() if is_copy]
+    arguments: dict[str, Any] = dict(rules=rules, strict=strict, family="megatron", copies=copies)
     stages = map_names(
         {name: shape for name, (shape, _, _) in everywhere.items()}, heads=head_counts(config), **arguments
     )
@@ -91,7 +87,7 @@ def map_chunks(
     ours.bind(named)
     undivided = head_counts({**config, "tensor_model_parallel_size": 1})
     whole = map_names({name: shape for name, (_, shape, _) in everywhere.items()}, heads=undivided, **arguments)
-    return ChunkMaps(ours, stages, _recorded(whole, arguments["copies"]))
+    return ChunkMaps(ours, stages, _recorded(whole, copies))
 
 
 def slice_group(param: torch.Tensor) -> dist.ProcessGroup:

@@ -21,6 +21,14 @@ _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in 
 KINDS: Mapping[str, type[BlockwiseOptimizer]] = {f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values()}
 
 
+class _AnyKind(OptimizerOptions):
+    """The options that all kinds have; ``accept_mismatch`` may name those of any, for one registration serves all kinds."""
+
+    @classmethod
+    def acceptable(cls) -> tuple[str, ...]:
+        return _ACCEPTABLE
+
+
 @dataclass(frozen=True)
 class BlockSettings:
     """What Megatron's own optimizer settings do not say.
@@ -57,7 +65,7 @@ class BlockSettings:
             raise BlockError(
                 f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes"
             )
-        options = OptimizerOptions.checked(
+        options = _AnyKind.checked(
             {name: getattr(self, name) for name in vars(self) if name in OptimizerOptions.model_fields}
         )
         object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
@@ -183,7 +191,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     global _asked
     _asked = None
     choice = next(action for action in parser._actions if "--optimizer" in action.option_strings)
-    choice.choices = [*choice.choices, *KINDS]
+    choice.choices = [*(choice.choices or ()), *KINDS]
     choice.__class__ = ChooseOptimizer
     parser.set_defaults(blockwise_optimizer=None)
     _fix_help(parser)
