@@ -1,6 +1,6 @@
-"""DeepSpeed's communication op for the CPU, built before rank processes need it.
+"""DeepSpeed's communication op for the CPU and our C++ kernel, built before rank processes need them.
 
-Every DeepSpeed start on the CPU loads it, and the first one compiles it: a minute or more, for which a case's time
+Every DeepSpeed start on the CPU loads the op, and the first one compiles it: a minute or more, for which a case's time
 limit is not meant. A rank that is killed while it compiles leaves PyTorch's lock file behind, and every later load then
 waits for ever; so the build runs here, once, in a process that is left to finish.
 """
@@ -14,7 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-_BUILD = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+_BUILD = """
+import torch
+from blockwise_lr.kernels import kernel_for
+from deepspeed.comm.torch import build_shm_op
+
+build_shm_op()
+kernel_for(torch.device("cpu"))
+"""
 
 
 @functools.cache

@@ -32,9 +32,7 @@ def config(
     entry = {
         "type": kind,
         "params": {
-            **options_of(
-                kind, {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY, "kernel": "reference"}
-            ),
+            **options_of(kind, {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY}),
             **(optimizer or {}),
         },
     }

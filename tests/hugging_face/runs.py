@@ -10,7 +10,7 @@ import torch
 from twins import VOCABULARY, make
 
 STEPS, SAVE_AT = 6, 3
-OPTIMIZER = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "kernel": "reference"}
+OPTIMIZER = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 
 class Tokens(torch.utils.data.Dataset):

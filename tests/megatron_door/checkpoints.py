@@ -54,9 +54,9 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
     import blockwise_lr.megatron
     from blockwise_lr.checkpoint import CheckpointError
 
-    first = _first_weights(job.variant)
+    first = _first_weights(job.variant, job.layout.layers)
     with megatron(job.layout), _fused_adam(job.fused):
-        undo = blockwise_lr.megatron.register(kernel="reference", **job.settings)
+        undo = blockwise_lr.megatron.register(**job.settings)
         try:
             chunks = build_chunks(job.variant, job.layout)
             load_full(chunks, {name: value * 0 + 1 for name, value in first.items()} if load else first)
@@ -84,9 +84,12 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def _first_weights(variant: str) -> dict[str, torch.Tensor]:
+def _first_weights(variant: str, layers: int) -> dict[str, torch.Tensor]:
     with megatron(Layout()):
-        return {name: value.detach().clone() for name, value in MegatronTwin(start_model(variant)).values().items()}
+        return {
+            name: value.detach().clone()
+            for name, value in MegatronTwin(start_model(variant, layers=layers)).values().items()
+        }
 
 
 class _Parts:

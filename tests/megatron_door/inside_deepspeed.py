@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kinds import options_of
 from megatron_door.layouts import (
     LENGTH,
     Layout,
@@ -21,6 +22,7 @@ from megatron_door.training import BATCH, BETAS, CLIP, DECAY, EPS, LR, MIN_LR, W
 from megatron_door.twin import model_inputs
 
 TOTAL = 10
+DEEP = Layout(layers=4)  # of pipelines: the edges of their shards lie where the tests say
 
 
 def ds_config(kind: str, stage: int, micro_batch: int, accumulation: int, **settings: Any) -> dict:
@@ -32,11 +34,7 @@ def ds_config(kind: str, stage: int, micro_batch: int, accumulation: int, **sett
         "optimizer": {
             "type": kind,
             "params": {
-                "lr": LR,
-                "betas": list(BETAS),
-                "eps": EPS,
-                "weight_decay": DECAY,
-                "kernel": "reference",
+                **options_of(kind, {"lr": LR, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY}),
                 **settings,
             },
         },
@@ -134,7 +132,7 @@ def pipeline_layers(variant: str) -> list[Any]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerLayer
 
-    config = make_config(variant, Layout())
+    config = make_config(variant, DEEP)
     submodules = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     ).submodules
@@ -161,10 +159,10 @@ def single_process_name(name: str) -> str:
     return f"decoder.final_layernorm.{rest}" if int(first) == 5 else f"decoder.layers.{int(first) - 1}.{rest}"
 
 
-def pipeline(variant: str, kind: str, stage: int, kernel: str = "reference") -> dict[str, Any]:
+def pipeline(variant: str, kind: str, stage: int, kernel: str = "auto") -> dict[str, Any]:
     """PP=2 x ZeRO DP=2 in a PipelineModule of Megatron layers; worst difference from the unfused twin, and at which
     elements of its rows the shards' edges cut the tied embedding on any stage."""
-    first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper")
+    first, wanted, _ = reference(variant, kind, TOTAL, schedule="paper", layers=DEEP.layers)
     with megatron(Layout()):
         from deepspeed.pipe import PipelineModule
 
@@ -177,7 +175,7 @@ def pipeline(variant: str, kind: str, stage: int, kernel: str = "reference") -> 
                 p.copy_(first[single_process_name(name)])
         engine = initialize(model=module, config=ds_config(kind, stage, 1, BATCH // 2, kernel=kernel))
         cut = engine.basic_optimizer.shards.boundaries.get("tied_modules.embed.word_embeddings.weight")
-        width = make_config(variant, Layout()).hidden_size
+        width = make_config(variant, DEEP).hidden_size
         edges = [] if cut is None else [int(edge) % width for edge in cut.positions]
         share = batches(TOTAL).chunk(2, 1)[engine.grid.get_data_parallel_rank()]
         data = iter([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for batch in share for ids in batch.split(1)])

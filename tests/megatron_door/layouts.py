@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from blockwise_lr.megatron.mapping import global_names
 
-VOCABULARY, LENGTH, LAYERS, HEADS = 64, 12, 4, 4
+VOCABULARY, LENGTH, HEADS = 64, 12, 4
 # what the variants differ in: TransformerConfig, GPTModel
 VARIANTS: dict[str, tuple[dict, dict]] = {
     "gpt": (
@@ -119,10 +119,12 @@ class Layout:
     sp: bool = False
     distributed: bool = False
     bf16: bool = False
+    layers: int = 2  # virtual stages need four
     extra: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [f"{name}{value}" for name, value in vars(self).items() if isinstance(value, int) and value > 1]
+        parts.remove(f"layers{self.layers}")
         return ".".join(parts + [name for name in ("sp", "distributed", "bf16") if getattr(self, name)]) or "dp"
 
 
@@ -169,7 +171,7 @@ def make_config(variant: str, layout: Layout) -> Any:
     return (MLATransformerConfig if latent else TransformerConfig)(
         **{
             **dict(
-                num_layers=LAYERS,
+                num_layers=layout.layers,
                 hidden_size=32,
                 num_attention_heads=HEADS,
                 ffn_hidden_size=48,

@@ -21,7 +21,7 @@ def with_an_unknown_module_on_the_last_stage(strict):
         try:
             chunks = build_chunks("llama", Layout(pp=2))
             if parallel_state.is_pipeline_last_stage():
-                chunks[0].decoder.layers[1].adapter = torch.nn.Linear(32, 32, bias=False)
+                chunks[0].decoder.layers[-1].adapter = torch.nn.Linear(32, 32, bias=False)
             return make_optimizer(wrap(chunks, Layout(pp=2)), "blockwise_adamw", Layout(pp=2)) is not None
         finally:
             undo()
@@ -31,7 +31,7 @@ def test_an_unmapped_module_stops_every_rank_with_the_same_error():
     errors = pool(2).run(with_an_unknown_module_on_the_last_stage, True, errors=True)
     assert len(errors) == 2
     for error in errors:
-        assert "decoder.layers.3.adapter.weight of shape (32, 32)" in str(error)  # the number over both stages
+        assert "decoder.layers.1.adapter.weight of shape (32, 32)" in str(error)  # the number over both stages
         assert '{"match": "*.adapter.*", "block": "ffn"}' in str(error)
 
 

@@ -83,7 +83,7 @@ def test_the_same_layout_resumes_to_the_bit(kind, ranks, variant, layout, form):
         (MINI, "gpt", 2, DP, BUCKETS, 1, DP),
         (MINI, "gqa", 4, DP, MODEL, 2, DP),
         (ADAMW, "gqa", 4, TP_DP, MODEL, 2, PP_DP),
-        (MINI, "gqa", 4, TP_DP, MODEL, 2, Layout(pp=2, vpp=2, distributed=True)),
+        (MINI, "gqa", 4, replace(TP_DP, layers=4), MODEL, 2, Layout(pp=2, vpp=2, distributed=True, layers=4)),
         (MINI, "moe", 4, EP_DP, MODEL, 2, EP_DP),
     ],
 )

@@ -17,11 +17,11 @@ CASES = [
     ("gqa", 2, Layout(tp=2)),
     ("shared_group", 2, Layout(tp=2)),
     ("gqa", 2, Layout(pp=2)),
-    ("gqa", 2, Layout(pp=2, vpp=2)),
+    ("gqa", 2, Layout(pp=2, vpp=2, layers=4)),
     ("gqa", 4, Layout(tp=2, pp=2)),
     ("gqa", 4, Layout(tp=2, distributed=True)),
     ("gpt", 4, Layout(pp=2, distributed=True)),
-    ("gqa", 4, Layout(pp=2, vpp=2, distributed=True)),
+    ("gqa", 4, Layout(pp=2, vpp=2, distributed=True, layers=4)),
     ("gpt", 2, Layout(tp=2, sp=True)),
     ("gqa", 4, Layout(cp=2, distributed=True)),
     ("gqa", 4, Layout(tp=2, cp=2, sp=True)),
@@ -40,7 +40,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, variant, ranks, layout", with_kinds(CASES), ids=str)
 def test_equals_the_single_process_twin(kind, variant, ranks, layout, record_property):
-    prepared(variant, kind, 10)
+    prepared(variant, kind, 10, layers=layout.layers)
     for result in pool(ranks).run(parity, variant, kind, layout):
         record_property("worst", result["worst"])
         assert result["worst"] < 1e-5, result

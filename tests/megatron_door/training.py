@@ -24,10 +24,10 @@ def batches(steps: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (steps, BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(7))
 
 
-def start_model(variant: str, bf16: bool = False) -> torch.nn.Module:
+def start_model(variant: str, bf16: bool = False, layers: int = 2) -> torch.nn.Module:
     """The single-process model everything starts from; call it under a layout without model parallelism."""
     torch.manual_seed(0)
-    (model,) = build_chunks(variant, Layout(bf16=bf16))
+    (model,) = build_chunks(variant, Layout(bf16=bf16, layers=layers))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("bias"):  # they start at 0, where a relative difference says nothing
@@ -50,6 +50,7 @@ def reference(
     dtype: torch.dtype = torch.float32,
     schedule: str = "megatron",
     vector_biases: bool = False,
+    layers: int = 2,
 ) -> tuple[dict, dict, list[float]]:
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
@@ -59,7 +60,7 @@ def reference(
     """
     assert dist.get_world_size() == 1, "call prepared() first"
     with megatron(Layout()):
-        twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16), vector_biases)
+        twin = MegatronTwin(start_model(variant, dtype == torch.bfloat16, layers), vector_biases)
         first = {name: value.detach().clone() for name, value in twin.values().items()}
         ratios = dict.fromkeys(BLOCK_RATIOS, 1.0) if kind == "adam" else BLOCK_RATIOS
         # what Megatron calls --adam-beta1 is not Lion's
@@ -228,7 +229,7 @@ def trained(
     import blockwise_lr.megatron
 
     with megatron(layout):
-        undo = blockwise_lr.megatron.register(kernel="reference", **settings)
+        undo = blockwise_lr.megatron.register(**settings)
         try:
             chunks = build_chunks(variant, layout)
             load_full(chunks, first)
@@ -255,7 +256,9 @@ def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings:
 
     In bf16 the difference is that of the fp32 weights' changes over all steps.
     """
-    first, wanted, _ = reference(variant, kind, steps, torch.bfloat16 if layout.bf16 else torch.float32)
+    first, wanted, _ = reference(
+        variant, kind, steps, torch.bfloat16 if layout.bf16 else torch.float32, layers=layout.layers
+    )
     found, apart = trained(variant, kind, layout, steps, first, **settings)
     if layout.bf16:
         found, wanted = ({name: value - first[name] for name, value in end.items()} for end in (found, wanted))

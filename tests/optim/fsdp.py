@@ -11,7 +11,7 @@ from twins import make, token_ids
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
 OPTIMIZERS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
-SETTINGS = {"lr": 2e-3, "eps": 1e-5, "kernel": "reference"}
+SETTINGS = {"lr": 2e-3, "eps": 1e-5}
 
 
 def layers(model):

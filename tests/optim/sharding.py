@@ -1,16 +1,21 @@
-"""Cuts a model's parameters into flat shards at any positions, in one process, with the sums added by hand."""
+"""Cuts a model's parameters into flat shards at any positions, one for each rank of a group of threads."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import _set_thread_isolation_mode
+from torch.testing._internal.distributed.multi_threaded_pg import _install_threaded_pg, _uninstall_threaded_pg
 
-from blockwise_lr import BlockwiseAdamMini, map_blocks
+from blockwise_lr import map_blocks
 from blockwise_lr.optim import Fragment, ShardBoundaries, ShardMap
 
 
 class Shards:
-    """Flat shards of a model, one optimizer each, stepped as the ranks of one group would.
+    """Flat shards of a model, one optimizer each, that sum what they share as the ranks of one group do.
 
     Args:
         model: whose parameters are laid one after another and cut.
@@ -50,35 +55,34 @@ class Shards:
             self.optimizers.append(made)
             self.tensors.append(tensor)
 
-    def step(self, grads):
-        """One step of all shards; grads: flat, all parameters."""
-        for tensor, (low, high) in zip(self.tensors, self.bounds):
-            tensor.grad = grads[low:high].clone()
-        if isinstance(self.optimizers[0], BlockwiseAdamMini):
-            self._add_sums()
-        for optimizer in self.optimizers:
-            optimizer.step()
+    def train(self, steps, early=False):
+        """Steps all shards, each in a thread that is a rank of a group of torch's threads.
 
-    def _add_sums(self):
-        """What the all-reduce does, over optimizers in place of ranks."""
-        sums = [o._partial_sums([(t, t.grad, 1.0)]) for o, t in zip(self.optimizers, self.tensors)]
-        shares = [
-            [(share, s[id(t)]) for share in (o._sync.over_shards[0].shares if o._sync.over_shards else ())]
-            for o, t, s in zip(self.optimizers, self.tensors, sums)
-        ]
-        stages = self.optimizers[0]._sync.over_shards
-        if stages:
-            buffer = torch.zeros(stages[0].size)
-            for parts in shares:
-                for share, values in parts:
-                    buffer.index_add_(0, share.index, values[share.slots])
-            for to, places in stages[0].ordered_reduction:
-                buffer[to] += buffer[places]
-            for parts in shares:
-                for share, values in parts:
-                    values[share.slots] = buffer[share.total]
-        for optimizer, found in zip(self.optimizers, sums):
-            optimizer._prereduced = found
+        Args:
+            steps: of each step the gradients of all parameters, flat.
+            early: the sums of cut segments are reduced by a call before the step's.
+        """
+        store = dist.HashStore()
+        _install_threaded_pg()
+        _set_thread_isolation_mode(True)  # of the table of groups' names, too
+        try:
+            with ThreadPoolExecutor(len(self.tensors)) as threads:
+                ranks = [threads.submit(self._rank, rank, store, steps, early) for rank in range(len(self.tensors))]
+                for rank in ranks:
+                    rank.result()
+        finally:
+            _set_thread_isolation_mode(False)
+            _uninstall_threaded_pg()
+
+    def _rank(self, rank, store, steps, early):
+        dist.init_process_group("threaded", rank=rank, world_size=len(self.tensors), store=store)
+        optimizer, tensor, (low, high) = self.optimizers[rank], self.tensors[rank], self.bounds[rank]
+        for grads in steps:
+            tensor.grad = grads[low:high].clone()
+            if early and optimizer.segment_plans:
+                optimizer.prereduce_segment_sums([(tensor, tensor.grad, 1.0)])
+            optimizer.step()
+        dist.destroy_process_group()
 
     def weights(self):
         return torch.cat([t.detach() for t in self.tensors])

@@ -23,6 +23,10 @@ def gradients(model, step):
     }
 
 
+def flat_gradients(model, steps):
+    return [torch.cat([grad.reshape(-1) for grad in gradients(model, step).values()]) for step in range(steps)]
+
+
 def whole(kind, model, steps=3, **settings):
     """The model's weights after steps of the optimizer on whole parameters."""
     optimizer = KINDS[kind].optimizer(
@@ -72,8 +76,7 @@ def test_any_cut_gives_the_unsharded_step(kind, model, kernel):
             **options_of(kind, {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}),
             kernel=kernel,
         )
-        for step in range(3):
-            shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
+        shards.train(flat_gradients(make(model), 3), early=bool(trial % 2))
         assert float((shards.weights() - wanted).norm() / wanted.norm()) <= KINDS[kind].sharded_error
 
 
@@ -107,10 +110,8 @@ def copies_cut_apart(model, name, kernel, seed):
         )
         for mine, others in (edges, edges[::-1])
     ]
-    for step in range(3):
-        given = torch.cat([grad.reshape(-1) for grad in gradients(model, step).values()])
-        for stage in stages:
-            stage.step(given)
+    for stage in stages:
+        stage.train(flat_gradients(model, 3))
     return [
         *(stage.weights()[start : start + table.numel()].view_as(table) for stage in stages),
         whole("BlockwiseAdamMini", model, 3, kernel=kernel)[name],
@@ -157,8 +158,7 @@ def test_one_moment_per_bias_vector_under_any_cut(model):
             weight_decay=DECAY,
             bias_segments="vector",
         )
-        for step in range(3):
-            shards.step(torch.cat([g.reshape(-1) for g in gradients(make(model), step).values()]))
+        shards.train(flat_gradients(make(model), 3))
         assert float((shards.weights() - wanted).norm() / wanted.norm()) < 1e-6
 
 
