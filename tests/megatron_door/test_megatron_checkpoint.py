@@ -14,7 +14,7 @@ from megatron_door.training import megatron_lr
 from ranks import pool
 from twins import worst_difference
 
-ADAMW, MINI, PLAIN = "BlockwiseAdamW", "BlockwiseAdamMini", "adam"
+ADAMW, MINI, LION, PLAIN = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion", "adam"
 ONE, TP, PP, DP = Layout(), Layout(tp=2), Layout(pp=2), Layout(distributed=True)
 BF16_TP, BF16_DP = Layout(bf16=True, tp=2), Layout(bf16=True, distributed=True)
 TP_DP, PP_DP, EP_DP = (Layout(distributed=True, **split) for split in (dict(tp=2), dict(pp=2), dict(ep=2)))
@@ -64,6 +64,8 @@ def accepting(*names, **settings):
         (MINI, 4, "moe", EP_DP, MODEL),
         (ADAMW, 2, "gqa", PP, LEGACY),
         (MINI, 2, "gqa", BF16_DP, LEGACY),
+        (LION, 2, "gqa", BF16_DP, BUCKETS),
+        (LION, 2, "gqa", TP, MODEL),
     ],
 )
 def test_the_same_layout_resumes_to_the_bit(kind, ranks, variant, layout, form):

@@ -33,6 +33,8 @@ from .reading import read
 
 _STATES = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Contents = list[list[Any]]
+# what DeepSpeed's converter takes out of every state, whatever the optimizer keeps; zeros where ours keeps less
+_CONVERTED = ("exp_avg", "exp_avg_sq")
 
 
 def convert(
@@ -163,15 +165,23 @@ def _rewrite(states: dict[str, Any], target: Path) -> bool:
     if flats is None or not isinstance(base, Mapping):
         return False
     known = Record.of_groups(base["param_groups"])
-    if known is None or known.second_moment != SEGMENTS:
+    if known is None:
+        return False
+    states_of_rule = known.rule.states if known.rule is not None else ()
+    in_segments = {spec.name for spec in states_of_rule if spec.per == "segment" and known.second_moment == SEGMENTS}
+    missing = [name for name in _CONVERTED if states_of_rule and name not in {spec.name for spec in states_of_rule}]
+    if not in_segments and not missing:
         return False  # the slice mappings were put right when it was saved
-    segment_states = {spec.name for spec in known.rule.states if spec.per == "segment"} if known.rule else set()
     found = dict(base["state"])
     indices = [index for group in base["param_groups"] for index in group["params"]]
     for index, (numel, fragments) in zip(indices, flats, strict=True):
-        for key in found.get(index, {}).keys() & segment_states:
-            values = _elements(found[index][key], numel, fragments, known, target.name)
-            found[index] = {**found[index], key: values}
+        if not found.get(index):
+            continue
+        state = dict(found[index])
+        for name in in_segments & state.keys():
+            state[name] = _elements(state[name], numel, fragments, known, target.name)
+        state.update({name: torch.zeros(numel) for name in missing})
+        found[index] = state
     rewritten = {**zero, key: {**base, "state": found, "param_groups": by_names(base["param_groups"])}}
     if "param_slice_mappings" in zero:
         rewritten["param_slice_mappings"] = slice_mappings(flats)

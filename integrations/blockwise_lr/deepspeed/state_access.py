@@ -20,6 +20,7 @@ from ..blocks import BlockError
 from ..checkpoint.moments import expand_segments, take_segments
 from ..optim import Fragment
 from ..optim.base import BlockwiseOptimizer
+from ..patches.deepspeed_instances import STATE_ACCESS
 from ..plan.step_plan import StepPlan
 
 
@@ -44,7 +45,7 @@ def serve_optimizer_states(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
         link()
         _serve_parameters(wrapper, states)
 
-    wrapper._link_all_hp_params = link_all_hp_params
+    STATE_ACCESS.apply(wrapper, _link_all_hp_params=link_all_hp_params)
     _serve_parameters(wrapper, states)
 
 
@@ -52,8 +53,11 @@ def _serve_parameters(wrapper: Any, states: _States) -> None:
     for group in getattr(wrapper, "bit16_groups", None) or wrapper.bf16_groups:
         for parameter in group:
             get, put = parameter.get_full_hp_param, parameter.set_full_hp_param
-            parameter.get_full_hp_param = functools.partial(_get_full, states, parameter, get)
-            parameter.set_full_hp_param = functools.partial(_set_full, states, parameter, put)
+            STATE_ACCESS.apply(
+                parameter,
+                get_full_hp_param=functools.partial(_get_full, states, parameter, get),
+                set_full_hp_param=functools.partial(_set_full, states, parameter, put),
+            )
 
 
 def _get_full(
@@ -103,8 +107,13 @@ def _serve_stage3(wrapper: Any, states: _States) -> None:
         else:
             states.take(param, optim_state_key, value, *_local_range(param))
 
-    wrapper.get_full_hp_param, wrapper.set_full_hp_param = get_full_hp_param, set_full_hp_param
-    wrapper.get_local_fp32_param, wrapper.set_local_hp_param = get_local_fp32_param, set_local_hp_param
+    STATE_ACCESS.apply(
+        wrapper,
+        get_full_hp_param=get_full_hp_param,
+        set_full_hp_param=set_full_hp_param,
+        get_local_fp32_param=get_local_fp32_param,
+        set_local_hp_param=set_local_hp_param,
+    )
 
 
 def _local_range(param: Any) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from ..checkpoint.errors import CheckpointError, run_on_all_ranks
 from ..checkpoint.record import Record, by_names
 from ..checkpoint.restore import check_record
 from ..optim.base import BlockwiseOptimizer
+from ..patches.upstream_deepspeed import ZERO3, is_a
 from .conversion import convert
 from .reading import read
 
@@ -134,7 +135,7 @@ def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> 
         CheckpointError: files are missing, damaged or of another model. Nothing has been loaded then.
         MismatchError: as :meth:`BlockwiseOptimizer.load_state_dict`.
     """
-    is_stage3 = hasattr(wrapper, "_set_fp32_optimizer_param_groups")
+    is_stage3 = is_a(wrapper, ZERO3)
     source, states = run_on_all_ranks(lambda: _read(optimizer, folder))
     if is_stage3:
         wrapper._set_fp32_optimizer_param_groups()

@@ -22,6 +22,7 @@ from ..checkpoint.record import same_segments
 from ..checkpoint.restore import averaged
 from ..checkpoint.target import SavePolicy, SegmentTarget
 from ..optim.base import BlockwiseOptimizer
+from ..patches.megatron_instances import OPTIMIZER_STATES
 
 # What Megatron's own scheduler compares with the checkpoint, and overrides where its flags say so.
 _SCHEDULED = ("lr", "min_lr", "weight_decay")
@@ -91,10 +92,12 @@ class _Exchange:
     def install(self) -> None:
         """Replaces the two methods through which all of Megatron's formats go, on this instance."""
         wrapper = self.wrapper
-        wrapper._get_main_param_and_optimizer_states = self.give
-        wrapper._set_main_param_and_optimizer_states = self.take
-        for name in _LOADERS:
-            setattr(wrapper, name, self._averaging(getattr(type(wrapper), name)))
+        OPTIMIZER_STATES.apply(
+            wrapper,
+            _get_main_param_and_optimizer_states=self.give,
+            _set_main_param_and_optimizer_states=self.take,
+            **{name: self._averaging(getattr(type(wrapper), name)) for name in _LOADERS},
+        )
 
     def give(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
         """The fp32 shard of a parameter, and its states in the shard's shape. Steps go with the param groups."""
