@@ -138,7 +138,8 @@ def beside_torch(stage, dtype, ratio_one, options=None):
             dtype=dtype,
             scheduler=plain,
             **(options or {}),
-            optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}},
+            # torch's formula in torch's order: a last bit flips roundings to bf16 too
+            optimizer={"block_lr_ratios": {k: v for k, v in ratios.items() if k != "head"}, "kernel": "reference"},
         ),
         model_parameters=groups(model),
     )
