@@ -132,6 +132,7 @@ class _Parts:
             for part in self.optimizer.chained_optimizers
             if self.job.kind in NAMES
             for p, state in part.optimizer.state.items()
+            if "exp_avg_sq" in state
         }
 
     def fingerprint(self) -> str | None:
