@@ -19,6 +19,16 @@ from ..patches.deepspeed_instances import MAPPED_LOADS
 
 # what DeepSpeed's ZeRO puts into its files beside tensors, numbers and text
 _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def _stage(kind: Any, name: str) -> Any:
+    """What ``getattr`` stands for in files that Python 3.11.0 to 3.11.3 wrote, which pickle members of enums by name."""
+    if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
+        raise pickle.UnpicklingError(f"getattr of {name!r} is not read; only members of ZeroStageEnum are")
+    return ZeroStageEnum[name]
+
+
+_ALLOWED = [*_CLASSES, *((_stage, f"{module}.getattr") for module in ("builtins", "__builtin__"))]
 _STATES = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
 # what DeepSpeed, or our load_state_dict, copies to memory of its own
 _COPIED = ("single_partition_of_fp32_groups", "fp32_flat_groups", "base_optimizer_state", "optimizer_state_dict")
@@ -35,7 +45,7 @@ def read(path: str | os.PathLike, *, mapped: bool = False) -> Any:
         pickle.UnpicklingError: it holds objects of other classes (from ``client_state``, as a rule), or a damaged pickle.
     """
     try:
-        with torch.serialization.safe_globals(_CLASSES):
+        with torch.serialization.safe_globals(_ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and _is_archive(path))
     except pickle.UnpicklingError:
         raise
