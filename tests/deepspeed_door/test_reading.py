@@ -10,7 +10,7 @@ from blockwise_lr.deepspeed.reading import read
 
 
 class ByName:
-    """Pickles as Python 3.11.0 to 3.11.3 pickle members of enums: ``getattr(owner, name)``."""
+    """Pickles as early releases of Python 3.11 (3.11.2 on Debian 12) pickle members of enums: ``getattr(owner, name)``."""
 
     def __init__(self, owner, name):
         self.owner, self.name = owner, name

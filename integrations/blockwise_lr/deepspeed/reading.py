@@ -22,7 +22,7 @@ _CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def _stage(kind: Any, name: str) -> Any:
-    """What ``getattr`` stands for in files that Python 3.11.0 to 3.11.3 wrote, which pickle members of enums by name."""
+    """What ``getattr`` stands for in files that early releases of Python 3.11 wrote, which pickle members of enums by name."""
     if kind is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
         raise pickle.UnpicklingError(f"getattr of {name!r} is not read; only members of ZeroStageEnum are")
     return ZeroStageEnum[name]
