@@ -115,9 +115,9 @@ def test_the_first_rank_has_to_see_all_files_as_they_were_written(folder):
     import blockwise_lr.checkpoint.manifest as manifest
 
     entry = manifest.entry_of(folder / "two" / MODEL, 1)
-    manifest.begin(folder / "three")
+    manifest.mark_incomplete(folder / "three")
     with pytest.raises(CheckpointError, match="model_states.pt is missing: the ranks do not share that folder"):
-        manifest.complete(folder / "three", {MODEL: entry}, 3, None)
+        manifest.mark_complete(folder / "three", {MODEL: entry}, 3, None)
     assert newest_complete(folder) == "two"
 
 

@@ -12,9 +12,9 @@ from blockwise_lr.blocks import BlockError
 from blockwise_lr.cli import app
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# the flags of the variants in megatron_door.layouts: 4 layers, width 32, 4 heads, vocabulary 64, length 12
+# the flags of the variants in megatron_door.layouts: 2 layers, width 32, 4 heads, vocabulary 64, length 12
 COMMON = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --padded-vocab-size 64\n"
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --padded-vocab-size 64\n"
     "--max-position-embeddings 12 --transformer-impl local # norms of their own\n"
 )
 RMS = "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
