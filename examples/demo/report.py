@@ -106,7 +106,7 @@ def picture(results: dict, file: Path) -> None:
     axes.set_ylim(low - 0.1, low + 2.0)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per token)")
-    axes.set_title(f"GPT on Python's standard library, DeepSpeed ZeRO-2, {len(arms[0].runs)} seeds and their mean")
+    axes.set_title(f"GPT on Python's standard library, {len(arms[0].runs)} seeds and their mean")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
