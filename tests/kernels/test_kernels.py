@@ -89,7 +89,7 @@ def step(rule, kernel, case, dtype=torch.float32, tweak=None, out=None):
     kernel.sum_squares(grad, plan.shared, sums)
     slots, sizes = (torch.from_numpy(a).to(device) for a in slot_numel(plan.shared))
     moments[slots] = 0.95 * moments[slots] + 0.05 * sums[slots] / sizes
-    kernel.segment_step_presummed(rule, param, grad, states, moments, plan, numbers, out)
+    kernel.segment_step(rule, param, grad, states, moments, plan, numbers, out, presummed=True)
     return [t.cpu() for t in (param, *states, moments)]
 
 

@@ -79,7 +79,7 @@ def prepare_state_dict(
     _tell(optimizer, record)
     now = optimizer.record()
     merged = [_merged_group(optimizer, number, group, record, now, step) for number, group in enumerate(groups)]
-    return states if optimizer.saving.external_state else _converted(optimizer, states, record), merged, record
+    return states if optimizer.saving.external_state else _converted(optimizer, states, record, now), merged, record
 
 
 def check_record(optimizer: RestoreTarget, record: Record | None, origin: str = "the saved optimizer state") -> None:
@@ -186,10 +186,12 @@ def _source_plan(optimizer: RestoreTarget, tensor: torch.Tensor, record: Record)
 # ---- segment states
 
 
-def _converted(optimizer: RestoreTarget, states: dict[int, State], record: Record | None) -> dict[int, State]:
+def _converted(
+    optimizer: RestoreTarget, states: dict[int, State], record: Record | None, now: Record
+) -> dict[int, State]:
     """States in the optimizer's own form: per element, or per segment of its plan."""
     tensors, own = optimizer.all_tensors(), optimizer.rule.segment_state
-    known = same_segments(record, optimizer.record())
+    known = same_segments(record, now)
     for key in [spec.name for spec in optimizer.rule.states]:
         in_segments = _saved_form(record, key) == SEGMENTS
         wanted_in_segments = own is not None and own.name == key

@@ -18,7 +18,7 @@ import torch
 
 from ..plan.step_plan import Rectangles, StepPlan
 from ..rules.base import RULES, CppBody, UpdateRule
-from .interface import StepValues, refuse_other_sizes
+from .interface import GRADIENT_TYPES, StepValues, fits, refuse_other_sizes
 from .reference import ReferenceKernel
 from .tiling import tiles
 
@@ -27,7 +27,7 @@ _LOOPS = Path(__file__).with_name("loops.h")
 _FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17"]
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")  # no effect where the processor has none
-_GRADIENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DEVICES = ("cpu",)
 # Elements per tile: what one thread works on at a time. Large enough that starting a tile costs nothing, small enough
 # that a segment's gradient is still in the cache when it is read again.
 TILE = 1 << 16
@@ -167,19 +167,19 @@ class CppKernel:
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if rule.cpp is None or not _fits(param, grad, *states) or not _takes(out):
+        if rule.cpp is None or not fits(_DEVICES, param, grad, *states) or not _takes(out):
             return self._reference.element_step(rule, param, grad, states, plan, values, out)
         refuse_other_sizes(plan.local, param, grad, *states, out)
         self._step(rule, param, grad, states, None, plan.local, values, out, own_sums=False)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
-        if not _fits(sums, grad):
+        if not fits(_DEVICES, sums, grad):
             return self._reference.sum_squares(grad, rectangles, sums)
         refuse_other_sizes(rectangles, grad, slots=sums)
         tiles = self._tiles_of(rectangles)
         self._built.blockwise_sum_squares(
             grad.data_ptr(),
-            _GRADIENT_TYPES[grad.dtype],
+            GRADIENT_TYPES.index(grad.dtype),
             sums.data_ptr(),
             tiles.ctypes.data,
             len(tiles),
@@ -196,27 +196,16 @@ class CppKernel:
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
+        *,
+        presummed: bool = False,
     ) -> None:
-        if rule.cpp is None or not _fits(param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step(rule, param, grad, states, moments, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, *states, out, slots=moments)
-        self._step(rule, param, grad, states, moments, plan.local, values, out, own_sums=True)
-
-    def segment_step_presummed(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        if rule.cpp is None or not _fits(param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step_presummed(rule, param, grad, states, moments, plan, values, out)
-        refuse_other_sizes(plan.shared, param, grad, *states, out, slots=moments)
-        self._step(rule, param, grad, states, moments, plan.shared, values, out, own_sums=False)
+        if rule.cpp is None or not fits(_DEVICES, param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step(
+                rule, param, grad, states, moments, plan, values, out, presummed=presummed
+            )
+        rectangles = plan.shared if presummed else plan.local
+        refuse_other_sizes(rectangles, param, grad, *states, out, slots=moments)
+        self._step(rule, param, grad, states, moments, rectangles, values, out, own_sums=not presummed)
 
     def _step(
         self,
@@ -235,7 +224,7 @@ class CppKernel:
         getattr(self._built, f"blockwise_step_{rule.name}")(
             param.data_ptr(),
             grad.data_ptr(),
-            _GRADIENT_TYPES[grad.dtype],
+            GRADIENT_TYPES.index(grad.dtype),
             (ctypes.c_void_p * 2)(pointers[0], pointers[-1]),
             None if moments is None else moments.data_ptr(),
             None if out is None else out.data_ptr(),
@@ -252,17 +241,6 @@ class CppKernel:
         if rectangles not in self._tiles:
             self._tiles[rectangles] = tiles(rectangles, TILE)
         return self._tiles[rectangles]
-
-
-def _fits(*tensors: torch.Tensor) -> bool:
-    """Whether the first is float32 and the others are, or are gradients of a known type, all of them on the CPU."""
-    return (
-        all(t.device.type == "cpu" for t in tensors)
-        and tensors[0].dtype == torch.float32
-        and all(
-            t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors)
-        )
-    )
 
 
 def _takes(out: torch.Tensor | None) -> bool:

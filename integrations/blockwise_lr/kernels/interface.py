@@ -11,6 +11,9 @@ import torch
 from ..plan.step_plan import Rectangles, StepPlan
 from ..rules.base import UpdateRule
 
+# as compiled kernels number them
+GRADIENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class StepValues:
@@ -62,21 +65,24 @@ class Kernel(Protocol):
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
+        *,
+        presummed: bool = False,
     ) -> None:
-        """One step of a rule with segments, in place, over ``plan.local``: sums, ``moments`` (slots,), and the update."""
+        """One step of a rule with segments, in place: sums, ``moments`` (slots,), and the update.
 
-    def segment_step_presummed(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        """The same over ``plan.shared``, whose ``moments`` of this step the caller has already set."""
+        Args:
+            presummed: over ``plan.shared``, whose moments of this step the caller has already set, in place of
+                ``plan.local``, whose squared gradients are summed here.
+        """
+
+
+def fits(devices: Sequence[str], *tensors: torch.Tensor) -> bool:
+    """Whether compiled code takes the tensors: float32, all on these types of device; the second, the gradient, in any of
+    GRADIENT_TYPES."""
+    return all(
+        t.device.type in devices and (t.dtype in GRADIENT_TYPES if number == 1 else t.dtype == torch.float32)
+        for number, t in enumerate(tensors)
+    )
 
 
 def refuse_other_sizes(rectangles: Rectangles, *rows: torch.Tensor | None, slots: torch.Tensor | None = None) -> None:

@@ -54,7 +54,13 @@ class ReferenceKernel:
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
+        *,
+        presummed: bool = False,
     ) -> None:
+        if presummed:
+            for tile in _tiles(plan.shared):
+                _segment_tile(rule, param, grad, states, moments, tile, values, out)
+            return
         rectangles = plan.local
         for row, numel in zip(rectangles.table, rectangles.segment_numel):
             spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
@@ -63,23 +69,7 @@ class ReferenceKernel:
             for tile in _split(row):
                 if not spread:
                     rule.next_moment(slots_of(moments, tile), _segment_sums(grad, tile) / numel, values.scalars)
-                _segment_tile(rule, param, grad, states, moments, tile, values)
-                _copy_out(out, param, tile)
-
-    def segment_step_presummed(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        for tile in _tiles(plan.shared):
-            _segment_tile(rule, param, grad, states, moments, tile, values)
-            _copy_out(out, param, tile)
+                _segment_tile(rule, param, grad, states, moments, tile, values, out)
 
 
 def _segment_tile(
@@ -90,6 +80,7 @@ def _segment_tile(
     moments: torch.Tensor,
     tile: np.ndarray,
     values: StepValues,
+    out: torch.Tensor | None,
 ) -> None:
     """The update of a tile, whose segment states are those of this step already."""
     p, kept = segments_of(param, tile), [segments_of(state, tile) for state in states]
@@ -102,6 +93,7 @@ def _segment_tile(
         values.decays[number],
         values.scalars,
     )
+    _copy_out(out, param, tile)
 
 
 def _copy_out(out: torch.Tensor | None, param: torch.Tensor, row: np.ndarray) -> None:

@@ -25,12 +25,11 @@ import triton.language as tl
 
 from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
 from ..rules.base import UpdateRule
-from .interface import StepValues, refuse_other_sizes
+from .interface import StepValues, fits, refuse_other_sizes
 from .reference import ReferenceKernel
 
 BLOCK = 1024  # elements in a program's hands at a time
 COLUMNS = 128  # of these, columns where a program steps several segments side by side; the rest are rows
-_GRADIENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FIELDS = 12  # columns of a task table, see Tasks
 
 
@@ -333,7 +332,7 @@ class TritonKernel:
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if rule.triton is None or not _fits(param, grad, *states) or not _takes(out):
+        if rule.triton is None or not fits(_devices(), param, grad, *states) or not _takes(out):
             return self._reference.element_step(rule, param, grad, states, plan, values, out)
         refuse_other_sizes(plan.local, param, grad, *states, out)
         work = self._made(plan.local, param.device, "elements", functools.partial(tasks, elementwise=True))
@@ -356,7 +355,7 @@ class TritonKernel:
                 )
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
-        if not _fits(sums, grad):
+        if not fits(_devices(), sums, grad):
             return self._reference.sum_squares(grad, rectangles, sums)
         if not len(rectangles):
             return
@@ -380,38 +379,14 @@ class TritonKernel:
         plan: StepPlan,
         values: StepValues,
         out: torch.Tensor | None = None,
+        *,
+        presummed: bool = False,
     ) -> None:
-        if rule.triton is None or not _fits(param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step(rule, param, grad, states, moments, plan, values, out)
-        self._segments(rule, param, grad, states, moments, plan.local, values, out, own_sums=True)
-
-    def segment_step_presummed(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        if rule.triton is None or not _fits(param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step_presummed(rule, param, grad, states, moments, plan, values, out)
-        self._segments(rule, param, grad, states, moments, plan.shared, values, out, own_sums=False)
-
-    def _segments(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        rectangles: Rectangles,
-        values: StepValues,
-        out: torch.Tensor | None,
-        own_sums: bool,
-    ) -> None:
+        if rule.triton is None or not fits(_devices(), param, grad, *states, moments) or not _takes(out):
+            return self._reference.segment_step(
+                rule, param, grad, states, moments, plan, values, out, presummed=presummed
+            )
+        rectangles = plan.shared if presummed else plan.local
         refuse_other_sizes(rectangles, param, grad, *states, out, slots=moments)
         work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
         if work.count:
@@ -428,7 +403,7 @@ class TritonKernel:
                     *_numbers(values, param.device),
                     BODY=compiled_body(rule.triton),
                     MOMENT=compiled_body(rule.triton_moment),
-                    OWN_SUMS=own_sums,
+                    OWN_SUMS=not presummed,
                     COPY=out is not None,
                     BLOCK=BLOCK,
                     COLUMNS=COLUMNS,
@@ -462,16 +437,9 @@ def _numbers(values: StepValues, device: torch.device) -> tuple[torch.Tensor, in
     return numbers, len(values.lrs)
 
 
-def _fits(*tensors: torch.Tensor) -> bool:
-    """Whether the first is float32 and the others are, or are gradients of a known type, all where Triton runs."""
-    place = ("cpu", "cuda") if interpreted() else ("cuda",)
-    return (
-        all(t.device.type in place for t in tensors)
-        and tensors[0].dtype == torch.float32
-        and all(
-            t.dtype in _GRADIENT_TYPES if number == 1 else t.dtype == torch.float32 for number, t in enumerate(tensors)
-        )
-    )
+def _devices() -> tuple[str, ...]:
+    """Where Triton runs."""
+    return ("cpu", "cuda") if interpreted() else ("cuda",)
 
 
 def _takes(out: torch.Tensor | None) -> bool:

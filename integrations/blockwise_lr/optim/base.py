@@ -44,7 +44,7 @@ _KEPT = (
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
 
 
-class BlockwiseOptimizer(Saving, torch.optim.Optimizer):
+class BlockwiseOptimizer(Saving):
     """Base of all blockwise optimizers: steps the tensors of its param groups by an update rule.
 
     Copies (``copy.deepcopy``) and pickles of model and optimizer together go on as the original; where a framework has

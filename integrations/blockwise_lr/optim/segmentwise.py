@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..blocks import BlockMap, ParamLayout
+from ..blocks import ParamLayout
 from ..checkpoint.units import UnitMoments
 from ..kernels import StepValues
 from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
@@ -28,16 +27,10 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
     ranks by one small all-reduce per process group and step (:mod:`~blockwise_lr.optim.segment_sync`).
     """
 
-    def __init__(
-        self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
-    ) -> None:
-        self._sync: SegmentSync | None = None
-        self._prereduced: dict[int, torch.Tensor] = {}  # by id of the flat tensor
-        super().__init__(params, *positional, block_map=block_map, **options)
-
     def _forget_tensors(self) -> None:
         super()._forget_tensors()
-        self._sync, self._prereduced = None, {}
+        self._sync: SegmentSync | None = None
+        self._prereduced: dict[int, torch.Tensor] = {}  # by id of the flat tensor
         self._shared_slots: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._units: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -51,10 +44,6 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
         self._shared_slots, self._units = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         layouts = {name: self.layout_of(name) for name in {*shards.boundaries, *shards.splits}}
         self._sync = sync_of(shards, [self.plan_of(tensor) for tensor, _ in shards.flats], layouts)
-
-    @property
-    def segment_plans(self) -> bool:
-        return True
 
     def all_reduce_shared(self, sums: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Adds the sums of cut segments over the ranks that share them, in place.
@@ -165,6 +154,6 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
             shared = moments[slots]
             self.rule.next_moment(shared, sums[slots] / numel, values.scalars)
             moments[slots] = shared
-            self._kernel(p).segment_step_presummed(
-                self.rule, param, grad, states, moments, plan, values, self.copy_of(p)
+            self._kernel(p).segment_step(
+                self.rule, param, grad, states, moments, plan, values, self.copy_of(p), presummed=True
             )
