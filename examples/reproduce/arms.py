@@ -81,7 +81,8 @@ def build_optimizer(arm: Arm, model: torch.nn.Module, lr: float) -> torch.optim.
             {"params": [p for p in model.parameters() if p.dim() > 1]},
             {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": norms},
         ]
-        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+        fused = next(model.parameters()).is_cuda
+        return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused)
     optimizer = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}[arm.optimizer]
     return optimizer(
         model.named_parameters(),

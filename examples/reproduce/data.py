@@ -1,13 +1,15 @@
-"""Text that every machine with this project's requirements has: about half code, half English.
+"""Text that every machine with this project's requirements has.
 
-Code: the modules of Python's own standard library. English: the docstrings of PyTorch's modules, which are no part of
-the code. One file in twenty is held out, by a hash of its name; the same names are held out on both sides.
+"mixed", about half code, half English: the modules of Python's own standard library, and the docstrings of PyTorch's
+modules, which are no part of that code. "packages", for larger models: the standard library and the modules of PACKAGES,
+code and docstrings. One file in twenty is held out, by a hash of its name; the same names are held out everywhere.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,9 +19,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from model import LENGTH, VOCABULARY
+from model import RUNGS
 
 _SKIP = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+
+CORPORA = ("mixed", "packages")
+PACKAGES = ("torch", "transformers", "sympy", "networkx", "numpy")  # PyTorch and transformers and what they need
 
 
 def _files(root: Path) -> list[Path]:
@@ -46,27 +51,37 @@ def _held_out(path: Path) -> bool:
     return hashlib.sha256(path.name.encode()).digest()[0] % 20 == 0
 
 
-def documents(validation: bool) -> Iterator[str]:
+def documents(validation: bool, corpus: str = "mixed") -> Iterator[str]:
     """The texts of one side of the split."""
     for path in _files(Path(sysconfig.get_path("stdlib"))):
         if _held_out(path) == validation:
             yield path.read_text(encoding="utf-8", errors="ignore")
-    for path in _files(Path(torch.__file__).parent):
-        if _held_out(path) == validation:
-            text = _docstrings(path.read_text(encoding="utf-8", errors="ignore"))
-            if text:
-                yield text + "\n"
+    for package in PACKAGES if corpus == "packages" else ("torch",):
+        for path in _files(_folder(package)):
+            if _held_out(path) == validation:
+                text = path.read_text(encoding="utf-8", errors="ignore")
+                text = text if corpus == "packages" else _docstrings(text)
+                if text:
+                    yield text + "\n"
 
 
-def _tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    model = folder / f"mixed-{VOCABULARY}.model"
+def _folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise SystemExit(f"error: the text needs the package {package}; install it with pip install {package}")
+    return Path(found.origin).parent
+
+
+def _tokenizer(folder: Path, vocabulary: int, corpus: str) -> sentencepiece.SentencePieceProcessor:
+    model = folder / f"{corpus}-{vocabulary}.model"
     if not model.exists():
-        lines = (line for text in documents(validation=False) for line in text.splitlines() if line.strip())
-        sample = [line[:500] for number, line in enumerate(lines) if number % 8 == 0]
+        lines = (line for text in documents(False, corpus) for line in text.splitlines() if line.strip())
+        every = {"mixed": 8, "packages": 64}[corpus]
+        sample = [line[:500] for number, line in enumerate(lines) if number % every == 0]
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),
             model_prefix=str(model.with_suffix("")),
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             model_type="bpe",
             byte_fallback=True,
             remove_extra_whitespaces=False,
@@ -78,12 +93,12 @@ def _tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
-def _tokens(folder: Path, validation: bool) -> np.ndarray:
-    file = folder / f"{'validation' if validation else 'training'}-{VOCABULARY}.npy"
+def _tokens(folder: Path, validation: bool, vocabulary: int, corpus: str) -> np.ndarray:
+    file = folder / f"{'validation' if validation else 'training'}-{vocabulary}.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = _tokenizer(folder)
-        ids = [np.array(tokenizer.encode(text), dtype=np.uint16) for text in documents(validation)]
+        tokenizer = _tokenizer(folder, vocabulary, corpus)
+        ids = [np.array(tokenizer.encode(text), dtype=np.uint16) for text in documents(validation, corpus)]
         partial = file.with_suffix(".partial.npy")
         np.save(partial, np.concatenate(ids))
         partial.rename(file)
@@ -96,24 +111,28 @@ class Text:
     ``digest`` tells texts apart: other versions of Python or PyTorch bring other text.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.training, validation = _tokens(folder, validation=False), _tokens(folder, validation=True)
+    def __init__(self, folder: Path, rung: str = "0.3M") -> None:
+        of = RUNGS[rung]
+        self.training, validation = (_tokens(folder, side, of.vocabulary, of.corpus) for side in (False, True))
+        self.length = of.length
         self.digest = hashlib.sha256(self.training.tobytes() + validation.tobytes()).hexdigest()[:16]
-        windows = (len(validation) - 1) // LENGTH
+        windows = (len(validation) - 1) // self.length
         order = np.random.default_rng(0).permutation(windows)
-        self._held_out = torch.from_numpy(np.stack([_window(validation, i) for i in order]))
+        self._held_out = torch.from_numpy(np.stack([_window(validation, i, self.length) for i in order]))
 
     def batch(self, seed: int, step: int, sequences: int) -> torch.Tensor:
-        """(sequences, LENGTH + 1) token ids of the ``step``-th batch, from 0: each epoch in an order of its own, the
+        """(sequences, length + 1) token ids of the ``step``-th batch, from 0: each epoch in an order of its own, the
         same for every arm and, token by token, for every batch size."""
-        windows = (len(self.training) - 1) // LENGTH
+        windows = (len(self.training) - 1) // self.length
         places = range(step * sequences, (step + 1) * sequences)
         return torch.from_numpy(
-            np.stack([_window(self.training, _order(seed, n // windows, windows)[n % windows]) for n in places])
+            np.stack(
+                [_window(self.training, _order(seed, n // windows, windows)[n % windows], self.length) for n in places]
+            )
         )
 
     def held_out(self, sequences: int) -> torch.Tensor:
-        """(sequences, LENGTH + 1) token ids, always the same."""
+        """(sequences, length + 1) token ids, always the same."""
         return self._held_out[:sequences]
 
 
@@ -123,5 +142,5 @@ def _order(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
-def _window(tokens: np.ndarray, number: int) -> np.ndarray:
-    return tokens[number * LENGTH : (number + 1) * LENGTH + 1].astype(np.int64)
+def _window(tokens: np.ndarray, number: int, length: int) -> np.ndarray:
+    return tokens[number * length : (number + 1) * length + 1].astype(np.int64)

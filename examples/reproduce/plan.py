@@ -32,6 +32,7 @@ class Entry:
         seeds: how many at the best learning rate.
         refine: whether to try the best's neighbors at a factor of sqrt 2.
         center: where an arm's grid starts, in place of the arm's own (see arms.Arm.center).
+        device: "cpu" or "cuda", which also says how exactly it computes (see training.Place).
         core_hours: estimated cost of all its runs; written by ``runner.py estimate``.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     seeds: int = 3
     refine: bool = False
     center: Mapping[str, int] | None = None
+    device: str = "cpu"
     core_hours: float | None = None
 
     def run(self, arm: str, k: int, seed: int = 0) -> Run:

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from arms import ARMS, CLIP, WARMUP, build_optimizer, learning_rate
 from data import Text
-from model import LENGTH, body_parameters, build_model
+from model import RUNGS, body_parameters, build_model
 
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 POINTS = 40  # of a curve
-MICRO = 32  # sequences of a forward pass; a batch of more is accumulated
-CURVE, FINAL = 64, 512  # held-out sequences of a point of the curve, and of the final loss
+MICRO = {"cpu": 4_096, "cuda": 65_536}  # tokens of a forward pass; a batch of more is accumulated
+CURVE, FINAL = 8_192, 65_536  # held-out tokens of a point of the curve, and of the final loss
 
 
 @dataclass(frozen=True)
@@ -53,78 +53,145 @@ class Run:
         return max(round(tokens / self.batch), 1)
 
 
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, ids: torch.Tensor) -> float:
-    """Mean loss, in nats per token, of (sequences, LENGTH + 1) token ids."""
-    return sum(float(_loss(model, part)) * len(part) for part in ids.split(MICRO)) / len(ids)
+class Place:
+    """Where runs train: one CPU thread in float32, or a CUDA device in bfloat16 autocast, compiled."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
+        self.loss = torch.compile(self.eager_loss) if self.cuda else self.eager_loss
+        self._models: dict[str, torch.nn.Module] = {}
+        if not self.cuda:
+            torch.set_num_threads(1)
+
+    def model(self, run: Run) -> torch.nn.Module:
+        """The run's fresh model; on CUDA one per rung with fresh weights, so that it is compiled once."""
+        fresh = build_model(run.rung, run.seed, ARMS[run.arm].embedding_std)
+        if not self.cuda:
+            return fresh
+        if run.rung not in self._models:
+            self._models[run.rung] = fresh.to(self.device)
+            return fresh
+        model = self._models[run.rung]
+        model.load_state_dict(fresh.state_dict())
+        model.zero_grad()
+        return model
+
+    def eager_loss(self, model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        """Mean loss of (sequences, length + 1) token ids."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
+            logits = model(input_ids=ids[:, :-1]).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def parts(self, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A batch as forward passes take it, on the device."""
+        return ids.to(self.device).split(max(MICRO[self.device.type] // (ids.shape[1] - 1), 1))
+
+    @torch.no_grad()
+    def evaluate(self, model: torch.nn.Module, ids: torch.Tensor) -> float:
+        """Mean loss, in nats per token, of (sequences, length + 1) token ids."""
+        return sum(float(self.eager_loss(model, part)) * len(part) for part in self.parts(ids)) / len(ids)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def forget_peak(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_memory(self) -> int:
+        """Bytes: what PyTorch held on the device, or the whole process on the CPU."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+class Training:
+    """A run's model, optimizer and schedule, and how long their steps took."""
+
+    def __init__(self, run: Run, text: Text, place: Place) -> None:
+        self.run, self.text, self.place = run, text, place
+        arm, lr = ARMS[run.arm], learning_rate(run.k)
+        self.model = place.model(run)
+        self.optimizer = build_optimizer(arm, self.model, lr)
+        warmup = max(round(WARMUP * run.steps), 1)
+        self.schedule = BlockwiseWarmupCosine(self.optimizer, run.steps, warmup, min_lr=arm.floor * lr)
+        self.sequences = run.batch // text.length
+        self.done = 0
+        self.seconds = self.cpu_seconds = self.first_seconds = 0.0
+        self.first = 0  # steps until the first point, which hold the compilation
+
+    def until(self, end: int) -> float:
+        """Steps until ``end`` are done; their mean training loss."""
+        began, cpu_began, total = time.perf_counter(), time.process_time(), torch.zeros((), device=self.place.device)
+        steps = end - self.done
+        for self.done in range(self.done + 1, end + 1):
+            total += self._step()
+        self.place.wait()
+        self.seconds += time.perf_counter() - began
+        self.cpu_seconds += time.process_time() - cpu_began
+        if not self.first:
+            self.first, self.first_seconds = steps, self.seconds
+        return float(total) / steps
+
+    def _step(self) -> torch.Tensor:
+        parts = self.place.parts(self.text.batch(self.run.seed, self.done - 1, self.sequences))
+        loss = torch.zeros((), device=self.place.device)
+        for part in parts:
+            share = self.place.loss(self.model, part) / len(parts)
+            share.backward()
+            loss += share.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return loss
+
+    def tokens_per_second(self) -> int:
+        """On the CPU by CPU seconds, which other work on the machine does not lengthen; on CUDA by the clock, without
+        the steps until the first point of the curve."""
+        tokens = self.sequences * self.text.length
+        if not self.place.cuda:
+            return round(self.done * tokens / self.cpu_seconds)
+        return round((self.done - self.first) * tokens / max(self.seconds - self.first_seconds, 1e-9))
 
 
-def train(run: Run, text: Text) -> dict[str, Any]:
+def train(run: Run, text: Text, place: Place) -> dict[str, Any]:
     """Trains and returns the row; a run whose loss is no longer finite ends there, with a final loss of None.
 
-    Seconds are those of training without evaluation; tokens per second are by CPU seconds, which other work on the
-    machine does not lengthen.
+    Seconds are those of training without evaluation.
     """
-    torch.set_num_threads(1)
-    arm, lr, steps = ARMS[run.arm], learning_rate(run.k), run.steps
-    model = build_model(run.rung, run.seed, arm.embedding_std)
-    optimizer = build_optimizer(arm, model, lr)
-    schedule = BlockwiseWarmupCosine(optimizer, steps, max(round(WARMUP * steps), 1), min_lr=arm.floor * lr)
-    sequences = run.batch // LENGTH
-    points = {round(steps * (i + 1) / POINTS) for i in range(POINTS)} - {0}
+    place.forget_peak()
+    steps, length = run.steps, text.length
+    training = Training(run, text, place)
     curve: dict[str, list] = {"step": [], "training": [], "validation": []}
-    losses: list[float] = []
-    seconds = cpu_seconds = 0.0
-    for step in range(steps):
-        began, cpu_began = time.perf_counter(), time.process_time()
-        parts = text.batch(run.seed, step, sequences).split(MICRO)
-        loss = 0.0
-        for part in parts:
-            share = _loss(model, part) / len(parts)
-            share.backward()
-            loss += float(share.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        seconds += time.perf_counter() - began
-        cpu_seconds += time.process_time() - cpu_began
-        losses.append(loss)
-        if step + 1 in points:
-            curve["step"].append(step + 1)
-            curve["training"].append(round(sum(losses) / len(losses), 5))
-            curve["validation"].append(round(evaluate(model, text.held_out(CURVE)), 5))
-            losses = []
+    for end in sorted({round(steps * (i + 1) / POINTS) for i in range(POINTS)} - {0}):
+        loss = training.until(end)
+        curve["step"].append(end)
+        curve["training"].append(round(loss, 5))
+        curve["validation"].append(round(place.evaluate(training.model, text.held_out(CURVE // length)), 5))
         if not math.isfinite(loss):
             break
-    final = evaluate(model, text.held_out(FINAL))
+    final = place.evaluate(training.model, text.held_out(FINAL // length))
     return {
         "run": asdict(run),
-        "lr": lr,
+        "lr": learning_rate(run.k),
         "steps": steps,
-        "tokens": steps * sequences * LENGTH,
+        "tokens": steps * training.sequences * length,
         "final": round(final, 5) if math.isfinite(final) else None,
         "curve": {key: [value if math.isfinite(value) else None for value in values] for key, values in curve.items()},
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu_seconds, 2),
-        "tokens_per_second": round((step + 1) * sequences * LENGTH / cpu_seconds),
-        "peak_memory_bytes": _peak_memory(),
-        "optimizer_state_bytes": _state_bytes(optimizer),
+        "seconds": round(training.seconds, 2),
+        "cpu_seconds": round(training.cpu_seconds, 2),
+        "tokens_per_second": training.tokens_per_second(),
+        "peak_memory_bytes": place.peak_memory(),
+        "optimizer_state_bytes": _state_bytes(training.optimizer),
         "text": text.digest,
-        "machine": machine(),
+        "machine": machine(place),
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -136,14 +203,15 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-def machine() -> dict[str, Any]:
+def machine(place: Place) -> dict[str, Any]:
     """What the run ran on; no names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    return {"system": platform.system(), "architecture": platform.machine(), "cpu": cpu, "threads": 1}
+    found = {"system": platform.system(), "architecture": platform.machine(), "cpu": cpu, "threads": 1}
+    return {**found, "gpu": torch.cuda.get_device_name(), "precision": "bfloat16 autocast"} if place.cuda else found
 
 
 def versions() -> dict[str, str]:

@@ -181,13 +181,12 @@ def _peers(flat: torch.Tensor) -> dict[str, Callable[[], torch.optim.Optimizer]]
 
 
 def measure(
-    numel: int, rounds: int, device: torch.device, before: str | None
+    found: dict[str, Callable[[], None]], rounds: int, device: torch.device, title: str
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of every arm in every round; on a GPU, also how many kernels a step launches."""
-    found = arms(numel, device, before)
     times: dict[str, list[float]] = {name: [] for name in found}
     order = list(found.items())
-    for number in track(range(rounds + 2), description=f"{numel / 1e6:.0f}M elements", transient=True):
+    for number in track(range(rounds + 2), description=title, transient=True):
         order = order[1:] + order[:1]
         for name, step in order:
             began = time.perf_counter()
@@ -257,10 +256,10 @@ def show(entries: list[dict], console: Console) -> None:
         low, high = e["quartiles"]
         table.add_row(
             e["arm"],
-            f"{e['ms']:.1f}",
+            f"{e['ms']:.3g}",
             f"{e['ratio']:.3f}",
             f"{low:.3f}–{high:.3f}",
-            f"{e['least_ms']:.1f}",
+            f"{e['least_ms']:.3g}",
             f"{e['least_ratio']:.3f}",
             f"{e['GB_per_s']:.1f}",
             f"{e['of_triad']:.0%}",
@@ -301,7 +300,8 @@ def main() -> None:
     entries = []
     for size in args.sizes:
         rounds = args.rounds if size <= 2e8 else args.rounds // 3
-        entries += summary(int(size), *measure(int(size), rounds, device, before))
+        found = arms(int(size), device, before)
+        entries += summary(int(size), *measure(found, rounds, device, f"{size / 1e6:.0f}M elements"))
         show([e for e in entries if e["elements"] == int(size)], console)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"steps": entries, "plans": plans}, indent=1))

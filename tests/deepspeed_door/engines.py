@@ -61,7 +61,7 @@ def start(model: torch.nn.Module, settings: dict, **arguments: Any) -> Any:
     import blockwise_lr.deepspeed  # noqa: F401  the one line a user adds
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo" if deepspeed.get_accelerator().device_name() == "cpu" else None)
     if "mpu" not in arguments:  # DeepSpeed keeps that of the last engine of the process, and takes it for this one's
         deepspeed.utils.groups.mpu = None
     return deepspeed.initialize(model=model, config=settings, **arguments)[0]
@@ -73,7 +73,7 @@ def train(engine: Any, steps: int, first: int = 0) -> list[float]:
     losses = []
     for batch in data:
         for part in batch:
-            ids = part[dist.get_rank()]
+            ids = part[dist.get_rank()].to(engine.device)
             loss = engine(ids, labels=ids).loss
             engine.backward(loss)
             engine.step()
@@ -94,7 +94,7 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
             value = safe_get_full_fp32_param(p)
         else:
             value = copies.get(id(p), p)
-        found[name] = value.detach().float().clone()
+        found[name] = value.detach().float().clone().cpu()
     return found
 
 

@@ -38,7 +38,7 @@ class Follower:
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Whole, from all ranks' shards."""
         own = [
-            (fragment.name, fragment.start, tensor.grad.reshape(-1)[fragment.offset :][: fragment.numel].clone())
+            (fragment.name, fragment.start, tensor.grad.reshape(-1)[fragment.offset :][: fragment.numel].clone().cpu())
             for tensor, fragments in self.optimizer.shards.flats
             for fragment in fragments
         ]

@@ -55,8 +55,10 @@ def test_every_row_is_of_the_run_that_its_name_says_and_of_todays_arms(ladder):
         assert row["commit"] and row["versions"]["torch"] and row["text"]
 
 
-def test_all_rows_are_of_one_text(ladder):
-    assert len({row["text"] for row in ladder["plan"].load_rows(ROWS).values()}) == 1
+def test_all_rows_of_a_corpus_are_of_one_text(ladder):
+    rungs, rows = ladder["model"].RUNGS, ladder["plan"].load_rows(ROWS).values()
+    texts = {(rungs[row["run"]["rung"]].corpus, row["text"]) for row in rows}
+    assert len(texts) == len({corpus for corpus, _ in texts})
 
 
 def test_the_page_says_what_the_rows_say(ladder):
@@ -151,7 +153,7 @@ def test_text_is_held_out_by_file_on_both_sides_and_goes_through_the_tokenizer(l
     training, validation = list(data.documents(validation=False)), list(data.documents(validation=True))
     assert validation and len(validation) < 0.15 * len(training) and not set(validation) & set(training)
     text = data.Text(tmp_path)
-    tokenizer = data._tokenizer(tmp_path)
+    tokenizer = data._tokenizer(tmp_path, 1024, "mixed")
     assert tokenizer.decode(tokenizer.encode(training[1])).strip() == training[1].strip()
     assert text.training[:200].tolist() == [n for part in training for n in tokenizer.encode(part)][:200]
     assert text.training.max() < 1024 and text.held_out(8).shape == (8, 129)
@@ -160,14 +162,15 @@ def test_text_is_held_out_by_file_on_both_sides_and_goes_through_the_tokenizer(l
 def test_ratios_of_1_are_the_adamw_arm(ladder, encoded, monkeypatch):
     """So that what differs between the arms is the ratios, and neither decay, schedule nor order of the text."""
     arms, training, text = ladder["arms"], ladder["training"], ladder["data"].Text(encoded)
-    monkeypatch.setattr(training, "CURVE", 8)
-    monkeypatch.setattr(training, "FINAL", 8)
+    monkeypatch.setattr(training, "CURVE", 1024)
+    monkeypatch.setattr(training, "FINAL", 1024)
+    place = training.Place()
     for name in ("adamw", "adamw-decay-all", "adamw-floor-0"):
         arm = arms.ARMS[name]
         same = dataclasses.replace(arm, optimizer="BlockwiseAdamW", options=arms._ratios())
         monkeypatch.setitem(arms.ARMS, f"{name}-ones", same)
         finals = [
-            training.train(training.Run("tiny", 10, 1024, which, 4, 0), text)["curve"]["validation"]
+            training.train(training.Run("tiny", 10, 1024, which, 4, 0), text, place)["curve"]["validation"]
             for which in (name, f"{name}-ones")
         ]
         assert finals[1] == pytest.approx(finals[0], abs=2e-5) and finals[0][-1] < finals[0][0] - 0.5
