@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from arms import ARMS, CLIP, WARMUP, build_optimizer, learning_rate
 from data import Text
-from model import RUNGS, body_parameters, build_model
+from model import body_parameters, build_model
 
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
@@ -127,8 +127,9 @@ class Training:
         """Steps until ``end`` are done; their mean training loss."""
         began, cpu_began, total = time.perf_counter(), time.process_time(), torch.zeros((), device=self.place.device)
         steps = end - self.done
-        for self.done in range(self.done + 1, end + 1):
-            total += self._step()
+        for number in range(self.done, end):
+            total += self._step(number)
+        self.done = end
         self.place.wait()
         self.seconds += time.perf_counter() - began
         self.cpu_seconds += time.process_time() - cpu_began
@@ -136,8 +137,8 @@ class Training:
             self.first, self.first_seconds = steps, self.seconds
         return float(total) / steps
 
-    def _step(self) -> torch.Tensor:
-        parts = self.place.parts(self.text.batch(self.run.seed, self.done - 1, self.sequences))
+    def _step(self, number: int) -> torch.Tensor:
+        parts = self.place.parts(self.text.batch(self.run.seed, number, self.sequences))
         loss = torch.zeros((), device=self.place.device)
         for part in parts:
             share = self.place.loss(self.model, part) / len(parts)

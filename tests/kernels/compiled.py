@@ -15,7 +15,8 @@ from blockwise_lr.rules import RULES
 
 NUMBERS = {"numbers": "*fp32", "classes": "i32"}
 WORK = {"owner": "*i32", "table": "*i64"}
-SIZES = {"BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS, "FIELDS": kernel._FIELDS}
+PLACES = {"places": "*i64"}
+SIZES = {"BLOCK": kernel.BLOCK, "COLUMNS": kernel.COLUMNS, "FIELDS": kernel.FIELDS, "PLACES": kernel._PLACES}
 
 
 def memory_instructions(function, types: dict[str, str], capability: int, **constants) -> list[str]:
@@ -36,7 +37,7 @@ def memory_instructions(function, types: dict[str, str], capability: int, **cons
 def main() -> None:
     found = {}
     for capability, gradient in ((80, "*fp16"), (90, "*fp32"), (90, "*bf16")):
-        tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK
+        tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK | PLACES
         at = f"sm_{capability} {gradient}"
         for rule in RULES.values():
             body = {"BODY": kernel.compiled_body(rule.triton), "COPY": True}

@@ -13,7 +13,8 @@ import torch
 from random_layouts import random_layouts
 
 from blockwise_lr.blocks import BlockType, ParamLayout, Piece
-from blockwise_lr.kernels import ReferenceKernel, StepValues, kernel_for
+from blockwise_lr.kernels import ReferenceKernel, StepValues, Work, kernel_for
+from blockwise_lr.kernels.interface import step_each
 from blockwise_lr.optim import CLASSES
 from blockwise_lr.plan.shards import Fragment
 from blockwise_lr.plan.step_plan import element_plan, segment_plan, slot_numel
@@ -134,6 +135,72 @@ def test_the_bfloat16_copy_is_the_rounded_parameter_and_changes_nothing_else(rul
             held[fragment.offset : fragment.offset + fragment.numel] = True
         assert torch.equal(out.cpu()[held], rounded(kernel, found[0])[held])
         assert (out.cpu()[~held] == 7).all()
+
+
+def works(rule, kernel, seeds):
+    """A tensor's step for each seed: gradients of several types, memory that does not begin at 16 bytes, copies."""
+    device, made = device_of(kernel), []
+    for seed in seeds:
+        numel, fragments, used = shard(random.Random(seed))
+        dtype = (torch.float32, torch.bfloat16)[seed % 2]
+        param, grad, *states = (t.to(device) for t in tensors(numel, seed, dtype)[: 2 + len(rule.element_states)])
+        if seed % 5 == 3:
+            param = torch.cat([param[:1], param])[1:]
+        out = torch.zeros(numel, dtype=torch.bfloat16, device=device) if seed % 3 == 0 else None
+        plan = (element_plan if rule.segment_state is None else segment_plan)(numel, fragments, used)
+        moments = None
+        if rule.segment_state is not None:
+            moments = torch.rand(plan.slots, generator=torch.Generator().manual_seed(seed)).to(device)
+        made.append(Work(param, grad, states, plan, values(rule, plan, 3 + seed % 7 // 6), out, moments))
+    return made
+
+
+def test_tensors_that_are_stepped_together_are_stepped_as_each_alone(rule, kernel):
+    """In any company, and in other company from step to step."""
+    for seeds in (range(20), range(20), range(1, 20, 2), [4], range(20)):
+        together, alone = works(rule, kernel, seeds), works(rule, kernel, seeds)
+        kernel.step_all(rule, together)
+        step_each(REFERENCE, rule, alone)
+        for a, b in zip(together, alone, strict=True):
+            close(
+                [t.cpu() for t in (a.param, *a.states, *([] if a.moments is None else [a.moments]))],
+                [t.cpu() for t in (b.param, *b.states, *([] if b.moments is None else [b.moments]))],
+            )
+            if a.out is not None:
+                written = (a.out != 0).cpu()
+                assert written.any() and torch.equal(a.out.cpu()[written], rounded(kernel, a.param.cpu())[written])
+
+
+def test_one_launch_steps_all_tensors_of_a_kind(rule, monkeypatch):
+    triton = pytest.importorskip("blockwise_lr.kernels.triton", exc_type=ImportError)
+
+    launched = []
+    launch = triton.TritonKernel._launch
+    monkeypatch.setattr(
+        triton.TritonKernel,
+        "_launch",
+        lambda self, rule, group, *rest: launched.append(len(group)) or launch(self, rule, group, *rest),
+    )
+    kernel = kernel_for(DEVICES["triton"], "triton")
+    kernel.step_all(rule, works(rule, kernel, [1, 7, 5, 11]))
+    assert launched == [4]
+
+
+def test_tables_are_kept_by_the_rectangles_and_not_by_where_these_lay():
+    from blockwise_lr.kernels.triton_tasks import Kept
+
+    kept, cpu = Kept(), torch.device("cpu")
+    first, made = element_plan(4, [], []).local, []
+    for number in range(3):  # each new plan may lie where the last one was
+        other = element_plan(4, [], []).local
+        made.append(kept.get([first, other], "elements", cpu, lambda: number))
+        assert kept.get([first, other], "elements", cpu, lambda: "made again") == number
+        del other
+    assert made == [0, 1, 2]
+    plans = [element_plan(4, [], []).local for _ in range(20)]
+    for other in plans:
+        kept.get([first, other], "elements", cpu, object)
+    assert len(kept._known[first]) == Kept.most
 
 
 def spoil(value, every):

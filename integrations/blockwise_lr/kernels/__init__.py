@@ -9,10 +9,10 @@ import torch
 
 from ..rules.options import KERNELS
 from . import cpu
-from .interface import Kernel, StepValues
+from .interface import Kernel, StepValues, Work
 from .reference import ReferenceKernel
 
-__all__ = ["KERNELS", "Kernel", "ReferenceKernel", "StepValues", "kernel_for", "usable"]
+__all__ = ["KERNELS", "Kernel", "ReferenceKernel", "StepValues", "Work", "kernel_for", "usable"]
 
 _REFERENCE = ReferenceKernel()
 

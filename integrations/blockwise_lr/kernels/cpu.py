@@ -18,7 +18,7 @@ import torch
 
 from ..plan.step_plan import Rectangles, StepPlan
 from ..rules.base import RULES, CppBody, UpdateRule
-from .interface import GRADIENT_TYPES, StepValues, fits, refuse_other_sizes
+from .interface import GRADIENT_TYPES, StepValues, Work, fits, refuse_other_sizes, step_each
 from .reference import ReferenceKernel
 from .tiling import tiles
 
@@ -171,6 +171,9 @@ class CppKernel:
             return self._reference.element_step(rule, param, grad, states, plan, values, out)
         refuse_other_sizes(plan.local, param, grad, *states, out)
         self._step(rule, param, grad, states, None, plan.local, values, out, own_sums=False)
+
+    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        step_each(self, rule, works, presummed=presummed)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not fits(_DEVICES, sums, grad):

@@ -30,6 +30,27 @@ class StepValues:
     scalars: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Work:
+    """One tensor's step: the arguments of :meth:`Kernel.element_step`, or with ``moments`` of :meth:`Kernel.segment_step`."""
+
+    param: torch.Tensor
+    grad: torch.Tensor
+    states: Sequence[torch.Tensor]
+    plan: StepPlan
+    values: StepValues
+    out: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order of :func:`fits`."""
+        return [self.param, self.grad, *self.states, *(() if self.moments is None else (self.moments,))]
+
+    def rectangles(self, presummed: bool) -> Rectangles:
+        """What is stepped."""
+        return self.plan.shared if presummed else self.plan.local
+
+
 class Kernel(Protocol):
     """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative).
 
@@ -74,6 +95,19 @@ class Kernel(Protocol):
             presummed: over ``plan.shared``, whose moments of this step the caller has already set, in place of
                 ``plan.local``, whose squared gradients are summed here.
         """
+
+    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        """The steps of several tensors, each as above, in one launch where the kernel can."""
+
+
+def step_each(kernel: Kernel, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+    """:meth:`Kernel.step_all`, one tensor after the other."""
+    for work in works:
+        arguments = (rule, work.param, work.grad, work.states)
+        if work.moments is None:
+            kernel.element_step(*arguments, work.plan, work.values, work.out)
+        else:
+            kernel.segment_step(*arguments, work.moments, work.plan, work.values, work.out, presummed=presummed)
 
 
 def fits(devices: Sequence[str], *tensors: torch.Tensor) -> bool:

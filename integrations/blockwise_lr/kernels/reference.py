@@ -10,7 +10,7 @@ import torch
 from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
 from ..plan.views import runs_of, segments_of, slots_of
 from ..rules.base import UpdateRule
-from .interface import StepValues
+from .interface import StepValues, Work, step_each
 
 # Elements worked on at a time: temporaries of an optimizer step stay this small however large the shard.
 TILE = 1 << 20
@@ -39,6 +39,9 @@ class ReferenceKernel:
                 p, runs_of(grad, tile).to(p.dtype), kept, values.lrs[number], values.decays[number], values.scalars
             )
             _copy_out(out, param, tile)
+
+    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        step_each(self, rule, works, presummed=presummed)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         for tile in _tiles(rectangles):

@@ -1,7 +1,8 @@
-"""The Triton kernel: one launch over one flat tensor, whatever lies in it; also under TRITON_INTERPRET=1 without a GPU.
+"""The Triton kernel: one launch over all tensors, whatever lies in them; also under TRITON_INTERPRET=1 without a GPU.
 
 A plan's rectangles are given to programs by two small tables on the device: which rectangle a program works in, and the
-rectangles. Segments are never shared between programs and no atomics are used, so results are the same in every run.
+rectangles. Any number of tensors are stepped by one launch: a third table says how far each lies from the first, in
+elements. Segments are never shared between programs and no atomics are used, so results are the same in every run.
 
 Consecutive elements that begin at a multiple of four are moved 16 bytes at a time. The compiler is told so by
 multiplying with ALIGN, not by tl.multiple_of: that marks the value wherever it is used, the other branch included.
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..plan.step_plan import Rectangles, StepPlan
 from ..rules.base import UpdateRule
-from .interface import StepValues, fits, refuse_other_sizes
+from .interface import StepValues, Work, fits, refuse_other_sizes, step_each
 from .reference import ReferenceKernel
+from .triton_tasks import BLOCK, COLUMNS, FIELDS, Kept, sums_of, tasks
 
-BLOCK = 1024  # elements in a program's hands at a time
-COLUMNS = 128  # of these, columns where a program steps several segments side by side; the rest are rows
-_FIELDS = 12  # columns of a task table, see Tasks
+_PLACES = 5  # columns of the table of places: parameter, gradient, the two states, copy
 
 
 # ---- device code
@@ -38,7 +36,7 @@ _FIELDS = 12  # columns of a task table, see Tasks
 
 @triton.jit
 def _task(owner, table, FIELDS: tl.constexpr):
-    """A program's element offset, slot, class, runs, stride, width, unit, alignment and rectangle; see Tasks."""
+    """A program's element offset, slot, class, runs, stride, width, unit, alignment, rectangle and tensor; see Tasks."""
     number = tl.program_id(0)
     rectangle = tl.load(owner + number)
     row = table + rectangle * FIELDS
@@ -52,12 +50,24 @@ def _task(owner, table, FIELDS: tl.constexpr):
     runs = tl.minimum(runs_per_task, tl.load(row + 5) - group * runs_per_task)
     width = tl.minimum(columns, tl.load(row + 7) - along * columns)
     flags = tl.load(row + 11)
-    return at, slot, flags // 2, runs, stride, width, unit, flags % 2, rectangle
+    return at, slot, flags // 2, runs, stride, width, unit, flags % 2, rectangle, tl.load(row + 12)
 
 
 @triton.jit
 def _multiple(number, ALIGN: tl.constexpr):
     return number // ALIGN * ALIGN
+
+
+@triton.jit
+def _of(p, g, m, out, places, tensor, PLACES: tl.constexpr, ALIGN: tl.constexpr):
+    """The pointers of a tensor; its states of one value per segment have no place here."""
+    row = places + tensor * PLACES
+    return (
+        p + _multiple(tl.load(row), ALIGN),
+        g + _multiple(tl.load(row + 1), ALIGN),
+        m + _multiple(tl.load(row + 2), ALIGN),
+        out + _multiple(tl.load(row + 4), ALIGN),
+    )
 
 
 @triton.jit
@@ -78,19 +88,22 @@ def _elements(
 
 
 @triton.jit
-def _element_step(p, g, m, v, out, owner, table, numbers, classes, BODY: tl.constexpr, STATES: tl.constexpr,
-                  COPY: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr):  # fmt: skip
-    at, _, number, runs, stride, width, _, aligned, _ = _task(owner, table, FIELDS)
+def _element_step(p, g, m, v, out, owner, table, places, numbers, classes, BODY: tl.constexpr, STATES: tl.constexpr,
+                  COPY: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    at, _, number, runs, stride, width, _, aligned, _, tensor = _task(owner, table, FIELDS)
     lr, keep, scalars = tl.load(numbers + number), tl.load(numbers + classes + number), numbers + 2 * classes
+    second = tl.load(places + tensor * PLACES + 3)
     element = tl.arange(0, BLOCK)
     if (runs == 1) & (aligned == 1):
-        _elements(p, g, m, v, out, _multiple(at, 4) + element, element < _multiple(width, 4), lr, keep, scalars, BODY,
-                  STATES, COPY)  # fmt: skip
+        p, g, m, out = _of(p, g, m, out, places, tensor, PLACES, 4)
+        _elements(p, g, m, v + _multiple(second, 4), out, _multiple(at, 4) + element, element < _multiple(width, 4), lr,
+                  keep, scalars, BODY, STATES, COPY)  # fmt: skip
     else:
+        p, g, m, out = _of(p, g, m, out, places, tensor, PLACES, 1)
         narrow = width.to(tl.int32)
         run = element // narrow
-        _elements(p, g, m, v, out, at + run * stride + element % narrow, run < runs, lr, keep, scalars, BODY, STATES,
-                  COPY)  # fmt: skip
+        _elements(p, g, m, v + second, out, at + run * stride + element % narrow, run < runs, lr, keep, scalars, BODY,
+                  STATES, COPY)  # fmt: skip
 
 
 @triton.jit
@@ -158,31 +171,41 @@ def _side_update(p, g, m, out, at, runs, stride, width, moments, lr, keep, scala
 
 
 @triton.jit
-def _segment_step(p, g, m, v, out, owner, table, numels, numbers, classes, BODY: tl.constexpr, MOMENT: tl.constexpr,
-                  OWN_SUMS: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-                  FIELDS: tl.constexpr):  # fmt: skip
-    at, slot, number, runs, stride, width, unit, aligned, rectangle = _task(owner, table, FIELDS)
+def _one_segment(p, g, m, v, out, places, tensor, at, slot, numel, lr, keep, scalars, runs, stride, width,
+                 BODY: tl.constexpr, MOMENT: tl.constexpr, OWN_SUMS: tl.constexpr, COPY: tl.constexpr,
+                 ALIGN: tl.constexpr, BLOCK: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    p, g, m, out = _of(p, g, m, out, places, tensor, PLACES, ALIGN)
+    moment = tl.load(v + slot)
+    if OWN_SUMS:
+        total = _one_sum(g, at, runs, stride, width, ALIGN, BLOCK)
+        moment = MOMENT(moment, total / numel, scalars)
+        tl.store(v + slot, moment)
+    _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY, COPY, ALIGN, BLOCK)
+
+
+@triton.jit
+def _segment_step(p, g, m, v, out, owner, table, places, numels, numbers, classes, BODY: tl.constexpr,
+                  MOMENT: tl.constexpr, OWN_SUMS: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
+                  COLUMNS: tl.constexpr, FIELDS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+    at, slot, number, runs, stride, width, unit, aligned, rectangle, tensor = _task(owner, table, FIELDS)
     lr, keep, scalars = tl.load(numbers + number), tl.load(numbers + classes + number), numbers + 2 * classes
+    v += tl.load(places + tensor * PLACES + 3)
+    numel = tl.load(numels + rectangle)
     if unit > COLUMNS:  # one segment
-        moment = tl.load(v + slot)
-        if OWN_SUMS:
-            if aligned == 1:
-                total = _one_sum(g, at, runs, stride, width, 4, BLOCK)
-            else:
-                total = _one_sum(g, at, runs, stride, width, 1, BLOCK)
-            moment = MOMENT(moment, total / tl.load(numels + rectangle), scalars)
-            tl.store(v + slot, moment)
         if aligned == 1:
-            _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY, COPY, 4, BLOCK)
+            _one_segment(p, g, m, v, out, places, tensor, at, slot, numel, lr, keep, scalars, runs, stride, width, BODY,
+                         MOMENT, OWN_SUMS, COPY, 4, BLOCK, PLACES)  # fmt: skip
         else:
-            _one_update(p, g, m, out, at, runs, stride, width, moment, lr, keep, scalars, BODY, COPY, 1, BLOCK)
+            _one_segment(p, g, m, v, out, places, tensor, at, slot, numel, lr, keep, scalars, runs, stride, width, BODY,
+                         MOMENT, OWN_SUMS, COPY, 1, BLOCK, PLACES)  # fmt: skip
     else:  # segments side by side; every column knows its own segment's moment
+        p, g, m, out = _of(p, g, m, out, places, tensor, PLACES, 1)
         column = tl.arange(0, COLUMNS)
         slots, held = slot + column // unit.to(tl.int32), column < width
         moments = tl.load(v + slots, mask=held, other=0.0)
         if OWN_SUMS:
             totals = _side_sums(g, at, runs, stride, width, unit, COLUMNS, BLOCK // COLUMNS)
-            moments = MOMENT(moments, totals / tl.load(numels + rectangle), scalars)
+            moments = MOMENT(moments, totals / numel, scalars)
             tl.debug_barrier()  # every column has read its old moment before one of them writes the new
             tl.store(v + slots, moments, mask=held & (column % unit.to(tl.int32) == 0))
         _side_update(p, g, m, out, at, runs, stride, width, moments, lr, keep, scalars, BODY, COPY, COLUMNS,
@@ -192,7 +215,7 @@ def _segment_step(p, g, m, v, out, owner, table, numels, numbers, classes, BODY:
 @triton.jit
 def _sums(g, sums, owner, table, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr):
     """Every segment's sum to a slot of its own."""
-    at, slot, _, runs, stride, width, unit, aligned, _ = _task(owner, table, FIELDS)
+    at, slot, _, runs, stride, width, unit, aligned, _, _ = _task(owner, table, FIELDS)
     if unit > COLUMNS:
         if aligned == 1:
             tl.store(sums + slot, _one_sum(g, at, runs, stride, width, 4, BLOCK))
@@ -208,105 +231,6 @@ def _sums(g, sums, owner, table, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, FIE
 # ---- host code
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """Rectangles as programs take them, on the device.
-
-    Attributes:
-        count: programs.
-        owner: int32, (count,); the rectangle each program works in.
-        table: int64, (rectangles, 12); columns: first task, tasks along a run, columns per task, unit, runs per task,
-            runs, stride, elements of a run, offset, slot, slots from one group of runs to the next,
-            2 class + aligned (every run of a task begins at a multiple of four elements and has a multiple of four).
-        numels: float32, (rectangles,); elements of a whole segment.
-    """
-
-    count: int
-    owner: torch.Tensor
-    table: torch.Tensor
-    numels: torch.Tensor
-
-
-def tasks(rectangles: Rectangles, elementwise: bool, device: torch.device) -> Tasks:
-    """Cuts rectangles into tasks: of BLOCK elements for an element-wise step, of whole segments otherwise, the largest
-    first, so that no program is left alone at the end."""
-    order = np.arange(len(rectangles))
-    columns = np.zeros((len(rectangles), _FIELDS), dtype=np.int64)
-    table = rectangles.table
-    outer, inner, unit = table[:, OUTER], table[:, INNER], np.maximum(table[:, UNIT], 1)
-    if elementwise:
-        width = np.minimum(inner, BLOCK)
-        runs = np.where(inner <= BLOCK, np.maximum(BLOCK // np.maximum(inner, 1), 1), 1)
-    else:
-        width = np.minimum(np.where(unit > COLUMNS, unit, COLUMNS // unit * unit), inner)
-        runs = np.where(table[:, SLOT_STEP] == 0, outer, 1)
-        order = np.argsort(-width * runs, kind="stable")
-    along = -(-inner // width)
-    fours = (table[:, [OFFSET, INNER]] % 4 == 0).all(1) & (width % 4 == 0)
-    aligned = fours & ((table[:, STRIDE] % 4 == 0) | (outer == 1))
-    count = along * -(-outer // runs)
-    columns[:] = np.stack(
-        [
-            count,
-            along,
-            width,
-            unit,
-            runs,
-            outer,
-            table[:, STRIDE],
-            inner,
-            table[:, OFFSET],
-            table[:, SLOT],
-            table[:, SLOT_STEP],
-            2 * table[:, CLASS] + aligned,
-        ],
-        axis=1,
-    )
-    columns, count = columns[order], count[order]
-    columns[:, 0] = np.cumsum(count) - count
-    owner = np.repeat(np.arange(len(order), dtype=np.int32), count)
-    return Tasks(
-        len(owner),
-        torch.from_numpy(owner).to(device),
-        torch.from_numpy(columns).to(device),
-        torch.from_numpy(rectangles.segment_numel[order].astype(np.float32)).to(device),
-    )
-
-
-@dataclass(frozen=True)
-class Sums:
-    """How the sums of rectangles that may share slots are added, in one order.
-
-    Attributes:
-        tasks: every rectangle with slots of its own in a buffer of ``size`` floats.
-        rounds: (slots, places of the buffer): no slot twice in a round.
-    """
-
-    tasks: Tasks
-    size: int
-    rounds: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-
-def sums_of(rectangles: Rectangles, device: torch.device) -> Sums:
-    """The tasks of :meth:`TritonKernel.sum_squares`."""
-    table, slots, size = rectangles.table.copy(), [], 0
-    for row in table:
-        per_run, runs = row[INNER] // row[UNIT], 1 if row[SLOT_STEP] == 0 else row[OUTER]
-        slots.append((row[SLOT] + np.arange(runs)[:, None] * row[SLOT_STEP] + np.arange(per_run)).ravel())
-        row[SLOT], row[SLOT_STEP] = size, per_run if runs > 1 else 0
-        size += len(slots[-1])
-    wanted = np.concatenate(slots)
-    order = np.argsort(wanted, kind="stable")
-    ordered = wanted[order]
-    first = np.searchsorted(ordered, ordered)  # where the equal slots begin
-    turn = np.arange(size) - first
-    rounds = tuple(
-        (torch.from_numpy(ordered[turn == number]).to(device), torch.from_numpy(order[turn == number]).to(device))
-        for number in range(int(turn.max()) + 1)
-    )
-    return Sums(tasks(Rectangles(table, rectangles.segment_numel), False, device), size, rounds)
-
-
 @functools.cache
 def compiled_body(body: Callable[..., Any]) -> Any:
     """A rule's body, a plain function, as device code; one object for each, so that what is compiled is found again."""
@@ -320,7 +244,7 @@ class TritonKernel:
 
     def __init__(self) -> None:
         self._reference = ReferenceKernel()
-        self._known: weakref.WeakKeyDictionary[Rectangles, dict] = weakref.WeakKeyDictionary()
+        self._kept = Kept()
 
     def element_step(
         self,
@@ -332,42 +256,7 @@ class TritonKernel:
         values: StepValues,
         out: torch.Tensor | None = None,
     ) -> None:
-        if rule.triton is None or not fits(_devices(), param, grad, *states) or not _takes(out):
-            return self._reference.element_step(rule, param, grad, states, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, *states, out)
-        work = self._made(plan.local, param.device, "elements", functools.partial(tasks, elementwise=True))
-        if work.count:
-            with _on(param.device):
-                _element_step[(work.count,)](
-                    param,
-                    grad,
-                    states[0],
-                    states[-1],
-                    param if out is None else out,
-                    work.owner,
-                    work.table,
-                    *_numbers(values, param.device),
-                    BODY=compiled_body(rule.triton),
-                    STATES=len(states),
-                    COPY=out is not None,
-                    BLOCK=BLOCK,
-                    FIELDS=_FIELDS,
-                )
-
-    def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
-        if not fits(_devices(), sums, grad):
-            return self._reference.sum_squares(grad, rectangles, sums)
-        if not len(rectangles):
-            return
-        refuse_other_sizes(rectangles, grad, slots=sums)
-        work = self._made(rectangles, grad.device, "sums", sums_of)
-        buffer = torch.empty(work.size, dtype=torch.float32, device=grad.device)
-        with _on(grad.device):
-            _sums[(work.tasks.count,)](
-                grad, buffer, work.tasks.owner, work.tasks.table, BLOCK=BLOCK, COLUMNS=COLUMNS, FIELDS=_FIELDS
-            )
-        for slots, places in work.rounds:
-            sums[slots] += buffer[places]
+        self.step_all(rule, [Work(param, grad, states, plan, values, out)])
 
     def segment_step(
         self,
@@ -382,39 +271,71 @@ class TritonKernel:
         *,
         presummed: bool = False,
     ) -> None:
-        if rule.triton is None or not fits(_devices(), param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step(
-                rule, param, grad, states, moments, plan, values, out, presummed=presummed
-            )
-        rectangles = plan.shared if presummed else plan.local
-        refuse_other_sizes(rectangles, param, grad, *states, out, slots=moments)
-        work = self._made(rectangles, param.device, "segments", functools.partial(tasks, elementwise=False))
-        if work.count:
-            with _on(param.device):
-                _segment_step[(work.count,)](
-                    param,
-                    grad,
-                    states[0],
-                    moments,
-                    param if out is None else out,
-                    work.owner,
-                    work.table,
-                    work.numels,
-                    *_numbers(values, param.device),
-                    BODY=compiled_body(rule.triton),
-                    MOMENT=compiled_body(rule.triton_moment),
-                    OWN_SUMS=not presummed,
-                    COPY=out is not None,
-                    BLOCK=BLOCK,
-                    COLUMNS=COLUMNS,
-                    FIELDS=_FIELDS,
-                )
+        self.step_all(rule, [Work(param, grad, states, plan, values, out, moments)], presummed=presummed)
 
-    def _made(self, rectangles: Rectangles, device: torch.device, kind: str, make: Callable[..., Any]) -> Any:
-        known = self._known.setdefault(rectangles, {})
-        if (kind, device) not in known:
-            known[kind, device] = make(rectangles, device=device)
-        return known[kind, device]
+    def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
+        if not fits(_devices(), sums, grad):
+            return self._reference.sum_squares(grad, rectangles, sums)
+        if not len(rectangles):
+            return
+        refuse_other_sizes(rectangles, grad, slots=sums)
+        work = self._kept.get([rectangles], "sums", grad.device, lambda: sums_of(rectangles, grad.device))
+        buffer = torch.empty(work.size, dtype=torch.float32, device=grad.device)
+        with _on(grad.device):
+            _sums[(work.tasks.count,)](
+                grad, buffer, work.tasks.owner, work.tasks.table, BLOCK=BLOCK, COLUMNS=COLUMNS, FIELDS=FIELDS
+            )
+        for slots, places in work.rounds:
+            sums[slots] += buffer[places]
+
+    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        together: dict[Any, list[tuple[Work, tuple[int, ...]]]] = {}
+        for work in works:
+            if rule.triton is None or not fits(_devices(), *work.tensors()) or not _takes(work.out):
+                step_each(self._reference, rule, [work], presummed=presummed)
+                continue
+            refuse_other_sizes(
+                work.rectangles(presummed), work.param, work.grad, *work.states, work.out, slots=work.moments
+            )
+            key = (work.param.device, work.grad.dtype, work.values.scalars, work.out is None)
+            addresses = _addresses(work)
+            together.setdefault(key if _is_aligned(work, addresses) else id(work), []).append((work, addresses))
+        for group in together.values():
+            self._launch(rule, *zip(*group), presummed)
+
+    def _launch(
+        self, rule: UpdateRule, works: Sequence[Work], addresses: Sequence[tuple[int, ...]], presummed: bool
+    ) -> None:
+        """One launch for tensors that differ in nothing but their plans and learning rates."""
+        first, of = works[0], [work.rectangles(presummed) for work in works]
+        device, elementwise = first.param.device, first.moments is None
+        made = self._kept.get(
+            of,
+            "elements" if elementwise else "segments",
+            device,
+            lambda: tasks(of, [len(work.values.lrs) for work in works], elementwise, device),
+        )
+        if not made.count:
+            return
+        second = first.states[-1] if first.moments is None else first.moments
+        tensors = (first.param, first.grad, first.states[0], second, first.param if first.out is None else first.out)
+        arguments = (*tensors, made.owner, made.table, _places(first, addresses, device))
+        sizes = {"COPY": first.out is not None, "BLOCK": BLOCK, "FIELDS": FIELDS, "PLACES": _PLACES}
+        body, numbers = compiled_body(rule.triton), _numbers(works, device)
+        with _on(device):
+            if elementwise:
+                _element_step[(made.count,)](*arguments, *numbers, BODY=body, STATES=len(first.states), **sizes)
+                return
+            _segment_step[(made.count,)](
+                *arguments,
+                made.numels,
+                *numbers,
+                BODY=body,
+                MOMENT=compiled_body(rule.triton_moment),
+                OWN_SUMS=not presummed,
+                COLUMNS=COLUMNS,
+                **sizes,
+            )
 
 
 def interpreted() -> bool:
@@ -427,14 +348,40 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _numbers(values: StepValues, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The step's numbers on the device (learning rates, 1 - lr * decay, the rule's scalars), by one copy that the host does
-    not wait for; and the number of classes."""
-    keeps = (1 - lr * decay for lr, decay in zip(values.lrs, values.decays))
-    numbers = torch.tensor([*values.lrs, *keeps, *values.scalars], dtype=torch.float32)
-    if device.type == "cuda":
-        numbers = numbers.pin_memory().to(device, non_blocking=True)
-    return numbers, len(values.lrs)
+def _addresses(work: Work) -> tuple[int, ...]:
+    """Of the parameter, gradient, first state, second state or moments, copy; in the table's order."""
+    second = work.states[-1] if work.moments is None else work.moments
+    out = work.param if work.out is None else work.out
+    return tuple(t.data_ptr() for t in (work.param, work.grad, work.states[0], second, out))
+
+
+def _is_aligned(work: Work, addresses: tuple[int, ...]) -> bool:
+    """Whether four elements at a time can be moved wherever its tensors begin; those that cannot are stepped alone, with
+    their alignment seen by the launch."""
+    param, grad, state, second, out = addresses
+    wide = (param | state | (second if work.moments is None else 0)) % 16 == 0
+    copy = work.out is None or out % (4 * work.out.element_size()) == 0
+    return wide and copy and grad % (4 * work.grad.element_size()) == 0
+
+
+def _places(first: Work, addresses: Sequence[tuple[int, ...]], device: torch.device) -> torch.Tensor:
+    """How far each tensor lies from that of the first work, in elements: int64, (works, _PLACES)."""
+    sizes = np.array([4, first.grad.element_size(), 4, 4, 4 if first.out is None else first.out.element_size()])
+    table = np.array(addresses, dtype=np.int64)
+    return _sent(torch.from_numpy((table - table[0]) // sizes), device)
+
+
+def _numbers(works: Sequence[Work], device: torch.device) -> tuple[torch.Tensor, int]:
+    """The step's numbers on the device (learning rates, 1 - lr * decay, the rule's scalars), and the number of classes."""
+    lrs = [lr for work in works for lr in work.values.lrs]
+    decays = [decay for work in works for decay in work.values.decays]
+    keeps = (1 - lr * decay for lr, decay in zip(lrs, decays))
+    return _sent(torch.tensor([*lrs, *keeps, *works[0].values.scalars], dtype=torch.float32), device), len(lrs)
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor on the device, by a copy that the host does not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _devices() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
 from ..collective.agreement import same_on_all_ranks
-from ..kernels import Kernel, StepValues, kernel_for
+from ..kernels import Kernel, StepValues, Work, kernel_for
 from ..kernels.huge_pages import use_huge_pages
 from ..plan.dtensor import dtensor_shards, groups_of, local
 from ..plan.shards import Fragment, ShardMap
@@ -42,6 +42,14 @@ _KEPT = (
 )
 
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
+
+
+class Due(NamedTuple):
+    """A tensor that is to be stepped, and what by."""
+
+    tensor: torch.Tensor
+    plan: StepPlan
+    values: StepValues
 
 
 class BlockwiseOptimizer(Saving):
@@ -391,7 +399,10 @@ class BlockwiseOptimizer(Saving):
 
     def state_numel(self, tensor: torch.Tensor) -> dict[State, int]:
         """Elements of each state that this rank holds for one of its tensors."""
-        return dict.fromkeys(self.rule.states, self.plan_of(tensor).numel)
+        return self._state_numel(tensor, self.plan_of(tensor))
+
+    def _state_numel(self, tensor: torch.Tensor, plan: StepPlan) -> dict[State, int]:
+        return dict.fromkeys(self.rule.states, plan.numel)
 
     @torch._disable_dynamo  # kernels work on memory that dynamo does not see
     @torch.no_grad()
@@ -411,15 +422,15 @@ class BlockwiseOptimizer(Saving):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        checked = [(p, self._checked(group, p)) for group, p in work]
-        for p, _ in checked:
+        due = [self._checked(group, p) for group, p in work]
+        for p, _, _ in due:
             self.init_state(p)["step"] += 1
             self._place(p)
-        self._step(checked)
+        self._step(due)
         return loss
 
-    def _checked(self, group: dict[str, Any], p: torch.Tensor) -> StepValues:
-        """The numbers of a tensor's next step, once all that it will read and write is seen to be right."""
+    def _checked(self, group: dict[str, Any], p: torch.Tensor) -> Due:
+        """A tensor's plan and the numbers of its next step, once all that it will read and write is seen to be right."""
         name = self.block_map.name_of(p)
         if name is not None and name not in self.block_map:  # it was frozen when the optimizer was built
             self.block_map.unfreeze(name)
@@ -428,30 +439,50 @@ class BlockwiseOptimizer(Saving):
             self._note_record()
         plan = self.plan_of(p)
         state = self.state.get(p, {})
-        refuse_unlike(name or "a shard", p, state, plan.numel, self.state_numel(p))
+        refuse_unlike(name or "a shard", p, state, plan.numel, self._state_numel(p, plan))
         step = int(state["step"]) + 1 if state else 1
         advance_fade(group, step)
-        return self._values(group, plan, step)
+        return Due(p, plan, self._values(group, plan, step))
 
     def _place(self, tensor: torch.Tensor) -> None:
-        if tensor not in self._placed:
+        if not tensor.is_cuda and tensor not in self._placed:
             self._placed[tensor] = True
             state = self.state[tensor]
             use_huge_pages(*map(local, (tensor, tensor.grad, *(state[spec.name] for spec in self.rule.states))))
 
-    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
+    def _step(self, due: Sequence[Due]) -> None:
         raise NotImplementedError
 
-    @contextmanager
-    def _rows(self, tensor: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
-        """Parameter, gradient and element states as rows to be stepped; what is not contiguous is written back after."""
-        kept = (tensor, *(self.state[tensor][spec.name] for spec in self.rule.element_states))
-        param, *states = map(row, kept)
-        assert tensor.grad is not None  # only tensors with a gradient are stepped
-        yield param, row(tensor.grad), states
-        for original, values in zip(kept, (param, *states)):
-            if not is_row(original):
-                write_back(original, values)
+    def _step_rows(
+        self,
+        due: Sequence[Due],
+        moments: Mapping[torch.Tensor, torch.Tensor] | None = None,
+        *,
+        presummed: bool = False,
+    ) -> None:
+        """Steps tensors, all of a device by one call of its kernel. What is no row is stepped alone, as a copy that is
+        written back.
+
+        Args:
+            moments: each tensor's segment state as kernels take it, of rules that have one.
+        """
+        together: dict[Kernel, list[Work]] = {}
+        for p, plan, values in due:
+            assert p.grad is not None  # only tensors with a gradient are stepped
+            kept = (p, *(self.state[p][spec.name] for spec in self.rule.element_states))
+            param, *states = map(row, kept)
+            out, slots = self.copy_of(p) if self._copies else None, None if moments is None else moments[p]
+            made = Work(param, row(p.grad), states, plan, values, out, slots)
+            kernel = self._kernel(p)
+            if all(map(is_row, kept)):
+                together.setdefault(kernel, []).append(made)
+                continue
+            kernel.step_all(self.rule, [made], presummed=presummed)
+            for original, stepped in zip(kept, (param, *states)):
+                if not is_row(original):
+                    write_back(original, stepped)
+        for kernel, works in together.items():
+            kernel.step_all(self.rule, works, presummed=presummed)
 
     def _kernel(self, tensor: torch.Tensor) -> Kernel:
         return kernel_for(tensor.device, self.kernel_name)

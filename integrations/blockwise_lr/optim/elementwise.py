@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
 from ..blocks import ParamLayout
-from ..kernels import StepValues
 from ..plan.shards import Fragment
 from ..plan.step_plan import StepPlan, element_plan
-from .base import BlockwiseOptimizer
+from .base import BlockwiseOptimizer, Due
 
 
 class ElementwiseOptimizer(BlockwiseOptimizer):
@@ -17,7 +16,5 @@ class ElementwiseOptimizer(BlockwiseOptimizer):
     def _plan(self, numel: int, fragments: list[Fragment], layouts: list[ParamLayout]) -> StepPlan:
         return element_plan(numel, fragments, layouts)
 
-    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
-        for p, values in work:
-            with self._rows(p) as (param, grad, states):
-                self._kernel(p).element_step(self.rule, param, grad, states, self.plan_of(p), values, self.copy_of(p))
+    def _step(self, due: Sequence[Due]) -> None:
+        self._step_rows(due)

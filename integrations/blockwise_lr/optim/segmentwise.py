@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -11,11 +10,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import ParamLayout
 from ..checkpoint.units import UnitMoments
-from ..kernels import StepValues
 from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
 from ..plan.step_plan import StepPlan, segment_plan, slot_numel
 from ..rules.base import State
-from .base import BlockwiseOptimizer
+from .base import BlockwiseOptimizer, Due
 from .segment_sync import SegmentSync, sync_of
 from .tensors import row
 
@@ -66,10 +64,9 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
             found = self._units[tensor] = super().unit_moments(tensor)
         return found
 
-    def state_numel(self, tensor: torch.Tensor) -> dict[State, int]:
-        segments = self.unit_moments(tensor).numel if isinstance(tensor, DTensor) else self.plan_of(tensor).slots
-        numel = self.plan_of(tensor).numel
-        return {spec: segments if spec.per == "segment" else numel for spec in self.rule.states}
+    def _state_numel(self, tensor: torch.Tensor, plan: StepPlan) -> dict[State, int]:
+        segments = self.unit_moments(tensor).numel if isinstance(tensor, DTensor) else plan.slots
+        return {spec: segments if spec.per == "segment" else plan.numel for spec in self.rule.states}
 
     def _taken_segments(self, tensor: torch.Tensor, loaded: torch.Tensor) -> torch.Tensor:
         slots = loaded.detach().reshape(-1).to(tensor.device, torch.float32, copy=True)
@@ -88,6 +85,8 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
                 gradient may have another shape or dtype than the tensor, but its elements in the same order.
         """
         self._prereduced = self.all_reduce_shared(self._partial_sums(grads))
+        for p, _, _ in grads:  # each is waited for, with sums or without
+            self._prereduced.setdefault(id(p), torch.empty(0))
 
     @property
     def has_prereduced_sums(self) -> bool:
@@ -98,8 +97,8 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
         sums = {}
         for p, grad, factor in grads:
             plan = self.plan_of(p)
-            sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
             if len(plan.shared):
+                sums[id(p)] = torch.zeros(plan.slots, dtype=torch.float32, device=p.device)
                 self._kernel(p).sum_squares(row(grad), plan.shared, sums[id(p)])
                 if factor != 1:
                     sums[id(p)].mul_(factor * factor)
@@ -114,46 +113,42 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
 
     # ---- the step
 
-    def _step(self, work: list[tuple[torch.Tensor, StepValues]]) -> None:
+    def _step(self, due: Sequence[Due]) -> None:
         sums, started = self._prereduced, []
-        reduce_now = not self._prereduced
+        reduce_now, shared = not self._prereduced, [one for one in due if len(one.plan.shared)]
         if reduce_now:
-            sums = self._partial_sums([(p, p.grad, 1.0) for p, _ in work if p.grad is not None])
+            sums = self._partial_sums([(p, p.grad, 1.0) for p, _, _ in shared if p.grad is not None])
             started = [] if self._sync is None else self._sync.start(self._in_order(sums))
-        for p, values in work:
-            with self._rows(p) as (param, grad, states), self._slots(p) as slots:
-                self._kernel(p).segment_step(
-                    self.rule, param, grad, states, slots, self.plan_of(p), values, self.copy_of(p)
-                )
+        slots = {p: self._slots(p) for p, _, _ in due}
+        self._step_rows(due, slots)
         if reduce_now and self._sync is not None:
             self._sync.finish(self._in_order(sums), started)
-        for p, values in work:
-            self._step_shared(p, sums.pop(id(p)), values)
+        if shared:
+            self._step_shared(shared, slots, sums)
+        for p, moments in slots.items():
+            sums.pop(id(p), None)
+            if isinstance(p, DTensor):
+                self.unit_moments(p).write(self.state[p][self._segment_key], moments)
 
-    @contextmanager
-    def _slots(self, p: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The segment state as kernels take it, a value per segment of this rank's plan."""
+    def _slots(self, p: torch.Tensor) -> torch.Tensor:
+        """The segment state as kernels take it, a value per segment of this rank's plan; of a DTensor it is a copy."""
         state = self.state[p][self._segment_key]
-        if not isinstance(p, DTensor):
-            yield state
-            return
-        units = self.unit_moments(p)
-        slots = units.slots(state)
-        yield slots
-        units.write(state, slots)
+        return self.unit_moments(p).slots(state) if isinstance(p, DTensor) else state
 
-    def _step_shared(self, p: torch.Tensor, sums: torch.Tensor, values: StepValues) -> None:
-        plan = self.plan_of(p)
-        if not len(plan.shared):
-            return
-        if p not in self._shared_slots:
-            slots, numel = slot_numel(plan.shared)
-            self._shared_slots[p] = (torch.from_numpy(slots).to(p.device), torch.from_numpy(numel).to(p.device))
-        slots, numel = self._shared_slots[p]
-        with self._rows(p) as (param, grad, states), self._slots(p) as moments:
-            shared = moments[slots]
-            self.rule.next_moment(shared, sums[slots] / numel, values.scalars)
-            moments[slots] = shared
-            self._kernel(p).segment_step(
-                self.rule, param, grad, states, moments, plan, values, self.copy_of(p), presummed=True
-            )
+    def _step_shared(
+        self,
+        due: Sequence[Due],
+        slots: Mapping[torch.Tensor, torch.Tensor],
+        sums: Mapping[int, torch.Tensor],
+    ) -> None:
+        """The segments that several ranks share, by their reduced sums."""
+        for p, plan, values in due:
+            moments = slots[p]
+            if p not in self._shared_slots:
+                places, numel = slot_numel(plan.shared)
+                self._shared_slots[p] = (torch.from_numpy(places).to(p.device), torch.from_numpy(numel).to(p.device))
+            places, numel = self._shared_slots[p]
+            shared = moments[places]
+            self.rule.next_moment(shared, sums[id(p)][places] / numel, values.scalars)
+            moments[places] = shared
+        self._step_rows(due, slots, presummed=True)
