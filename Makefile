@@ -10,13 +10,14 @@ RUN = $(VENV)/bin/python
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 EXTRAS = deepspeed,megatron,transformers,examples,test,dev
 
-.PHONY: demo demo-megatron test test-full test312 lint fuzz support figures bench setup setup312 clean help
+.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
+	@echo "make test-gpu       run the tests that need a GPU, in an environment whose PyTorch has CUDA (GPU_PYTHON=...)"
 	@echo "make test312        run the tests that differ on Python 3.12: Megatron 0.19, and a smoke of the rest"
 	@echo "make lint           check formatting, lint rules (ruff) and types (mypy)"
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
@@ -59,6 +60,11 @@ test: setup
 test-full: setup
 	@$(RUN) -m pytest tests --full
 
+# on a machine with a CUDA device, in an environment of your own: make setup installs PyTorch's CPU build
+GPU_PYTHON ?= python3
+test-gpu:
+	@$(GPU_PYTHON) -m pytest tests/gpu tests/kernels
+
 # what Python 3.12 changes: megatron-core 0.19, and a smoke of what does not know it
 test312: setup312
 	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/patching tests/optim/test_step.py tests/optim/test_update_rules.py \
@@ -88,6 +94,7 @@ figures: setup
 
 bench: setup
 	@$(RUN) tests/bench/step.py
+	@$(RUN) tests/bench/parameters.py
 	@$(RUN) tests/bench/save.py
 
 clean:

@@ -61,8 +61,8 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
         "# What is supported",
         "",
         "Written by `make support` from what the test suite has passed; tests/support_rows.py names the tests of each cell.",
-        '"Refused" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; no GPU run',
-        "has been made.",
+        '"Refused" stops with one sentence on every rank before the first step. All runs are on the CPU with gloo; what',
+        "has been run by hand on a GPU is in [tests/gpu](../../tests/gpu/README.md).",
         "",
     ]
     for title, rows in sections.items():

@@ -289,7 +289,7 @@ class TritonKernel:
             sums[slots] += buffer[places]
 
     def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-        together: dict[Any, list[tuple[Work, tuple[int, ...]]]] = {}
+        together: dict[Any, tuple[list[Work], list[tuple[int, ...]]]] = {}
         for work in works:
             if rule.triton is None or not fits(_devices(), *work.tensors()) or not _takes(work.out):
                 step_each(self._reference, rule, [work], presummed=presummed)
@@ -299,9 +299,11 @@ class TritonKernel:
             )
             key = (work.param.device, work.grad.dtype, work.values.scalars, work.out is None)
             addresses = _addresses(work)
-            together.setdefault(key if _is_aligned(work, addresses) else id(work), []).append((work, addresses))
-        for group in together.values():
-            self._launch(rule, *zip(*group), presummed)
+            group, places = together.setdefault(key if _is_aligned(work, addresses) else id(work), ([], []))
+            group.append(work)
+            places.append(addresses)
+        for group, places in together.values():
+            self._launch(rule, group, places, presummed)
 
     def _launch(
         self, rule: UpdateRule, works: Sequence[Work], addresses: Sequence[tuple[int, ...]], presummed: bool
