@@ -7,6 +7,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import platform
 import sysconfig
 import weakref
@@ -65,25 +66,28 @@ def source() -> str:
     return "\n".join(parts)
 
 
-def _struct(rule: UpdateRule, body: CppBody) -> str:
-    moment = ""
-    if body.moment is not None:
-        moment = (
-            f"  static inline float moment(float moment, float mean, const Scalars s) {{ return {body.moment}; }}\n"
-        )
-    macro = "ELEMENT_RULE" if rule.segment_state is None else "SEGMENT_RULE"
-    return f"""
-namespace {{
-struct {rule.title} {{
-{moment}  template <typename G>
-  static inline __attribute__((always_inline)) void update(int64_t n, float *p, const G *g, float *first, float *second,
-                                                           float moment, float lr, float keep, const Scalars s) {{
-{body.update}
+_FUNCTION = """  template <typename G>
+  static inline __attribute__((always_inline)) void {name}(int64_t n, float *p, const G *g, float *first, float *second,
+                                                           {argument}, float lr, float keep, const Scalars s) {{
+{body}
   }}
-}};
-}}  // namespace
-{macro}({rule.name}, {rule.title})
 """
+_EXPRESSION = "  static inline float {name}(float moment, float {argument}, const Scalars s) {{ return {body}; }}\n"
+
+
+def _struct(rule: UpdateRule, body: CppBody) -> str:
+    """A rule's bodies as the loops call them: ``update`` for elements of one segment, ``update_each`` for elements that
+    each have their own value of ``of_segment``."""
+    parts, macro = [_FUNCTION.format(name="update", argument="float of_segment", body=body.update)], "ELEMENT_RULE"
+    if rule.segment_state is not None:
+        macro = "SEGMENT_RULE"
+        each = re.sub(r"\bof_segment\b", "of_segments[i]", body.update)
+        parts += [
+            _FUNCTION.format(name="update_each", argument="const float *of_segments", body=each),
+            _EXPRESSION.format(name="moment", argument="mean", body=body.moment),
+            _EXPRESSION.format(name="of_segment", argument="lr", body=body.of_segment or "moment"),
+        ]
+    return f"\nnamespace {{\nstruct {rule.title} {{\n{''.join(parts)}}};\n}}  // namespace\n{macro}({rule.name}, {rule.title})\n"
 
 
 def _build() -> str:

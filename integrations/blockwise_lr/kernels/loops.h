@@ -65,11 +65,21 @@ constexpr int64_t burst = 128;  // memory is read in bursts, one array after ano
 // n elements of one class, of one segment where the rule has segments. Rule::update is the rule's own body, given n as a
 // constant wherever a burst is full.
 template <typename Rule, typename G>
-inline void update_run(float *p, const G *g, float *first, float *second, float moment, int64_t n, float lr, float keep,
-                       const Scalars s) {
+inline void update_run(float *p, const G *g, float *first, float *second, float of_segment, int64_t n, float lr,
+                       float keep, const Scalars s) {
   int64_t i = 0;
-  for (; i + burst <= n; i += burst) Rule::update(burst, p + i, g + i, first + i, second + i, moment, lr, keep, s);
-  Rule::update(n - i, p + i, g + i, first + i, second + i, moment, lr, keep, s);
+  for (; i + burst <= n; i += burst) Rule::update(burst, p + i, g + i, first + i, second + i, of_segment, lr, keep, s);
+  Rule::update(n - i, p + i, g + i, first + i, second + i, of_segment, lr, keep, s);
+}
+
+// the same for elements of segments shorter than a burst: each has what it needs of its segment beside it
+template <typename Rule, typename G>
+inline void update_run_each(float *p, const G *g, float *first, const float *of_segments, int64_t n, float lr, float keep,
+                            const Scalars s) {
+  int64_t i = 0;
+  for (; i + burst <= n; i += burst)
+    Rule::update_each(burst, p + i, g + i, first + i, first + i, of_segments + i, lr, keep, s);
+  Rule::update_each(n - i, p + i, g + i, first + i, first + i, of_segments + i, lr, keep, s);
 }
 
 // Sums of squares: element i of a block is added to lane i % lanes, a block's lanes pairwise, blocks in double. The order
@@ -100,6 +110,10 @@ inline double block_sum(const G *g, int64_t n) {
 template <typename G>
 inline double sum_squares(const G *g, int64_t n) {
   double total = 0;
+  if (n < lanes / 4) {  // lanes take longer than the sum
+    for (int64_t i = 0; i < n; ++i) total += static_cast<double>(g[i]) * static_cast<double>(g[i]);
+    return total;
+  }
   for (int64_t start = 0; start < n; start += block) total += block_sum(g + start, std::min(block, n - start));
   return total;
 }
@@ -138,13 +152,25 @@ void segment_tile(float *p, const G *g, float *first, float *moments, uint16_t *
     spread_sums(g, t, sums);
     for (int64_t j = 0; j < units; ++j) moments[t.slot + j] = next(moments[t.slot + j], sums[j]);
   }
+  std::vector<float> each(t.unit < burst && units > 1 ? t.inner : 0);
   for (int64_t run = 0; run < t.outer; ++run) {
+    const int64_t start = t.offset + run * t.stride;
+    float *moment = moments + t.slot + run * t.slot_step;
+    if (!each.empty()) {
+      if (own_sums && !t.spread)
+        for (int64_t j = 0; j < units; ++j) moment[j] = next(moment[j], sum_squares(g + start + j * t.unit, t.unit));
+      if (run == 0 || t.slot_step != 0)
+        for (int64_t i = 0, j = 0; j < units; ++j)
+          for (const float of = Rule::of_segment(moment[j], lr, s); i < (j + 1) * t.unit; ++i) each[i] = of;
+      update_run_each<Rule>(p + start, g + start, first + start, each.data(), t.inner, lr, keep, s);
+      copy_out(out, p, start, t.inner);
+      continue;
+    }
     for (int64_t j = 0; j < units; ++j) {
-      const int64_t at = t.offset + run * t.stride + j * t.unit;
-      float &moment = moments[t.slot + run * t.slot_step + j];
-      if (own_sums && !t.spread) moment = next(moment, sum_squares(g + at, t.unit));
+      const int64_t at = start + j * t.unit;
+      if (own_sums && !t.spread) moment[j] = next(moment[j], sum_squares(g + at, t.unit));
       // fetching the next segment's gradient during the update, or summing it there, was slower with huge pages
-      update_run<Rule>(p + at, g + at, first + at, first + at, moment, t.unit, lr, keep, s);
+      update_run<Rule>(p + at, g + at, first + at, first + at, Rule::of_segment(moment[j], lr, s), t.unit, lr, keep, s);
       copy_out(out, p, at, t.unit);
     }
   }

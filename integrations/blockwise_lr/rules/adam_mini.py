@@ -97,15 +97,16 @@ class AdamMini(UpdateRule):
     # the sum of squares has just read the gradient, which is still in the cache
     cpp = CppBody(
         update="""
-      const float rest1 = s[0], step = lr / s[4] / (std::sqrt(moment) / s[5] + s[3]);
+      const float rest1 = s[0];
       float firsts[burst];
     #pragma omp simd
       for (int64_t i = 0; i < n; ++i)
         first[i] = firsts[i] = first[i] + rest1 * (static_cast<float>(g[i]) - first[i]);
     #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) p[i] = p[i] * keep - step * firsts[i];
+      for (int64_t i = 0; i < n; ++i) p[i] = p[i] * keep - of_segment * firsts[i];
     """,
         moment="s[1] * moment + s[2] * mean",
+        of_segment="lr / s[4] / (std::sqrt(moment) / s[5] + s[3])",
     )
 
     @staticmethod

@@ -45,12 +45,14 @@ class CppBody:
         update: statements that update ``n`` consecutive elements of one class, at ``p`` (float *, parameters), ``g``
             (const G *, gradients of type G, to be cast to float), ``first`` and ``second`` (float *, element states in the
             rule's order), with ``lr``, ``keep`` (1 - lr * weight decay), ``s`` (the rule's scalars, ``s[0]``…) and, for a rule
-            with segments, ``moment`` (its segment state). ``n`` is at most ``burst``.
+            with segments, ``of_segment`` (see below). ``n`` is at most ``burst``; elements are numbered by ``i``.
         moment: an expression for a segment's next state, of ``moment``, ``mean`` (of its squared gradients) and ``s``.
+        of_segment: an expression for what the update needs of a segment, of ``moment`` (its state), ``lr`` and ``s``.
     """
 
     update: str
     moment: str | None = None
+    of_segment: str | None = None
 
 
 RULES: dict[str, UpdateRule] = {}
