@@ -7,8 +7,8 @@ import functools
 import hashlib
 import logging
 import os
-import re
 import platform
+import re
 import sysconfig
 import weakref
 from collections.abc import Sequence
