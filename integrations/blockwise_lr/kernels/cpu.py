@@ -87,7 +87,8 @@ def _struct(rule: UpdateRule, body: CppBody) -> str:
             _EXPRESSION.format(name="moment", argument="mean", body=body.moment),
             _EXPRESSION.format(name="of_segment", argument="lr", body=body.of_segment or "moment"),
         ]
-    return f"\nnamespace {{\nstruct {rule.title} {{\n{''.join(parts)}}};\n}}  // namespace\n{macro}({rule.name}, {rule.title})\n"
+    struct = f"struct {rule.title} {{\n{''.join(parts)}}};"
+    return f"\nnamespace {{\n{struct}\n}}  // namespace\n{macro}({rule.name}, {rule.title})\n"
 
 
 def _build() -> str:
