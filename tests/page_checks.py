@@ -128,7 +128,7 @@ def known_keys():
     return {
         *known_options(),
         *map(str, BlockType),
-        *(*UserRule.model_fields, *schedule, *OTHER_KEYS),
+        *(*UserRule.model_fields, *schedule, *OTHER_KEYS, "preset"),
         *(ZERO_OPTIMIZATION, *in_ds_config, *DeepSpeedZeroConfig.model_fields),
     }
 

@@ -13,11 +13,14 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from arms import ARMS
 from matplotlib.ticker import LogLocator, NullFormatter
 from model import RUNGS
 from plan import Rows, load_rows
 from results import Result, crossings, gains, interval, results, step_shares, steps_to
 from training import Run
+
+from blockwise_lr.blocks import BlockType, lr_ratios
 
 HERE = Path(__file__).parent
 BASE = "adamw"
@@ -103,6 +106,19 @@ def speed_table(rows: Rows) -> str:
     return _markdown(["cell", "arm", "seeds", "AdamW's steps over the arm's"], lines) if lines else "No rows yet."
 
 
+def base_table(rows: Rows) -> str:
+    """What ``adamw_lr`` makes of AdamW's best learning rate (over the FFN's ratio), beside the best that was found."""
+    lines = []
+    for cell, arms in results(rows).items():
+        for arm, result in arms.items():
+            if BASE not in arms or ARMS[arm].optimizer == "AdamW":
+                continue
+            rule = arms[BASE].lr / lr_ratios(ARMS[arm].options.get("block_lr_ratios"))[BlockType.FFN]
+            found = f"{result.lr:g}" + ("" if result.inside else " at the edge so far")
+            lines.append([cell, arm, f"{arms[BASE].lr:g}", f"{rule:.2g}", found, f"{rule / result.lr:.2g}"])
+    return _markdown(["cell", "arm", "AdamW's best lr", "`adamw_lr` gives", "best lr found", "over the best"], lines)
+
+
 def cost_table(rows: Rows) -> str:
     """Throughput and memory by rung, batch and arm, medians over the runs."""
     groups: dict[tuple, list] = {}
@@ -129,7 +145,7 @@ def _median(rows: list[dict], key: str) -> float:
     return float(np.median([row[key] for row in rows]))
 
 
-TABLES = {"final": final_table, "gain": gain_table, "speed": speed_table, "cost": cost_table}
+TABLES = {"final": final_table, "gain": gain_table, "base": base_table, "speed": speed_table, "cost": cost_table}
 
 
 def with_tables(text: str, rows: Rows) -> str:

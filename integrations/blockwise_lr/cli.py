@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .blocks import BlockError
+from .blocks import PRESETS, BlockError
 from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
 
 app = typer.Typer(
@@ -49,14 +49,17 @@ def inspect(
     rules: Annotated[Path | None, typer.Option(help="JSON file with a list of block rules of your own.")] = None,
     lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
-    ratio: Annotated[list[str] | None, typer.Option(help="A ratio other than the paper's, e.g. --ratio qk=4.")] = None,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A ratio of your own, as in --ratio qk=4, or a preset: {', '.join(PRESETS)}."),
+    ] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding, for an argument file.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="Where to write it; needed for svg and png.")] = None,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
     try:
-        ratios = {name: float(value) for name, _, value in (item.partition("=") for item in ratio or ())}
+        ratios = dict(_ratio(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
         rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
@@ -70,6 +73,18 @@ def inspect(
             err=True,
         )
         raise typer.Exit(EXIT_UNMAPPED)
+
+
+def _ratio(item: str) -> tuple[str, float | str]:
+    name, _, value = item.partition("=")
+    if name in PRESETS and not value:
+        return "preset", name
+    try:
+        return name, float(value)
+    except ValueError:
+        raise BlockError(
+            f"--ratio {item} is not BLOCK=NUMBER, as in qk=4, and no preset ({', '.join(PRESETS)})"
+        ) from None
 
 
 def _write(rows: list[Row], form: Format, output: Path | None) -> None:

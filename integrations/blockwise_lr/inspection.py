@@ -102,7 +102,7 @@ def inspect_model(
     rules: Iterable[dict] | None = None,
     lr: float = 1e-3,
     weight_decay: float = 0.1,
-    ratios: Mapping[str, float] | None = None,
+    ratios: Mapping[str, float | str] | None = None,
 ) -> list[Row]:
     """The rows of the table; a parameter that no rule matches has the block "UNMAPPED".
 

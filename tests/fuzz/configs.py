@@ -15,6 +15,7 @@ FAULTS: dict[str, list[Any]] = {
     "lr": NOT_A_NUMBER,
     "eps": NOT_A_NUMBER,
     "weight_decay": NOT_A_NUMBER,
+    "adamw_lr": [1e-3, -1, "1e-3", True],
     "betas": [0.9, None, [0.9], [0.9, 1.0], [0.9, -0.1], ["0.9", 0.95], "0.9", [], {"a": 1, "b": 2}, [0.9, 0.9, 0.9]],
     "block_lr_ratios": [
         {"qk": -1},
@@ -23,7 +24,8 @@ FAULTS: dict[str, list[Any]] = {
         {"qk": 0},
         {"": 1.0},
         [1],
-        "paper",
+        "papers",
+        {"preset": "papers"},
         {"qk": None},
         {"qk": True},
     ],

@@ -35,6 +35,12 @@ BAD = [
     ("block_lr_ratios", {"qk": "8"}, r"block_lr_ratios\['qk'\] is '8'"),
     ("block_lr_ratios", {"qkv": 1.0}, "unknown block type 'qkv'"),
     ("block_lr_ratios", [8.0], "must map block types"),
+    ("block_lr_ratios", "papers", "names the preset 'papers'; use one of paper, uniform, embedding"),
+    ("block_lr_ratios", {"preset": 3}, "names the preset 3"),
+    ("block_lr_ratios", {"preset": "uniform", "qk": 0}, "above 0"),
+    ("adamw_lr", -1, "adamw_lr is -1; give a finite number, 0 or above"),
+    ("adamw_lr", "3e-3", "adamw_lr is '3e-3'; this is text"),
+    ("lr", "from_adamw", "adamw_lr is not given; add adamw_lr"),
     ("block_weight_decay", {"norm": float("nan")}, r"block_weight_decay\['norm'\]"),
     ("block_weight_decay", {"qk": 10**400}, r"block_weight_decay\['qk'\]"),
     ("decay_norms_and_biases", "false", "decay_norms_and_biases is 'false'; write true or false, without quotes"),
@@ -118,3 +124,39 @@ def test_partial_ratios_of_a_group_are_filled_up():
     rates = optimizer.block_lrs()
     assert rates[0]["qk"] == pytest.approx(8e-3) and rates[1]["qk"] == pytest.approx(2e-2)
     assert rates[1]["embedding"] == pytest.approx(1e-1)
+
+
+def rates_of(**options):
+    model = make("llama")
+    optimizer = BlockwiseAdamW(model.named_parameters(), block_map=map_blocks(model), **options)
+    return optimizer.block_lrs()[0]
+
+
+def test_presets_are_ratios_with_a_name():
+    ones = {"embedding": 1e-3, "head": 1e-3, "qk": 1e-3, "vo": 1e-3, "ffn": 1e-3, "norm": 1e-3}
+    assert rates_of(block_lr_ratios="uniform") == pytest.approx(ones)
+    assert rates_of(block_lr_ratios="paper") == rates_of() == rates_of(block_lr_ratios={"preset": "paper"})
+    assert rates_of(block_lr_ratios="embedding") == pytest.approx({**ones, "embedding": 1e-2, "head": 1e-2})
+    mixed = rates_of(block_lr_ratios={"preset": "embedding", "head": 2, "norm": 0.5})
+    assert mixed == pytest.approx({**ones, "embedding": 1e-2, "head": 2e-3, "norm": 5e-4})
+
+
+def test_the_base_rate_follows_from_adamws_so_that_the_ffn_trains_at_it():
+    assert rates_of(adamw_lr=3e-3)["ffn"] == pytest.approx(3e-3) and rates_of(adamw_lr=3e-3)["norm"] == pytest.approx(
+        5e-4
+    )
+    assert rates_of(lr="from_adamw", adamw_lr=3e-3) == rates_of(adamw_lr=3e-3)
+    assert rates_of(adamw_lr=3e-3, block_lr_ratios="embedding")["norm"] == pytest.approx(3e-3)
+    with pytest.raises(BlockError, match="lr is 0.001 and adamw_lr 0.003; give one of them"):
+        rates_of(lr=1e-3, adamw_lr=3e-3)
+
+
+def test_adamws_rate_as_the_base_rate_is_warned_of(caplog):
+    rates_of(lr=1e-3)
+    rates_of(lr=3e-2, block_lr_ratios="uniform")
+    assert not caplog.records
+    rates_of(lr=3e-3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "BlockwiseAdamW: lr 0.003 is that of the norms and trains ffn blocks at 0.018, above what one learning rate "
+        "usually is (0.01 at most); if 0.003 is the rate of an AdamW run, give adamw_lr=0.003 in place of lr"
+    ]

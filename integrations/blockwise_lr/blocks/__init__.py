@@ -3,11 +3,13 @@
 from .block_map import BlockMap, UnmappedParameterError, map_blocks, map_names
 from .dims import HeadCounts, head_counts
 from .layout import ParamLayout, Piece
+from .presets import PRESETS, lr_ratios
 from .rules import Rule
-from .types import PAPER_RATIOS, BlockError, BlockType, lr_ratios
+from .types import PAPER_RATIOS, BlockError, BlockType
 
 __all__ = [
     "PAPER_RATIOS",
+    "PRESETS",
     "BlockError",
     "BlockMap",
     "BlockType",

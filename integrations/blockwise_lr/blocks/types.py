@@ -7,6 +7,7 @@ import numbers
 import reprlib
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 
 class BlockType(str, Enum):
@@ -63,7 +64,7 @@ def block_type(name: str | BlockType) -> BlockType:
         raise BlockError(f"unknown block type {name!r}; use one of {known}") from None
 
 
-def block_values(values: Mapping[str, float] | None, what: str, *, positive: bool) -> dict[BlockType, float]:
+def block_values(values: Mapping[str, Any] | None, what: str, *, positive: bool) -> dict[BlockType, float]:
     """Checks a mapping from block type names to numbers, as in ``block_lr_ratios``.
 
     Args:
@@ -110,13 +111,3 @@ def finite(value: object) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
-
-
-def lr_ratios(values: Mapping[str, float] | None = None) -> dict[BlockType, float]:
-    """The ratio of every block type: the given one, else the paper's, else that of a similar block type.
-
-    Raises:
-        BlockError: as :func:`block_values`; also for a ratio of 0 (to freeze a block, set requires_grad=False).
-    """
-    ratios = {**PAPER_RATIOS, **block_values(values, "block_lr_ratios", positive=True)}
-    return {block: ratios[block] if block in ratios else ratios[DEFAULT_RATIO_OF[block]] for block in BlockType}

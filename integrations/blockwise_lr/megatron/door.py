@@ -44,7 +44,7 @@ class Registration:
 
 def register(
     *,
-    block_lr_ratios: Mapping[str, float] | None = None,
+    block_lr_ratios: str | Mapping[str, float | str] | None = None,
     block_weight_decay: Mapping[str, float] | None = None,
     block_rules: Iterable[Any] | None = None,
     block_strict: bool = True,

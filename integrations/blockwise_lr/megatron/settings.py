@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..blocks import BlockError, lr_ratios
+from ..blocks import PRESETS, BlockError, lr_ratios
 from ..blocks.rules import user_rules
 from ..blocks.types import block_values, shown
 from ..optim import CLASSES
@@ -35,7 +35,7 @@ class BlockSettings:
 
     Attributes:
         kind: a key of KINDS.
-        block_lr_ratios: peak learning rate of block types over --lr.
+        block_lr_ratios: peak learning rate of block types over --lr, or a preset's name.
         block_weight_decay: weight decay of block types, in place of --weight-decay. What decays stays Megatron's own
             rule, but that norms decay where they are named.
         block_rules: naming rules of the user's own.
@@ -48,7 +48,7 @@ class BlockSettings:
     """
 
     kind: str = "blockwise_adamw"
-    block_lr_ratios: Mapping[str, float] | None = None
+    block_lr_ratios: str | Mapping[str, float | str] | None = None
     block_weight_decay: Mapping[str, float] | None = None
     block_rules: tuple[Any, ...] = ()
     block_strict: bool = True
@@ -182,7 +182,7 @@ class BlockValues(argparse.Action):
         names = [name for name, _ in values]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise argparse.ArgumentError(self, f"{twice} is given twice; give each block type once")
+            raise argparse.ArgumentError(self, f"{twice} is given twice; give each block type, and a preset, once")
         setattr(namespace, self.dest, dict(values))
 
 
@@ -203,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action=BlockValues,
         metavar="BLOCK=RATIO",
         help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
-        "same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1.",
+        f"same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1. Or a preset: {', '.join(PRESETS)}.",
     )
     group.add_argument(
         "--block-weight-decay",
@@ -269,8 +269,8 @@ def _pair(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK=NUMBER, as in embedding=10") from None
 
 
-def _ratio(text: str) -> tuple[str, float]:
-    pair = _pair(text)
+def _ratio(text: str) -> tuple[str, float | str]:
+    pair = ("preset", text) if text in PRESETS else _pair(text)
     return _checked(pair, lambda: lr_ratios(dict([pair])))
 
 

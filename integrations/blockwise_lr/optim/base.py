@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
 from ..collective.agreement import same_on_all_ranks
+from ..collective.errors import is_rank_zero
 from ..kernels import Kernel, StepValues, Work, kernel_for
 from ..kernels.huge_pages import use_huge_pages
 from ..plan.dtensor import dtensor_shards, groups_of, local
@@ -40,6 +42,8 @@ _KEPT = (
     "_block_rules",
     "bias_segments",
 )
+
+logger = logging.getLogger(__name__)
 
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
 
@@ -125,6 +129,20 @@ class BlockwiseOptimizer(Saving):
         self._set_saving()
         super().__init__(params, options.group_defaults())
         self._map(self.param_groups)
+        self._warn_of_high_rates()
+
+    def _warn_of_high_rates(self) -> None:
+        """AdamW's learning rate as ``lr`` is the likeliest mistake: the FFN would train at six times it."""
+        high = self.rule.highest_usual_lr
+        for group in self.param_groups:
+            lr, rate = float(group["lr"]), group_lr(group, BlockType.FFN)
+            if rate > high and rate > lr and is_rank_zero():
+                logger.warning(
+                    "%s: lr %g is that of the norms and trains ffn blocks at %g, above what one learning rate usually is "
+                    "(%g at most); if %g is the rate of an AdamW run, give adamw_lr=%g in place of lr",
+                    type(self).__name__, lr, rate, high, lr, lr,
+                )  # fmt: skip
+                return
 
     def _described(self) -> dict[str, Any]:
         """What must be equal on all ranks that share parameters."""

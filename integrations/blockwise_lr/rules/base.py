@@ -67,6 +67,7 @@ class UpdateRule:
         Options: the optimizer's options, typed, with their checks and descriptions.
         positional: options that Python callers may give by position, as in torch.optim.
         states: element states first, then at most one per segment.
+        highest_usual_lr: above what a single learning rate of this rule is usually set to, whatever the model.
         complex_as_pairs: complex parameters are stepped as pairs of real numbers; refused otherwise.
         cpp: for the C++ kernel: at most two element states, or one and a segment state.
         triton, triton_moment: for the Triton kernel, plain functions that it compiles: ``triton(param, grad, first, second,
@@ -80,6 +81,7 @@ class UpdateRule:
     Options: ClassVar[type[OptimizerOptions]]
     positional: ClassVar[tuple[str, ...]]
     states: ClassVar[tuple[State, ...]]
+    highest_usual_lr: ClassVar[float] = 1e-2
     complex_as_pairs: ClassVar[bool] = False
     cpp: ClassVar[CppBody | None] = None
     triton: ClassVar[Callable[..., Any] | None] = None

@@ -43,6 +43,7 @@ class Lion(UpdateRule):
     title = "Lion"
     Options = LionOptions
     positional = ("lr", "betas", "weight_decay")
+    highest_usual_lr = 3e-3  # 3 to 10 times below AdamW's, says the paper
     states = (State("exp_avg"),)
 
     def scalars(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:

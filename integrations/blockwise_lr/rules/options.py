@@ -13,8 +13,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..blocks.presets import lr_ratios
 from ..blocks.rules import user_rules
-from ..blocks.types import BlockError, block_values, finite, lr_ratios, shown
+from ..blocks.types import BlockError, BlockType, block_values, finite, shown
 
 KERNELS = ("auto", "reference", "cpp", "triton")
 # Options of torch's Adams that change the update; a param group that asks for one of them must not train without it.
@@ -159,7 +160,8 @@ class GroupOptions(_Checked):
         BeforeValidator(_ratios),
         Field(
             description="peak learning rate of block types over ``lr``; those not named keep the paper's (embedding 10, qk 8, "
-            "ffn 6, vo 4, norm 1; the head follows the embedding)"
+            "ffn 6, vo 4, norm 1; the head follows the embedding). Or a name: paper, uniform, embedding (see "
+            ":mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
         ),
     ] = {}
     block_weight_decay: Annotated[
@@ -196,6 +198,7 @@ class OptimizerOptions(GroupOptions):
         "kernel",
         "accept_mismatch",
         "ratio_fade_steps",
+        "adamw_lr",
     )
 
     block_rules: Annotated[
@@ -209,6 +212,14 @@ class OptimizerOptions(GroupOptions):
         one_of(*KERNELS),
         Field(description='"auto", or a kernel\'s name (see :mod:`blockwise_lr.kernels`)'),
     ] = "auto"
+    adamw_lr: Annotated[
+        Any,
+        BeforeValidator(lambda value: None if value is None else _at_least_0(value)),
+        Field(
+            description="in place of ``lr``: the learning rate of an AdamW run that this one follows; ``lr`` becomes "
+            "adamw_lr over the ffn's ratio, so that most weights train at AdamW's rate"
+        ),
+    ] = None
     accept_mismatch: Annotated[
         tuple[str, ...],
         Field(
@@ -224,6 +235,11 @@ class OptimizerOptions(GroupOptions):
             "a plain AdamW's); 0: at once"
         ),
     ] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_from_adamw(cls, values: Any) -> Any:
+        return with_base_lr(values)
 
     @field_validator("accept_mismatch", mode="before")
     @classmethod
@@ -283,6 +299,37 @@ class OptimizerOptions(GroupOptions):
         said = {name: group[name] for name in names if name in group}
         checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where)
         return {name: getattr(checked, name) for name in said}
+
+
+FROM_ADAMW = "from_adamw"
+
+
+def with_base_lr(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the ``lr`` that follows from ``adamw_lr``, where that is given.
+
+    The rate of the FFN, which has most of the weights, is AdamW's. Where that was right and where not is tabled in
+    examples/reproduce.
+
+    Raises:
+        BlockError: ``lr`` is given as well, or asked to follow and ``adamw_lr`` is not there.
+    """
+    given = values.get("adamw_lr")
+    if given is None:
+        if isinstance(values.get("lr"), str) and values["lr"] == FROM_ADAMW:
+            raise BlockError(
+                f"lr is {FROM_ADAMW!r} and adamw_lr is not given; add adamw_lr, the rate of your AdamW run"
+            )
+        return dict(values)
+    if values.get("lr", FROM_ADAMW) != FROM_ADAMW:
+        raise BlockError(
+            f"lr is {shown(values['lr'])} and adamw_lr {shown(given)}; give one of them: lr is the norms' rate, adamw_lr "
+            f"that of an AdamW run, which lr is derived from"
+        )
+    try:
+        rate = _at_least_0(given)
+    except ValueError as error:
+        raise BlockError(f"adamw_lr is {shown(given)}; {error}") from None
+    return {**values, "lr": rate / lr_ratios(values.get("block_lr_ratios"))[BlockType.FFN]}
 
 
 def checked_accepts(given: Any, known: Iterable[str]) -> tuple[str, ...]:
