@@ -1,7 +1,7 @@
 """Pre-trains one arm of the recipes with DeepSpeed; started by torchrun on every rank.
 
-torchrun --nproc_per_node 4 examples/recipes/train_deepspeed.py --arm adamw --model gpt2-124m --data data/openwebtext \
-    --out runs/recipes/adamw --lr 6e-4
+torchrun --standalone --nproc_per_node 4 examples/recipes/train_deepspeed.py --arm adamw --model gpt2-124m \
+    --data data/openwebtext --out data/runs/adamw --lr 6e-4
 
 A plain training loop: a transformers model, deepspeed.initialize from the arm's ds_config, backward, step. The one line
 that makes the config's types known is ``import blockwise_lr.deepspeed``. Started again with the same ``--out`` it goes
@@ -23,7 +23,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from sequences import Sequences, read_meta
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -200,7 +199,7 @@ def main(words: Sequence[str] | None = None) -> Any:
     """Trains to the end and returns the engine."""
     args = arguments(words)
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    deepspeed.init_distributed()
     config = ds_config(args, dist.get_world_size())
     steps = config["scheduler"]["params"]["total_num_steps"]
     model = build_model(named(args.model, MODELS), read_meta(args.data)["vocabulary"], args.seed)

@@ -2,7 +2,7 @@
 # Pre-trains one arm of the recipes with Megatron's own pretrain_gpt.py:
 #
 #   bash examples/recipes/train_megatron.sh --arm adamw --model gpt2-124m --data data/openwebtext \
-#     --out runs/recipes/adamw --lr 6e-4 --nproc_per_node 4
+#     --out data/runs/adamw --lr 6e-4 --nproc_per_node 4
 #
 # The model's argument file (configs/megatron), the recipes' common one and the arm's (megatron_args) go to Megatron in
 # this order, then what else is given here; of a flag given twice Megatron takes the last. Started again with the same
