@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
 from ranks import pool
 from recipes.stand_in import ARMS, RECIPES, prepared, shrunk
 
@@ -66,12 +68,28 @@ def test_it_trains_under_torchrun_and_goes_on_to_the_bit(data, tmp_path):
     assert whole[-1][2] < whole[0][2] - 0.3 and whole[-1][4] == pytest.approx(3e-3 / 20)
     assert "step 12  tokens 4608  loss" in done.stdout
     shutil.rmtree(tmp_path / "checkpoints" / "global_step12")
+    file = tmp_path / "curve.jsonl"
+    file.write_text(file.read_text().replace('"step"', '"first_run": true, "step"'))
     pool(2).run(run, arguments)
     assert curve(tmp_path) == whole
+    assert curve(tmp_path, "first_run") == 3 * [(True,)] + 3 * [(None,)]
+
+
+def first_loss(data):
+    """The mean loss of the fresh model on the first step's 12 windows, in one process."""
+    import train_deepspeed
+    from sequences import Sequences
+
+    settings = json.loads(shrunk("llama-0.25b", data).read_text())
+    model = train_deepspeed.build_model(settings, 1024, seed=41).to(torch.bfloat16)
+    windows = Sequences(data / "training.bin", 32).batch(0, 12, seed=41)
+    with torch.no_grad():
+        logits = model(input_ids=windows[:, :-1]).logits.float()
+    return float(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
 
 
 def test_arms_start_from_the_same_loss_and_learn(data, tmp_path):
-    """Weights, data and evaluation are the same, so the first loss is; then each optimizer goes its way."""
+    """Weights and data are the same, so the first loss is; then each optimizer goes its way."""
     curves = {}
     for arm in ARMS:
         lr = "6e-4" if arm == "blockwise-lion" else "3e-3"
@@ -80,6 +98,7 @@ def test_arms_start_from_the_same_loss_and_learn(data, tmp_path):
         assert rates == 2 * [{round(float(lr) / 20, 9)}]  # one minimum for all block types
         curves[arm] = curve(tmp_path / arm, "loss")
     assert len({losses[0] for losses in curves.values()}) == 1
+    assert curves["adamw"][0][0] == pytest.approx(first_loss(data), abs=1e-4)
     assert len({losses[-1] for losses in curves.values()}) == len(ARMS)
     assert all(losses[-1][0] < losses[0][0] - 0.05 for losses in curves.values())
 
