@@ -26,7 +26,10 @@ def main() -> None:
     sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))  # as python does; a checkout's megatron counts
     if on_cpu:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if os.environ.setdefault("TORCHDYNAMO_DISABLE", "1") == "1":
+            import torch
+
+            torch.compiler.set_stance("force_eager")  # importing this package has already decorated functions
         from ..patches.megatron_on_cpu import PATCH
 
         PATCH.apply()
