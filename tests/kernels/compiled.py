@@ -40,7 +40,7 @@ def main() -> None:
         tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK | PLACES
         at = f"sm_{capability} {gradient}"
         for rule in RULES.values():
-            body = {"BODY": kernel.compiled_body(rule.triton), "COPY": True}
+            body = {"BODY": kernel.compiled_body(rule.triton), "COPY": True, "MANY": capability == 90}
             if rule.segment_state is None:
                 body["STATES"] = len(rule.states)
                 found[f"{at} {rule.name}"] = memory_instructions(

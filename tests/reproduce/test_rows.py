@@ -51,7 +51,9 @@ def test_every_row_is_of_the_run_that_its_name_says_and_of_todays_arms(ladder):
         curve = row["curve"]
         assert len(curve["step"]) == len(curve["training"]) == len(curve["validation"])
         if row["final"] is not None:
-            assert curve["step"][-1] == row["steps"] and abs(curve["validation"][-1] - row["final"]) < 0.3
+            assert (
+                curve["step"][-1] == row["steps"] and abs(curve["validation"][-1] - row["final"]) < 0.5
+            )  # on fewer tokens
         assert row["commit"] and row["versions"]["torch"] and row["text"]
 
 
