@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect``, ``families`` and ``doctor``."""
+"""The command line: ``blockwise-lr inspect``, ``sharpness``, ``families`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .blocks import PRESETS, BlockError
+from .blocks import PRESETS, BlockError, BlockType
 from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
 
 app = typer.Typer(
@@ -143,6 +143,60 @@ def _print_rows(rows: list[Row], output: Path | None = None) -> None:
     console.print(sums)
     if output is not None:
         output.write_text(console.export_text())
+
+
+@app.command()
+def sharpness(
+    folder: Annotated[str, typer.Argument(help="A folder that save_pretrained has written.")],
+    tokens: Annotated[
+        Path, typer.Option(help="Token ids: a .npy file, or a .bin file of uint16 as GPT-2 trainers use.")
+    ],
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
+    batches: Annotated[int, typer.Option(help="Batches, taken evenly over the file.")] = 4,
+    draws: Annotated[int, typer.Option(help="Draws of labels for each batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how sharp the loss is in each block type of a saved model. Exit code 2: bad input."""
+    from .sharpness import measure_sharpness, read_batches
+
+    try:
+        from .transformers.checkpoints import load_causal_lm
+
+        read = read_batches(tokens, length, batch, batches)
+        found = measure_sharpness(load_causal_lm(folder), read, draws=draws, seed=seed)
+    except ImportError as error:
+        typer.echo(f"blockwise-lr sharpness needs transformers; install blockwise-lr[transformers] ({error})", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except (BlockError, OSError, ValueError) as error:
+        typer.echo(f"blockwise-lr sharpness: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1))
+        return
+    table = Table("block", title=f"sharpness, {found.tokens:,} predicted tokens, {draws * batches} draws")
+    for column in ("parameters", "trace / parameters", "standard error", "over the norms'"):
+        table.add_column(column, justify="right")
+    blocks = found.blocks()
+    norm = blocks.get(BlockType.NORM)
+    for block, estimate in sorted(blocks.items(), key=lambda item: item[1].sharpness):
+        over = "" if norm is None else f"{estimate.sharpness / norm.sharpness:.3g}"
+        table.add_row(
+            block.value,
+            f"{estimate.numel:,}",
+            f"{estimate.sharpness:.3g}",
+            f"{estimate.error / estimate.sharpness:.0%}",
+            over,
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        "from flat to sharp: "
+        + " < ".join(" ~ ".join(b.value for b in level) for level in found.order())
+        + "  (~: not told "
+        "apart at two standard errors)"
+    )
 
 
 @app.command()

@@ -1,0 +1,295 @@
+"""Sharpness per block type: the trace of the Gauss-Newton matrix's block over the block's size (arXiv 2502.19002, section 4).
+
+Estimated as in Sophia (Gauss-Newton-Bartlett, arXiv 2305.14342): labels are drawn from the model's own predictions, and the
+squared gradient of the mean loss over N predicted tokens, times N, has the trace as its expectation. Nothing is clipped.
+A single draw is noisy, most of all for the few elements of the norms, so every number comes with its standard error, and an
+order that the errors do not separate is not stated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from .blocks import BlockError, BlockMap, BlockType, map_blocks
+from .blocks.block_map import full_shape
+from .blocks.marks import marks_of
+from .collective.agreement import gathered
+from .plan.shards import Fragment
+from .plan.step_plan import CLASS, INNER, OUTER, StepPlan, element_plan
+from .plan.views import runs_of
+
+Logits = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A block's sharpness.
+
+    Attributes:
+        numel: elements of the block.
+        traces: the estimated trace of each draw.
+    """
+
+    numel: int
+    traces: tuple[float, ...]
+
+    @property
+    def sharpness(self) -> float:
+        """Mean over draws of the trace, over the block's elements."""
+        return sum(self.traces) / len(self.traces) / self.numel
+
+    @property
+    def error(self) -> float:
+        """Standard error of the sharpness; nan for a single draw."""
+        count = len(self.traces)
+        if count < 2:
+            return math.nan
+        mean = sum(self.traces) / count
+        return math.sqrt(sum((trace - mean) ** 2 for trace in self.traces) / (count - 1) / count) / self.numel
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """What was measured.
+
+    Attributes:
+        parts: (parameter, block type) -> its estimate; a fused weight has several.
+        tokens: predicted tokens of all batches, each counted once however many draws were made for it.
+    """
+
+    parts: Mapping[tuple[str, BlockType], Estimate]
+    tokens: int
+
+    def blocks(self) -> dict[BlockType, Estimate]:
+        """Per block type, over the whole model."""
+        return self.grouped(lambda _, block: block)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values: per block type its elements, sharpness and standard error; the order; the tokens."""
+        blocks = {
+            block.value: {"parameters": of.numel, "sharpness": of.sharpness, "error": of.error}
+            for block, of in self.blocks().items()
+        }
+        return {"blocks": blocks, "order": [[b.value for b in level] for level in self.order()], "tokens": self.tokens}
+
+    def grouped(self, key: Callable[[str, BlockType], Any]) -> dict[Any, Estimate]:
+        """Estimates added up by a key of parameter and block type, as layer and block type."""
+        found: dict[Any, Estimate] = {}
+        for (name, block), part in self.parts.items():
+            group = key(name, block)
+            if group in found:
+                traces = tuple(a + b for a, b in zip(found[group].traces, part.traces, strict=True))
+                part = Estimate(found[group].numel + part.numel, traces)
+            found[group] = part
+        return found
+
+    def order(self, errors: float = 2.0) -> list[list[BlockType]]:
+        """Block types from the flattest to the sharpest, together in a list where the errors do not separate neighbours.
+
+        Args:
+            errors: how many standard errors of their difference must lie between two block types.
+        """
+        found: list[list[BlockType]] = []
+        ranked = sorted(self.blocks().items(), key=lambda item: item[1].sharpness)
+        for (_, below), (block, estimate) in zip([(None, None), *ranked], ranked):
+            apart = below is None or (
+                estimate.sharpness - below.sharpness > errors * math.hypot(estimate.error, below.error)
+            )
+            if apart:
+                found.append([block])
+            else:
+                found[-1].append(block)
+        return found
+
+
+def causal_lm_logits(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predictions, vocabulary) logits of a Hugging Face causal language model, and the mask of those that count.
+
+    Args:
+        batch: token ids (sequences, length), or the model's arguments by name. The last position of a sequence predicts
+            nothing; of ``labels`` only the places of -100 are used, which are left out as in training.
+    """
+    arguments = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+    labels = arguments.pop("labels", None)
+    logits = model(**arguments).logits[:, :-1]
+    counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    if labels is not None:
+        counted = labels[:, 1:].to(logits.device) != -100
+    return logits.flatten(0, 1), counted.flatten()
+
+
+def measure_sharpness(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    block_map: BlockMap | None = None,
+    draws: int = 8,
+    seed: int = 0,
+    logits: Logits = causal_lm_logits,
+) -> Sharpness:
+    """Estimates the sharpness of every block type of a model, without changing anything of it.
+
+    Gradients (``.grad``), modes, and the states of all random number generators are as before, so a training that
+    measures in between goes on to the bit. Dropout is off meanwhile, and losses that a model adds to the cross-entropy
+    (balance of experts, z-loss) are not part of it. Costs a forward pass a batch and a backward pass a draw.
+
+    Under DDP and ZeRO 0 to 2 (``engine.module``) every rank calls this with batches of its own, and all return the
+    estimate over all of them.
+
+    Args:
+        model: with whole parameters on this rank.
+        batches: what ``logits`` takes; as many on every rank. Of many small batches and of few large ones with as many
+            tokens, the former cost less memory and the same time.
+        block_map: from :func:`map_blocks`; made of the model otherwise.
+        draws: of labels, for each batch.
+        seed: of the draws; ranks draw differently.
+        logits: (model, batch) -> (predictions, vocabulary) logits, and a mask (predictions,) of those that count.
+
+    Raises:
+        BlockError: parameters that are sharded or sliced, no batch, or no predicted token in one.
+    """
+    block_map = map_blocks(model) if block_map is None else block_map
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    _refuse_shards(named)
+    if draws < 1:
+        raise BlockError(f"draws is {draws}; give at least 1, and 8 or more for errors that mean something")
+    plans = {name: _plan(block_map, name, p) for name, p in named}
+    traces: dict[tuple[str, BlockType], list[float]] = {}
+    tokens = 0
+    with _as_it_was(model):
+        for number, batch in enumerate(batches):
+            tokens += _measure(model, batch, logits, named, plans, traces, draws, _generator_seed(seed, number))
+    return _over_ranks(traces, tokens, plans)
+
+
+def read_batches(file: Path, length: int, sequences: int, count: int) -> list[torch.Tensor]:
+    """Batches (sequences, length) of token ids from a file, evenly spread over it.
+
+    Args:
+        file: ``.npy``, one axis of integers; or any other ending, uint16.
+
+    Raises:
+        BlockError: a size below 1, or too few tokens in the file.
+    """
+    for name, value in (("length", length), ("batch", sequences), ("batches", count)):
+        if value < 1:
+            raise BlockError(f"{name} is {value}; give at least 1")
+    ids = np.load(file, mmap_mode="r") if file.suffix == ".npy" else np.memmap(file, dtype=np.uint16, mode="r")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or len(ids) < length * sequences * count:
+        raise BlockError(
+            f"{file} holds {ids.dtype} of shape {ids.shape}, where {count} x {sequences} x {length} token ids in a row are "
+            f"needed; give a longer file, or fewer or shorter sequences"
+        )
+    starts = np.linspace(0, len(ids) - length, sequences * count).astype(np.int64)
+    rows = [torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts]
+    return [torch.stack(rows[first::count]) for first in range(count)]
+
+
+def _measure(
+    model: torch.nn.Module,
+    batch: Any,
+    logits: Logits,
+    named: list[tuple[str, torch.nn.Parameter]],
+    plans: Mapping[str, StepPlan],
+    traces: dict[tuple[str, BlockType], list[float]],
+    draws: int,
+    seed: int,
+) -> int:
+    """Adds the draws of one batch to ``traces``; returns how many tokens it predicts."""
+    with torch.enable_grad():
+        predicted, counted = logits(model, batch)
+        log_p = predicted.float().log_softmax(-1)[counted]
+    count = len(log_p)
+    if not count:
+        raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
+    generator = torch.Generator(device=log_p.device).manual_seed(seed)
+    for draw in range(draws):
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        loss = -log_p.gather(1, drawn).mean()
+        parameters = [p for _, p in named]
+        grads = torch.autograd.grad(loss, parameters, retain_graph=draw + 1 < draws, allow_unused=True)
+        squares = {
+            (name, block): square
+            for (name, _), grad in zip(named, grads)
+            for block, square in _squares(plans[name], grad, log_p.device).items()
+        }
+        for key, square in zip(squares, torch.stack(list(squares.values())).tolist()):
+            traces.setdefault(key, []).append(count * square)
+    return count
+
+
+def _plan(block_map: BlockMap, name: str, p: torch.Tensor) -> StepPlan:
+    known = block_map.name_of(p) or name
+    if known not in block_map:
+        raise BlockError(f"{name} of shape {tuple(p.shape)} is in no block; make the block_map from this model")
+    return element_plan(p.numel(), [Fragment(known, 0, p.numel(), 0)], [block_map[known]])
+
+
+def _squares(plan: StepPlan, grad: torch.Tensor | None, device: torch.device) -> dict[BlockType, torch.Tensor]:
+    """The sum of squares of a parameter's elements of each block type, still on the device."""
+    found = {of.block: torch.zeros((), device=device) for of in plan.classes}
+    if grad is not None:
+        flat = grad.contiguous().view(-1)
+        for row, of in zip(plan.local.table, _classes(plan)):
+            found[of] = found[of] + runs_of(flat, row).float().square().sum().to(device)
+    return found
+
+
+def _classes(plan: StepPlan) -> Iterator[BlockType]:
+    return (plan.classes[int(row[CLASS])].block for row in plan.local.table)
+
+
+def _numel(plan: StepPlan, block: BlockType) -> int:
+    rows = zip(plan.local.table, _classes(plan))
+    return sum(int(row[OUTER] * row[INNER]) for row, of in rows if of is block)
+
+
+def _over_ranks(
+    traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, plans: Mapping[str, StepPlan]
+) -> Sharpness:
+    """All ranks' draws together. Collective."""
+    answers = gathered((dict(traces), tokens))
+    if not all(found for found, _ in answers):
+        raise BlockError("there is no batch to measure on; give at least one on every rank")
+    parts = {
+        key: Estimate(_numel(plans[key[0]], key[1]), tuple(x for found, _ in answers for x in found[key]))
+        for key in traces
+    }
+    return Sharpness(parts, sum(count for _, count in answers))
+
+
+def _generator_seed(seed: int, number: int) -> int:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return int(np.random.SeedSequence((seed, rank, number)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _refuse_shards(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, p in named:
+        if isinstance(p, DTensor) or full_shape(p) != tuple(p.shape) or marks_of(p).split_axis is not None:
+            raise BlockError(
+                f"{name} is sharded or sliced over ranks (FSDP2, ZeRO-3 or tensor parallelism), and sharpness is measured "
+                f"on whole parameters; load a checkpoint into one process, or measure under DDP or ZeRO 0 to 2"
+            )
+
+
+@contextmanager
+def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; modes and random number generators are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

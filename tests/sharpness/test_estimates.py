@@ -1,0 +1,195 @@
+"""Sharpness against the exact Gauss-Newton trace, by enumeration over the vocabulary in the unfused twin."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from deepspeed_door.engines import config, start, train, weights
+from ranks import pool
+from twins import VOCABULARY, Twin, make, token_ids
+from typer.testing import CliRunner
+
+from blockwise_lr import BlockError, BlockType, map_blocks
+from blockwise_lr.cli import app
+from blockwise_lr.sharpness import Estimate, Sharpness, measure_sharpness, read_batches
+
+IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
+
+
+def lively(kind, seed=0):
+    """A model whose predictions differ from token to token; freshly initialized ones are nearly uniform."""
+    model = make(kind, seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)
+    return model
+
+
+def exact(kind, model, ids):
+    """(elements, trace) of each block type: the mean over predicted tokens of sum_c p_c |grad log p_c|^2."""
+    twin = Twin(kind, model)
+    out = torch.func.functional_call(model, twin.values(), (ids,))
+    log_p = out.logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    leaves = list(twin.leaves.values())
+    numel, trace = {}, {}
+    for leaf in leaves:
+        numel[leaf.block] = numel.get(leaf.block, 0) + leaf.tensor.numel()
+    for token in log_p:
+        for value in token:
+            grads = torch.autograd.grad(value, [leaf.tensor for leaf in leaves], retain_graph=True, allow_unused=True)
+            for leaf, grad in zip(leaves, grads):
+                square = 0.0 if grad is None else float(grad.square().sum())
+                trace[leaf.block] = trace.get(leaf.block, 0.0) + float(value.exp()) * square / len(log_p)
+    return {block: (numel[block], trace[block]) for block in numel}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_it_is_the_gauss_newton_trace_over_the_size(kind):
+    model = lively(kind)
+    wanted = exact(kind, model, IDS)
+    found = measure_sharpness(model, [IDS], draws=1500)
+    assert found.tokens == 6 and {block.value for block in found.blocks()} == set(wanted)
+    for block, estimate in found.blocks().items():
+        numel, trace = wanted[block.value]
+        assert estimate.numel == numel and estimate.error < 0.03 * estimate.sharpness
+        assert abs(estimate.sharpness - trace / numel) < 4 * estimate.error, block
+
+
+def test_batches_and_the_draws_of_each_are_averaged():
+    model = lively("llama")
+    two = torch.cat([IDS, IDS.flip(1)])
+    apart = measure_sharpness(model, [IDS, IDS.flip(1)], draws=400)
+    whole = measure_sharpness(model, [two], draws=400, seed=1)
+    assert apart.tokens == whole.tokens == 12
+    for block, estimate in apart.blocks().items():
+        assert len(estimate.traces) == 800
+        other = whole.blocks()[block]
+        assert abs(estimate.sharpness - other.sharpness) < 4 * math.hypot(estimate.error, other.error)
+    layers = apart.grouped(lambda name, block: (name.split(".")[2] if "layers" in name else "", block.value))
+    assert {("0", "qk"), ("1", "ffn"), ("", "embedding")} <= set(layers)
+    assert sum(of.numel for of in layers.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_labels_only_say_what_is_left_out():
+    model, both = lively("llama"), torch.cat([IDS, IDS.flip(1)])
+    labels = both.clone()
+    labels[1] = -100
+    found = measure_sharpness(model, [{"input_ids": both, "labels": labels}], draws=3)
+    assert found.tokens == 6
+    with pytest.raises(BlockError, match="predicts no token"):
+        measure_sharpness(model, [{"input_ids": both, "labels": torch.full_like(both, -100)}])
+
+
+def test_training_goes_on_to_the_bit():
+    def trained(measured):
+        model = make("gpt2")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.manual_seed(5)
+        for batch in token_ids(4, 1, 1)[:, 0, 0]:
+            model.train()
+            model(batch, labels=batch).loss.backward()
+            if measured:
+                measure_sharpness(model, [IDS], draws=2)
+            assert all(module.training for module in model.modules())
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+def under_deepspeed(stage):
+    """What two ranks find with batches of their own, and whether training goes on as without."""
+    import torch.distributed as dist
+
+    ends = []
+    for measured in (True, False):
+        engine = start(make("llama"), config("BlockwiseAdamW", stage))
+        train(engine, 2)
+        if measured:
+            ids = [IDS, IDS.flip(1)][dist.get_rank()]
+            found = measure_sharpness(engine.module, [ids], draws=200).as_dict()
+            alone = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        train(engine, 2, first=2)
+        ends.append(weights(engine))
+        engine.destroy()
+    return found, alone, all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_find_the_same_together_under_deepspeed(stage):
+    (found, values, same), (other, _, other_same) = pool(2).run(under_deepspeed, stage)
+    assert found == other and found["tokens"] == 12 and same and other_same
+    model = make("llama")
+    model.load_state_dict(values)
+    whole = measure_sharpness(model, [IDS, IDS.flip(1)], draws=200, seed=9).blocks()
+    for block, estimate in whole.items():
+        one = found["blocks"][block.value]
+        assert abs(one["sharpness"] - estimate.sharpness) < 4 * math.hypot(one["error"], estimate.error)
+
+
+def refused_under_zero_3():
+    engine = start(make("llama"), config("BlockwiseAdamW", 3))
+    try:
+        measure_sharpness(engine.module, [IDS])
+    except BlockError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+def test_shards_are_refused():
+    (told,) = pool(1).run(refused_under_zero_3)
+    assert "is sharded or sliced over ranks" in told and "ZeRO 0 to 2" in told
+
+
+def test_an_order_that_the_errors_do_not_separate_is_not_stated():
+    def of(mean, spread):
+        return Estimate(1, (mean - spread, mean + spread))
+
+    parts = {("a", BlockType.QK): of(1.0, 0.1), ("b", BlockType.FFN): of(1.1, 0.1), ("c", BlockType.NORM): of(9.0, 1.0)}
+    assert Sharpness(parts, 1).order() == [[BlockType.QK, BlockType.FFN], [BlockType.NORM]]
+    assert math.isnan(Estimate(1, (1.0,)).error)
+
+
+def test_bad_input_is_refused():
+    model = lively("llama")
+    with pytest.raises(BlockError, match="no batch to measure on"):
+        measure_sharpness(model, [])
+    with pytest.raises(BlockError, match="draws is 0"):
+        measure_sharpness(model, [IDS], draws=0)
+    with pytest.raises(BlockError, match="is in no block; make the block_map from this model"):
+        measure_sharpness(model, [IDS], block_map=map_blocks(make("gpt2")))
+
+
+def test_the_command_reads_a_saved_model(tmp_path):
+    lively("llama").save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, VOCABULARY, 4000).astype(np.uint16))
+    (tmp_path / "ids.bin").write_bytes(np.load(tmp_path / "ids.npy").tobytes())
+
+    def run(*words):
+        return CliRunner().invoke(app, ["sharpness", *map(str, words)])
+
+    sizes = ("--length", 16, "--batch", 2, "--batches", 3)
+    shown = run(tmp_path / "model", "--tokens", tmp_path / "ids.npy", *sizes)
+    assert shown.exit_code == 0 and "from flat to sharp:" in shown.output and "90 predicted tokens" in shown.output
+    said = run(tmp_path / "model", "--tokens", tmp_path / "ids.bin", *sizes, "--json")
+    blocks = json.loads(said.stdout)["blocks"]
+    batches = read_batches(tmp_path / "ids.npy", 16, 2, 3)
+    assert torch.stack(batches).shape == (3, 2, 16)
+    found = measure_sharpness(lively("llama"), batches)
+    assert blocks["qk"]["sharpness"] == pytest.approx(found.blocks()[BlockType.QK].sharpness)
+    for words, told in (
+        ((tmp_path, "--tokens", tmp_path / "ids.npy"), "holds no config.json"),
+        ((tmp_path / "model", "--tokens", tmp_path / "none.npy"), "none.npy"),
+        ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 4001), "token ids in a row are needed"),
+        ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 0), "length is 0"),
+    ):
+        bad = run(*words)
+        assert bad.exit_code == 2 and told in bad.output and "Traceback" not in bad.output
