@@ -18,6 +18,8 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+from twins import VOCABULARY, make
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -304,6 +306,12 @@ def is_missing(word):
 def wrong_run(words, out):
     """A command of ours is run, in the project's root; what it writes goes to ``out``."""
     words = [str(out / word) if before == "--output" else word for before, word in zip(["", *words], words)]
+    if "FOLDER" in words:  # a saved model, and token ids for it, that stand in for the reader's
+        make("llama").save_pretrained(out / "model")
+        np.save(out / "ids.npy", np.arange(10_000, dtype=np.uint16) % VOCABULARY)
+        words = [
+            str(out / {"FOLDER": "model"}.get(word, word)) if word in ("FOLDER", "ids.npy") else word for word in words
+        ]
     result = CliRunner().invoke(app, words)
     return None if result.exit_code == 0 else result.output
 

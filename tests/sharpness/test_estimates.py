@@ -186,7 +186,7 @@ def test_the_command_reads_a_saved_model(tmp_path):
     found = measure_sharpness(lively("llama"), batches)
     assert blocks["qk"]["sharpness"] == pytest.approx(found.blocks()[BlockType.QK].sharpness)
     for words, told in (
-        ((tmp_path, "--tokens", tmp_path / "ids.npy"), "holds no config.json"),
+        ((tmp_path, "--tokens", tmp_path / "ids.npy", *sizes), "holds no config.json"),
         ((tmp_path / "model", "--tokens", tmp_path / "none.npy"), "none.npy"),
         ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 4001), "token ids in a row are needed"),
         ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 0), "length is 0"),
