@@ -167,6 +167,10 @@ _INSTANCES = (
 _PARTITIONED = Attributes(
     "torch.nn:Parameter", ("ds_numel", "ds_shape", "ds_process_group", "partition_numel"), why="how stage 3 cuts it"
 )
+# what ZeRO-1 and 2 and BF16_Optimizer put on a parameter when they link it to their flat tensors
+_LINKED = Attributes(
+    "torch.nn:Parameter", ("_dp_group", "get_full_hp_param", "set_full_hp_param"), why="whole states of a parameter"
+)
 
 UPSTREAM = Upstream(
     name="deepspeed-reads",
@@ -319,3 +323,13 @@ def states_must_be_linked_anew(wrapper: Any) -> None:
     """Has DeepSpeed link parameters to their optimizer states again at the next step, after these have been loaded."""
     if is_a(wrapper, ZERO12) or is_a(wrapper, BF16):
         wrapper._hp_optimizer_states_linked = False
+
+
+def linked_group(parameter: torch.Tensor) -> Any:
+    """The process group over which a linked parameter's states are cut.
+
+    Raises:
+        PatchError: DeepSpeed has not put on the parameter what is read of it.
+    """
+    UPSTREAM.refuse([_LINKED.problem(parameter)])
+    return parameter._dp_group  # type: ignore[attr-defined]

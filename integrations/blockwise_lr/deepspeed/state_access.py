@@ -21,6 +21,7 @@ from ..checkpoint.moments import expand_segments, take_segments
 from ..optim import Fragment
 from ..optim.base import BlockwiseOptimizer
 from ..patches.deepspeed_instances import STATE_ACCESS
+from ..patches.upstream_deepspeed import linked_group
 from ..plan.step_plan import StepPlan
 
 
@@ -52,6 +53,7 @@ def serve_optimizer_states(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
 def _serve_parameters(wrapper: Any, states: _States) -> None:
     for group in getattr(wrapper, "bit16_groups", None) or wrapper.bf16_groups:
         for parameter in group:
+            linked_group(parameter)  # refuses, before any training step, what lacks what is read below
             get, put = parameter.get_full_hp_param, parameter.set_full_hp_param
             STATE_ACCESS.apply(
                 parameter,
@@ -66,7 +68,7 @@ def _get_full(
     if optim_state_key is None:
         return upstream()
     found = states.held(parameter, optim_state_key, 0, parameter.numel())
-    dist.all_reduce(found, group=getattr(parameter, "_dp_group"))  # noqa: B009  DeepSpeed's attribute
+    dist.all_reduce(found, group=linked_group(parameter))
     return found.view(parameter.shape)
 
 
