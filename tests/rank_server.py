@@ -1,6 +1,7 @@
 """What every rank process starts with: imported once, by the server that forks them (see ranks.py)."""
 
 import contextlib
+import gc
 import importlib
 
 # slow imports of the tests' cases; a lane may lack some of them
@@ -31,3 +32,7 @@ with contextlib.suppress(ImportError):  # Megatron's modules, which are imported
         import blockwise_lr.megatron  # noqa: F401
     finally:
         undo()
+# DeepSpeed collects garbage whenever it logs its memory, up to 30 times an engine: a second each over all that is imported,
+# and it would copy the pages that the ranks share
+gc.collect()
+gc.freeze()

@@ -15,6 +15,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import random
 import signal
 import socket
 import tempfile
@@ -70,6 +71,23 @@ def server() -> Any:
     return context
 
 
+def free_port() -> int:
+    """A port for rank 0 to listen on.
+
+    Below those that the kernel gives to whoever asks for any: gloo asks often, and by the time that rank 0 listens, it or
+    the ranks of a test beside this one would have taken some of them.
+    """
+    draw = random.SystemRandom()  # tests seed the other one
+    while True:
+        with socket.socket() as free:
+            port = draw.randrange(10_000, 32_000)
+            try:
+                free.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+
+
 class RankPool:
     """``world_size`` processes that wait for cases to run."""
 
@@ -119,10 +137,7 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = server()
+        port, context = free_port(), server()
         self._pipes, self._stacks = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
