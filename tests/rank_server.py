@@ -30,6 +30,9 @@ with contextlib.suppress(ImportError):  # Megatron's modules, which are imported
         import megatron_door.parts  # noqa: F401
 
         import blockwise_lr.megatron  # noqa: F401
+
+        with contextlib.suppress(ImportError):  # megatron-core 0.19
+            import megatron.training.argument_utils  # noqa: F401
     finally:
         undo()
 # DeepSpeed collects garbage whenever it logs its memory, up to 30 times an engine: a second each over all that is imported,

@@ -11,10 +11,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import pickle
 import random
 import signal
 import socket
@@ -37,8 +39,7 @@ ENVIRONMENT = {
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 _pools: dict[int, RankPool] = {}
-# gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
-# processes cost less than the threads do
+# gloo keeps busy threads for every process group that a case leaves behind: beyond this many, new processes cost less
 _MOST_THREADS = 250
 
 
@@ -196,13 +197,24 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
             return
         _join_group()
         try:
-            pipe.send(("result", case(*arguments), "", _threads()))
+            answer = ("result", case(*arguments), "")
         except BaseException as error:
-            text = traceback.format_exc()
-            try:
-                pipe.send(("error", error, text, _threads()))
-            except Exception:  # an exception that does not pickle
-                pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}"), text, _threads()))
+            answer = _failure(error, traceback.format_exc())
+        # what the case leaves in circles of references, process groups with their threads among it; the answer counts the rest
+        gc.collect()
+        try:
+            pipe.send((*answer, _threads()))
+        except Exception as error:  # what does not pickle
+            pipe.send((*_failure(error, traceback.format_exc()), _threads()))
+
+
+def _failure(error: BaseException, text: str) -> tuple[str, BaseException, str]:
+    """The answer of a case that has failed."""
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return "error", RuntimeError(f"{type(error).__name__}: {error}"), text
+    return "error", error.with_traceback(None), text
 
 
 def _threads() -> int:
