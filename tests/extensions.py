@@ -18,12 +18,16 @@ from pathlib import Path
 from references import FOLDER
 
 _BUILD = """
-import torch
+import os, torch
 from blockwise_lr.kernels import kernel_for
 from deepspeed.comm.torch import build_shm_op
 
-build_shm_op()
-kernel_for(torch.device("cpu"))
+if child := os.fork():  # each has a compiler, which takes half a minute
+    build_shm_op()
+    os.waitpid(child, 0)
+else:
+    kernel_for(torch.device("cpu"))
+    os._exit(0)
 """
 
 

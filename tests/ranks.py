@@ -23,6 +23,7 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,9 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_PORT=str(port),
     )
+    # as pyproject.toml has it; patches stand between the frameworks' own frames
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("error", category=category, module=r"blockwise_lr(?!\.patches)")
     faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))  # noqa: SIM115 - open as long as the process
     while True:
         try:

@@ -118,7 +118,7 @@ def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), 
         run = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=200)
         return run.returncode, run.stdout + run.stderr
     with tempfile.NamedTemporaryFile("r") as printed:
-        process = server().Process(target=run_module, args=(module, words, settings, printed.name), daemon=True)
+        process = server().Process(target=run_module, args=(module, words, settings, printed.name))
         process.start()
         process.join(200)
         process.kill()
