@@ -8,6 +8,9 @@ VENV312 ?= .venv312
 RUN = $(VENV)/bin/python
 # DeepSpeed compiles its parts with the ninja of the environment, which is not activated
 export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
+# tests run in so many processes side by side, a file in one of them; JOBS=0 for one after another
+JOBS ?= 2
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 EXTRAS = deepspeed,megatron,transformers,examples,test,dev
 
 .PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support figures bench setup setup312 clean help
@@ -54,11 +57,11 @@ demo-megatron: setup312
 	@$(VENV312)/bin/python examples/megatron/run.py
 
 test: setup
-	@$(RUN) -m pytest tests
+	@$(RUN) -m pytest tests $(SIDE_BY_SIDE)
 
 # with the combinations of layouts and optimizers that `make test` covers by others (tests/README.md)
 test-full: setup
-	@$(RUN) -m pytest tests --full
+	@$(RUN) -m pytest tests --full $(SIDE_BY_SIDE)
 
 # on a machine with a CUDA device, in an environment of your own: make setup installs PyTorch's CPU build
 GPU_PYTHON ?= python3
@@ -67,7 +70,7 @@ test-gpu:
 
 # what Python 3.12 changes: megatron-core 0.19, and a smoke of what does not know it
 test312: setup312
-	@$(VENV312)/bin/python -m pytest tests/megatron_door tests/patching tests/optim/test_step.py tests/optim/test_update_rules.py \
+	@$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) tests/megatron_door tests/patching tests/optim/test_step.py tests/optim/test_update_rules.py \
 	  tests/blocks/test_map_blocks.py tests/test_imports.py tests/test_readme.py tests/recipes/test_megatron_recipe.py
 
 # mypy sees patches/ through a link, under the name that it is installed as
@@ -86,7 +89,7 @@ fuzz: setup
 
 # writes integrations/blockwise_lr/SUPPORT.md from what the suite passes
 support: setup
-	@$(RUN) -m pytest tests --full --support integrations/blockwise_lr/SUPPORT.md
+	@$(RUN) -m pytest tests --full $(SIDE_BY_SIDE) --support integrations/blockwise_lr/SUPPORT.md
 
 # redraws the evidence page's tables and pictures from its rows
 figures: setup

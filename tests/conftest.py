@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_sessionfinish(session):
     path = session.config.getoption("--support")
-    if path:
+    if path and not hasattr(session.config, "workerinput"):  # pytest-xdist's workers report to the one that writes
         from support import table
         from support_rows import SECTIONS
 

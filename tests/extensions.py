@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from references import FOLDER
+
 _BUILD = """
-import torch
+import os, torch
 from blockwise_lr.kernels import kernel_for
 from deepspeed.comm.torch import build_shm_op
 
-build_shm_op()
-kernel_for(torch.device("cpu"))
+if child := os.fork():  # each has a compiler, which takes half a minute
+    build_shm_op()
+    os.waitpid(child, 0)
+else:
+    kernel_for(torch.device("cpu"))
+    os._exit(0)
 """
 
 
@@ -33,10 +40,16 @@ def build_once(limit: float = 900) -> None:
     """
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
+    built = Path(os.environ[FOLDER]) / f"built-{hashlib.sha256(str(folder).encode()).hexdigest()}"
     with open(folder / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel when its holder dies, unlike PyTorch's
+        if built.exists():  # by another worker of this session
+            return
         for left in folder.glob("deepspeed_*/lock"):
             left.unlink(missing_ok=True)
         done = subprocess.run([sys.executable, "-c", _BUILD], capture_output=True, text=True, timeout=limit)
-    if done.returncode:
-        raise RuntimeError(f"DeepSpeed's communication op could not be built (g++ is needed):\n{done.stderr[-3000:]}")
+        if done.returncode:
+            raise RuntimeError(
+                f"DeepSpeed's communication op could not be built (g++ is needed):\n{done.stderr[-3000:]}"
+            )
+        built.touch()

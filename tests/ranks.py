@@ -11,15 +11,19 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import pickle
+import random
 import signal
 import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +40,7 @@ ENVIRONMENT = {
 }
 HERE = os.path.dirname(os.path.abspath(__file__))
 _pools: dict[int, RankPool] = {}
-# gloo keeps busy threads for every process group a case leaves behind, and Megatron makes dozens: beyond this many, new
-# processes cost less than the threads do
+# gloo keeps busy threads for every process group that a case leaves behind: beyond this many, new processes cost less
 _MOST_THREADS = 250
 
 
@@ -68,6 +71,23 @@ def server() -> Any:
         os.environ.clear()
         os.environ.update(kept)
     return context
+
+
+def free_port() -> int:
+    """A port for rank 0 to listen on.
+
+    Below those that the kernel gives to whoever asks for any: gloo asks often, and by the time that rank 0 listens, it or
+    the ranks of a test beside this one would have taken some of them.
+    """
+    draw = random.SystemRandom()  # tests seed the other one
+    while True:
+        with socket.socket() as free:
+            port = draw.randrange(10_000, 32_000)
+            try:
+                free.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 class RankPool:
@@ -119,10 +139,7 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = server()
+        port, context = free_port(), server()
         self._pipes, self._stacks = [], []
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
@@ -173,6 +190,9 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_PORT=str(port),
     )
+    # as pyproject.toml has it; patches stand between the frameworks' own frames
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("error", category=category, module=r"blockwise_lr(?!\.patches)")
     faulthandler.register(signal.SIGUSR1, file=open(stack_file, "w"))  # noqa: SIM115 - open as long as the process
     while True:
         try:
@@ -181,13 +201,24 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
             return
         _join_group()
         try:
-            pipe.send(("result", case(*arguments), "", _threads()))
+            answer = ("result", case(*arguments), "")
         except BaseException as error:
-            text = traceback.format_exc()
-            try:
-                pipe.send(("error", error, text, _threads()))
-            except Exception:  # an exception that does not pickle
-                pipe.send(("error", RuntimeError(f"{type(error).__name__}: {error}"), text, _threads()))
+            answer = _failure(error, traceback.format_exc())
+        # what the case leaves in circles of references, process groups with their threads among it; the answer counts the rest
+        gc.collect()
+        try:
+            pipe.send((*answer, _threads()))
+        except Exception as error:  # what does not pickle
+            pipe.send((*_failure(error, traceback.format_exc()), _threads()))
+
+
+def _failure(error: BaseException, text: str) -> tuple[str, BaseException, str]:
+    """The answer of a case that has failed."""
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return "error", RuntimeError(f"{type(error).__name__}: {error}"), text
+    return "error", error.with_traceback(None), text
 
 
 def _threads() -> int:

@@ -2,7 +2,7 @@
 
 from support import Row, both, each
 
-ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
+ADAMW, MINI, LION = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"
 _PARITY, _CHECK = "tests/deepspeed_door/test_parity.py::", "tests/deepspeed_door/test_checkpoint.py::"
 _PARALLEL, _ORDER = "tests/deepspeed_door/test_parallel.py::", "tests/deepspeed_door/test_order.py::"
 _FEATURES = "tests/deepspeed_door/test_features.py::"
@@ -60,6 +60,7 @@ SECTIONS = {
             {
                 ADAMW: "tests/hugging_face/test_trainer.py::test_a_resumed_run.*DDP AdamW",
                 MINI: "tests/hugging_face/test_trainer.py::test_a_resumed_run.*DDP Adam-mini",
+                LION: "tests/hugging_face/test_trainer.py::test_a_resumed_run.*DDP Lion",
             },
         ),
     ],
@@ -72,7 +73,7 @@ SECTIONS = {
         ),
         Row(
             "CPU offload of the optimizer, round_robin_gradients, overlap_comm, sub_group_size, small buckets",
-            dict.fromkeys((ADAMW, MINI), "tests/fuzz/test_fuzz.py::test_random_configurations"),
+            both("tests/fuzz/test_fuzz.py::test_random_configurations"),
             "`make fuzz`",
         ),
         Row(

@@ -302,4 +302,4 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor, trimmed: bool) -> flo
     apart = (found - wanted).abs().reshape(-1)
     if trimmed:
         apart = apart.sort().values[: apart.numel() - -(-apart.numel() // 100)]
-    return float(apart.norm() / wanted.norm())
+    return float((apart.norm() / wanted.norm()).detach())

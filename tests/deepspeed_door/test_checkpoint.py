@@ -250,7 +250,7 @@ def pipeline_resumed(kind, stage, folder):
     return found[0][0] == found[1][0] and all(torch.equal(p, found[1][1][name]) for name, p in found[0][1].items())
 
 
-@pytest.mark.parametrize("kind, stage", [(MINI, 1), (ADAMW, 0)])
+@pytest.mark.parametrize("kind, stage", [(MINI, 1), (ADAMW, 0), (LION, 1)])
 def test_a_pipeline_resumes_to_the_bit(kind, stage, tmp_path):
     """Every stage holds other parameters, so every rank's record of them is another."""
     assert pool(2).run(pipeline_resumed, kind, stage, str(tmp_path)) == [True, True]

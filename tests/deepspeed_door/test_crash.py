@@ -5,7 +5,6 @@ import itertools
 import json
 import random
 import signal
-import socket
 import statistics
 import time
 from collections import Counter
@@ -39,9 +38,7 @@ class Run:
     """One start of all ranks."""
 
     def __init__(self, context, target, *arguments):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = ranks.free_port()
         self.pipes, self.processes, self.events = [], [], [[] for _ in range(RANKS)]
         for rank in range(RANKS):
             ours, theirs = context.Pipe()

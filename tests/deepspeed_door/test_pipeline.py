@@ -9,10 +9,12 @@ from deepspeed_door.engines import BETAS, EPS
 from deepspeed_door.test_parallel import (
     ADAMW,
     BLOCKS,
+    LION,
     MINI,
     VOCABULARY,
     WIDTH,
     Expert,
+    PlainLion,
     RowMini,
     plain_groups,
     settings_of,
@@ -23,6 +25,12 @@ from twins import worst_difference
 # a PipelineModule calls its layers by their numbers
 LAYERS = {"0.": "embed_tokens", "1.": "mlp", "2.": "mlp", "3.": "norm", "4.": "lm_head"}
 RULES = [{"match": f"{number}*", "block": BLOCKS[part]} for number, part in LAYERS.items()]
+
+PLAIN = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, betas=BETAS, eps=EPS),
+    "RowMini": lambda groups: RowMini(groups, {}),
+    "PlainLion": lambda groups: PlainLion(groups, {}),
+}
 
 
 def loss_of(logits, ids):
@@ -74,7 +82,7 @@ def engine_of(kind, stage, change=None):
         settings["optimizer"]["params"]["block_lr_ratios"] = {"qk": 2.0 if odd and change == "ratios" else 8.0}
     else:
         made = plain_groups(Named(module))
-        arguments["optimizer"] = torch.optim.AdamW(made, betas=BETAS, eps=EPS) if kind == "AdamW" else RowMini(made, {})
+        arguments["optimizer"] = PLAIN[kind](made)
     return deepspeed.initialize(model=module, config=settings, **arguments)[0]
 
 
@@ -107,12 +115,12 @@ def trained_and_resumed(kind, stage, folder):
     assert engine.load_checkpoint(folder)[0] is not None
     train(engine, 3, 6)
     again = plain(engine)
-    engine = engine_of({ADAMW: "AdamW", MINI: "RowMini"}[kind], 0)
+    engine = engine_of({ADAMW: "AdamW", MINI: "RowMini", LION: "PlainLion"}[kind], 0)
     train(engine, 0, 6)
-    return worst_difference(straight, plain(engine)), worst_difference(again, straight)
+    return worst_difference(straight, plain(engine), kind), worst_difference(again, straight)
 
 
-@pytest.mark.parametrize("kind, stage", [(ADAMW, 0), (ADAMW, 1), (MINI, 1), (MINI, 0)])
+@pytest.mark.parametrize("kind, stage", [(ADAMW, 0), (ADAMW, 1), (MINI, 1), (MINI, 0), (LION, 1)])
 def test_a_pipeline_trains_as_a_plain_optimizer_and_resumes(kind, stage, tmp_path):
     for worst, resumed in pool(4).run(trained_and_resumed, kind, stage, str(tmp_path)):
         assert worst < 1e-5 and resumed == 0.0

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from kinds import KINDS
+from kinds import BIASED, KINDS, options_of
 
 STEPS, LR = 3, 2e-3
 NOT_A_NUMBER = [-1, "1e-4", None, True, float("nan"), float("inf"), [1.0], {}, 10**400, "fast"]
@@ -96,9 +96,10 @@ def draw(seed: int) -> Drawn:
     """The configuration of a seed: a third of them have a fault."""
     rng = random.Random(seed)
     stage = rng.randrange(4)
-    kind = rng.choice([name for name, kind in KINDS.items() if not kind.jumps])  # the models drawn have biases of k
+    kind = rng.choice([*KINDS])
+    models = ["llama", "llama_tied", "gpt2", "gpt_neox"]
     drawn = Drawn(
-        rng.choice(["llama", "llama_tied", "gpt2", "gpt_neox"]),
+        rng.choice([model for model in models if not (KINDS[kind].jumps and model in BIASED)]),
         kind,
         stage,
         _optimizer(rng, kind),
@@ -115,7 +116,7 @@ def draw(seed: int) -> Drawn:
         drawn.scheduler[key] = rng.choice(SCHEDULE_FAULTS[key])
         drawn.words = (key, "BlockwiseWarmupCosine")
     elif fate < 0.45:
-        key = rng.choice([key for key in UNLIKE if drawn.optimizer.get(key) != UNLIKE[key]])
+        key = rng.choice([key for key in options_of(kind, UNLIKE) if drawn.optimizer.get(key) != UNLIKE[key]])
         drawn.unlike = {key: UNLIKE[key]}
         drawn.words = (key, "rank")
     return drawn
@@ -144,7 +145,7 @@ def _optimizer(rng: random.Random, kind: str) -> dict[str, Any]:
         found["accept_mismatch"] = rng.choice([[], ["lr"], "block_lr_ratios"])
     if kind == "BlockwiseAdamMini" and rng.random() < 0.3:
         found["bias_segments"] = "element"
-    return found
+    return options_of(kind, found)
 
 
 def _schedule(rng: random.Random) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ def outcome(drawn: Drawn) -> tuple[str, str | float]:
     found = weights(engine)
     engine.destroy()
     # ranks hold the same weights, so one comparison is enough
-    return "trained", worst_difference(found, reference(drawn)) if dist.get_rank() == 0 else 0.0
+    return "trained", worst_difference(found, reference(drawn), drawn.kind) if dist.get_rank() == 0 else 0.0
 
 
 def reference(drawn: Drawn) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def reference(drawn: Drawn) -> dict[str, torch.Tensor]:
         for leaf in twin.leaves.values():
             leaf.decayed = True
     optimizer = REFERENCES[drawn.kind](
-        twin, tuple(drawn.optimizer["betas"]), drawn.optimizer["eps"], drawn.optimizer["weight_decay"], ratios
+        twin, tuple(drawn.optimizer["betas"]), drawn.optimizer.get("eps", 0.0), drawn.optimizer["weight_decay"], ratios
     )
     ranks = dist.get_world_size()
     for number, batch in enumerate(token_ids(STEPS, accumulation, ranks), 1):

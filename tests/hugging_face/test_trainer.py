@@ -13,8 +13,9 @@ from twins import RATIOS, paper_lr
         (runs.ds_config("BlockwiseAdamMini", 3), "BlockwiseAdamMini"),
         (None, "BlockwiseAdamW"),
         (None, "BlockwiseAdamMini"),
+        (None, "BlockwiseLion"),
     ],
-    ids=["ZeRO-2 AdamW", "ZeRO-3 Adam-mini", "DDP AdamW", "DDP Adam-mini"],
+    ids=["ZeRO-2 AdamW", "ZeRO-3 Adam-mini", "DDP AdamW", "DDP Adam-mini", "DDP Lion"],
 )
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, deepspeed, kind):
     whole = pool(2).run(runs.train, str(tmp_path), deepspeed, kind)[0]

@@ -25,6 +25,31 @@ REFERENCE = ReferenceKernel()
 QK, VO = BlockType.QK, BlockType.VO
 
 
+@pytest.fixture(scope="module", autouse=True)
+def language_patched_once_a_launch():
+    """Triton's interpreter patches triton.language at a launch, and to the same effect again at every call of a function in
+    it, which is most of its time."""
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    patch, used = interpreter._patch_lang, {}  # function -> those of the modules that it sees
+
+    def patch_once(function):
+        if function not in used:
+            seen = function.__globals__.values()
+            used[function] = [module for module in (language, language.core) if any(module is value for value in seen)]
+        if all(module.static_print is print for module in used[function]):  # as the patch has it
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
 @pytest.fixture(params=DEVICES)
 def kernel(request):
     if request.param == "triton":

@@ -1,14 +1,18 @@
 """Megatron's real pretrain() through our runner (megatron-core 0.19 carries it): log, TensorBoard, flags, plain Adam."""
 
+import ctypes
 import os
 import re
-import socket
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from ranks import free_port, server
 
 pytest.importorskip("megatron.core")
 if find_spec("megatron.training") is None:
@@ -86,24 +90,20 @@ def data(tmp_path_factory):
     return prefix
 
 
-def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), connections="1"):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
+def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), connections="1", anew=False):
+    """(exit code, what it printed) of the script: forked from a process that has imported Megatron, or ``anew`` as users
+    start it."""
+    settings = {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": connections,
     }
-    command = [
-        sys.executable,
-        *(["-m", module] if module else []),
+    words = [
         *options,
         str(SCRIPT),
         *FLAGS,
@@ -113,8 +113,28 @@ def launch(data, *flags, module="blockwise_lr.megatron", options=("--on-cpu",), 
         str(data.parent / "cache"),
         *flags,
     ]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    return run.returncode, run.stdout + run.stderr
+    if anew:
+        command = [sys.executable, *(["-m", module] if module else []), *words]
+        run = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=200)
+        return run.returncode, run.stdout + run.stderr
+    with tempfile.NamedTemporaryFile("r") as printed:
+        process = server().Process(target=run_module, args=(module, words, settings, printed.name))
+        process.start()
+        process.join(200)
+        process.kill()
+        process.join()
+        return process.exitcode, printed.read()
+
+
+def run_module(module, words, settings, printed):
+    """What ``python -m`` does, in a forked process."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test run
+    os.environ.update(settings)
+    file = os.open(printed, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv[1:] = words
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def losses(log):
@@ -181,7 +201,7 @@ def test_plain_adam_trains_as_without_our_runner(data, tmp_path):
     )
     logs = [
         launch(data, "--optimizer", "adam")[1],
-        launch(data, "--optimizer", "adam", module=None, options=(str(alone),))[1],
+        launch(data, "--optimizer", "adam", module=None, options=(str(alone),), anew=True)[1],
     ]
     assert losses(logs[0]) == losses(logs[1]) and len(losses(logs[0])) == 5, logs[1][-3000:]
     assert "learning rates |" not in logs[0]
@@ -211,7 +231,7 @@ def test_a_run_resumes_to_the_bit_and_refuses_other_ratios(data, tmp_path):
 
 
 def test_flags_are_in_megatrons_help_and_checked(data):
-    code, log = launch(data, "--help")
+    code, log = launch(data, "--help", anew=True)
     assert code == 0 and "blockwise learning rates:" in log and "blockwise_adam_mini" in log
     code, log = launch(data, "--optimizer", "blockwise_adamw", "--block-lr-ratios", "embeding=10")
     assert code == 2 and "unknown block type 'embeding'" in log and "number of parameters" not in log

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from kinds import KINDS, options_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from twins import make, token_ids
 
-from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from blockwise_lr import BlockwiseAdamW, map_blocks
 
-OPTIMIZERS = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}
 SETTINGS = {"lr": 2e-3, "eps": 1e-5}
 
 
 def layers(model):
     inner = model.model if hasattr(model, "model") else getattr(model, "transformer", None) or model.gpt_neox
     return getattr(inner, "layers", None) or inner.h
+
+
+def optimizer_of(model, kind: str):
+    return KINDS[kind].optimizer(model.named_parameters(), block_map=map_blocks(model), **options_of(kind, SETTINGS))
 
 
 def step(model, optimizer, batch):
@@ -40,7 +44,7 @@ def train(kind: str, optimizer_kind: str, ranks: int, steps: int = 6) -> dict[st
         for layer in layers(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = OPTIMIZERS[optimizer_kind](model.named_parameters(), block_map=map_blocks(model), **SETTINGS)
+    optimizer = optimizer_of(model, optimizer_kind)
     for batch in token_ids(steps, 1, max(ranks, 2))[:, 0]:
         step(model, optimizer, batch)
     return {name: (p.full_tensor() if ranks > 1 else p).detach().clone() for name, p in model.named_parameters()}

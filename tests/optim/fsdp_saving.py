@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from optim.fsdp import OPTIMIZERS, SETTINGS, layers, step
+from optim.fsdp import layers, optimizer_of, step
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,7 +21,6 @@ from twins import make, token_ids
 
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
-OPTIMIZERS = {**OPTIMIZERS, "AdamW": torch.optim.AdamW}
 STEPS = 3
 
 
@@ -40,7 +39,7 @@ def build(family: str, kind: str, seed: int = 0, replicas: int = 1):
         fully_shard(model, mesh=mesh)
     if kind == "AdamW":
         return model, torch.optim.AdamW(model.named_parameters(), lr=2e-3, eps=1e-5)
-    return model, OPTIMIZERS[kind](model.named_parameters(), block_map=map_blocks(model), **SETTINGS)
+    return model, optimizer_of(model, kind)
 
 
 def train(model, optimizer, batches):

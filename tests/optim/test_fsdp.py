@@ -1,17 +1,23 @@
 """FSDP2: weights equal those of one process with the whole model."""
 
+import itertools
+
 import pytest
+from kinds import KINDS
 from optim import fsdp, fsdp_saving
 from ranks import pool
 from twins import worst_difference
 
+ADAMW, MINI, LION = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("optimizer", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+
+@pytest.mark.parametrize(
+    "optimizer, kind", [*itertools.product([ADAMW, MINI], ["llama", "llama_tied", "gpt2", "gpt_neox"]), (LION, "llama")]
+)
 def test_sharded_parameters_train_as_whole_ones(kind, optimizer):
     wanted = pool(1).run(fsdp.train, kind, optimizer, 1)[0]
     found = pool(2).run(fsdp.train, kind, optimizer, 2)
-    assert worst_difference(found[0], wanted) < 1e-5
+    assert worst_difference(found[0], wanted, optimizer) < 1e-5
     assert worst_difference(found[0], found[1]) == 0
 
 
@@ -24,9 +30,10 @@ def difference(found, wanted):
     return max(float((found[name] - wanted[name]).norm() / (wanted[name].norm() + 1e-30)) for name in wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(
+    "flat, kind, family",
+    [*itertools.product([False, True], [ADAMW, MINI], ["llama", "gpt2"]), (False, LION, "llama")],
+)
 def test_checkpoints_resume_and_reshard(kind, family, flat, tmp_path):
     """torch.distributed.checkpoint: on the same ranks to the bit, on others with the same states to the bit."""
     folder = str(tmp_path / "saved")
@@ -39,7 +46,7 @@ def test_checkpoints_resume_and_reshard(kind, family, flat, tmp_path):
         assert loaded.keys() == saved.keys() and difference(loaded, saved) == 0
 
 
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_full_states_of_sharded_and_whole_models_are_exchanged(kind, tmp_path):
     for saving, loading in ((2, 1), (1, 2)):
         saved = pool(saving).run(fsdp_saving.full_states, "gpt_neox", kind, str(tmp_path))[0]
@@ -48,14 +55,14 @@ def test_full_states_of_sharded_and_whole_models_are_exchanged(kind, tmp_path):
             assert loaded.keys() == saved.keys() and difference(loaded, saved) == 0
 
 
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_hybrid_sharding_saves_and_resumes(kind, tmp_path):
     saved, end = pool(4).run(fsdp_saving.save_and_go_on, "llama", kind, str(tmp_path), False, 2)[0]
     for loaded, again in pool(4).run(fsdp_saving.load_and_go_on, "llama", kind, str(tmp_path), False, True, 2):
         assert difference(loaded, saved) == 0 and difference(again, end) == 0
 
 
-@pytest.mark.parametrize("kind", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_sharded_state_dicts_come_back(kind):
     found, wanted = (pool(2).run(case, "gpt2", kind) for case in (fsdp_saving.copied, fsdp_saving.uninterrupted))
     assert difference(found[0], wanted[0]) == 0
