@@ -1,7 +1,8 @@
 """The arms: what is compared, as data. Everything that is not in this table is the same for all of them.
 
 The schedule is BlockwiseWarmupCosine for every arm: 10% warmup, then a cosine from each peak to ``floor`` x base
-learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1.
+learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1. Lion's betas are (0.95, 0.98),
+its weight decay 1.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 
-from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
 
 BETAS, EPS, WEIGHT_DECAY, WARMUP, CLIP = (0.9, 0.95), 1e-8, 0.1, 0.1, 1.0
+LION_BETAS, LION_WEIGHT_DECAY = (0.95, 0.98), 1.0  # as the official scripts of the paper
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ ARMS = {
     "adamw": Arm("AdamW", 4),
     "blockwise": Arm("BlockwiseAdamW", -2),  # the paper's ratios: embedding and head 10, QK 8, FFN 6, VO 4, norm 1
     "mini": Arm("BlockwiseAdamMini", -2),
+    # Lion with one rate, and with the paper's ratios
+    "lion": Arm("BlockwiseLion", -3, {"block_lr_ratios": "uniform"}),
+    "blockwise-lion": Arm("BlockwiseLion", -9),
     # is it the ratios, or that shared floors let the matrices decay further?
     "adamw-floor-0": Arm("AdamW", 4, floor=0.0),
     "blockwise-floor-0": Arm("BlockwiseAdamW", -2, floor=0.0),
@@ -83,15 +88,18 @@ def build_optimizer(arm: Arm, model: torch.nn.Module, lr: float) -> torch.optim.
         ]
         fused = next(model.parameters()).is_cuda
         return torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused)
-    optimizer = {"BlockwiseAdamW": BlockwiseAdamW, "BlockwiseAdamMini": BlockwiseAdamMini}[arm.optimizer]
+    of_adam = {"betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
+    optimizer, settings = {
+        "BlockwiseAdamW": (BlockwiseAdamW, of_adam),
+        "BlockwiseAdamMini": (BlockwiseAdamMini, of_adam),
+        "BlockwiseLion": (BlockwiseLion, {"betas": LION_BETAS, "weight_decay": LION_WEIGHT_DECAY}),
+    }[arm.optimizer]
     return optimizer(
         model.named_parameters(),
         lr=lr,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
         block_map=map_blocks(model),
         decay_norms_and_biases=arm.decay_all,
         min_lr=arm.floor * lr,
+        **settings,
         **arm.options,
     )

@@ -111,7 +111,7 @@ def base_table(rows: Rows) -> str:
     lines = []
     for cell, arms in results(rows).items():
         for arm, result in arms.items():
-            if BASE not in arms or ARMS[arm].optimizer == "AdamW":
+            if BASE not in arms or ARMS[arm].optimizer not in ("BlockwiseAdamW", "BlockwiseAdamMini"):
                 continue
             rule = arms[BASE].lr / lr_ratios(ARMS[arm].options.get("block_lr_ratios"))[BlockType.FFN]
             found = f"{result.lr:g}" + ("" if result.inside else " at the edge so far")

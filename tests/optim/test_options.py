@@ -5,7 +5,7 @@ import pytest
 import torch
 from twins import make
 
-from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
+from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
 from blockwise_lr.rules.adam_mini import AdamMiniOptions
 from blockwise_lr.rules.adamw import AdamWOptions
 from blockwise_lr.transformers import BlockwiseAdamWFactory
@@ -147,6 +147,10 @@ def test_the_base_rate_follows_from_adamws_so_that_the_ffn_trains_at_it():
     )
     assert rates_of(lr="from_adamw", adamw_lr=3e-3) == rates_of(adamw_lr=3e-3)
     assert rates_of(adamw_lr=3e-3, block_lr_ratios="embedding")["norm"] == pytest.approx(3e-3)
+    with pytest.raises(
+        BlockError, match="adamw_lr is 0.003, and the rates of this optimizer do not follow from AdamW's"
+    ):
+        BlockwiseLion(make("llama").named_parameters(), adamw_lr=3e-3)
     with pytest.raises(BlockError, match="lr is 0.001 and adamw_lr 0.003; give one of them"):
         rates_of(lr=1e-3, adamw_lr=3e-3)
 
@@ -158,5 +162,5 @@ def test_adamws_rate_as_the_base_rate_is_warned_of(caplog):
     rates_of(lr=3e-3)
     assert [record.getMessage() for record in caplog.records] == [
         "BlockwiseAdamW: lr 0.003 is that of the norms and trains ffn blocks at 0.018, above what one learning rate "
-        "usually is (0.01 at most); if 0.003 is the rate of an AdamW run, give adamw_lr=0.003 in place of lr"
+        "usually is (0.01 at most); if 0.003 is the rate of a run with one rate, give adamw_lr=0.003 in place of lr"
     ]

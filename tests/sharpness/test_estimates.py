@@ -42,7 +42,7 @@ def exact(kind, model, ids):
             grads = torch.autograd.grad(value, [leaf.tensor for leaf in leaves], retain_graph=True, allow_unused=True)
             for leaf, grad in zip(leaves, grads):
                 square = 0.0 if grad is None else float(grad.square().sum())
-                trace[leaf.block] = trace.get(leaf.block, 0.0) + float(value.exp()) * square / len(log_p)
+                trace[leaf.block] = trace.get(leaf.block, 0.0) + float(value.detach().exp()) * square / len(log_p)
     return {block: (numel[block], trace[block]) for block in numel}
 
 

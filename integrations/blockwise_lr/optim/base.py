@@ -137,11 +137,11 @@ class BlockwiseOptimizer(Saving):
         for group in self.param_groups:
             lr, rate = float(group["lr"]), group_lr(group, BlockType.FFN)
             if rate > high and rate > lr and is_rank_zero():
+                cure = f"give adamw_lr={lr:g} in place of lr" if self.Options.FOLLOWS_ADAMW else "give a lower lr"
                 logger.warning(
-                    "%s: lr %g is that of the norms and trains ffn blocks at %g, above what one learning rate usually is "
-                    "(%g at most); if %g is the rate of an AdamW run, give adamw_lr=%g in place of lr",
-                    type(self).__name__, lr, rate, high, lr, lr,
-                )  # fmt: skip
+                    f"{type(self).__name__}: lr {lr:g} is that of the norms and trains ffn blocks at {rate:g}, above what one "
+                    f"learning rate usually is ({high:g} at most); if {lr:g} is the rate of a run with one rate, {cure}"
+                )
                 return
 
     def _described(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from .options import Betas, NotNegative, OptimizerOptions, Rate
 class LionOptions(OptimizerOptions):
     """Those of Lion."""
 
+    FOLLOWS_ADAMW = False
+
     lr: Annotated[Rate, Field(description="the base learning rate, that of the norms; 3 to 10 times below AdamW's")] = (
         1e-4
     )

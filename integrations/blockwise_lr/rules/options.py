@@ -201,6 +201,9 @@ class OptimizerOptions(GroupOptions):
         "adamw_lr",
     )
 
+    # whether a good rate of AdamW's says anything about one of this rule's
+    FOLLOWS_ADAMW: ClassVar[bool] = True
+
     block_rules: Annotated[
         Any, BeforeValidator(_rules), Field(description="naming rules of your own, where no block_map is given")
     ] = None
@@ -239,6 +242,10 @@ class OptimizerOptions(GroupOptions):
     @model_validator(mode="before")
     @classmethod
     def _lr_from_adamw(cls, values: Any) -> Any:
+        if not cls.FOLLOWS_ADAMW and values.get("adamw_lr") is not None:
+            raise BlockError(
+                f"adamw_lr is {shown(values['adamw_lr'])}, and the rates of this optimizer do not follow from AdamW's; give lr"
+            )
         return with_base_lr(values)
 
     @field_validator("accept_mismatch", mode="before")
