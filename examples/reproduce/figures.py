@@ -62,12 +62,17 @@ def final_table(rows: Rows) -> str:
     return _markdown(["cell", "steps", "arm", "rates tried", "best lr", "seeds", "final loss", "max - min"], lines)
 
 
+def _comparable(base: Result | None, other: Result | None) -> bool:
+    """Whether both arms' best learning rates are found, and they share a seed there."""
+    return base is not None and other is not None and base.inside and other.inside and bool(gains(base, other))
+
+
 def gain_table(rows: Rows) -> str:
-    """Every arm against AdamW in the same cell."""
+    """Every arm against AdamW in the same cell, where both arms' best rates have worse ones on both sides."""
     lines = []
     for cell, arms in results(rows).items():
         for arm, result in arms.items():
-            if BASE not in arms or arm == BASE or not gains(arms[BASE], result):
+            if arm == BASE or not _comparable(arms.get(BASE), result):
                 continue
             base = arms[BASE]
             share = "" if result.steps != base.steps else _plus_minus(step_shares(base, result), "{:.0%}".format)
@@ -225,7 +230,7 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
     figure, axes = _grid(2)
     lines: dict[str, list[tuple[int, int, float, float]]] = {}
     for arms in found.values():
-        if {BASE, "blockwise"} <= set(arms) and gains(arms[BASE], arms["blockwise"]):
+        if _comparable(arms.get(BASE), arms.get("blockwise")):
             run = Run(**arms[BASE].seeds[0]["run"])
             mean, half = interval(gains(arms[BASE], arms["blockwise"]))
             if math.isfinite(mean):
