@@ -7,6 +7,7 @@ makes the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``
 from __future__ import annotations
 
 import argparse
+import gc
 import contextlib
 import copy
 import json
@@ -171,6 +172,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         results = {"sweep": [asdict(run) for run in sweep], "runs": [asdict(run) for run in runs]}
         (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    gc.collect()  # engines that are done: their process groups' threads end before Python does
     dist.barrier()
     dist.destroy_process_group()
 

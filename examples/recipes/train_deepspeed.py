@@ -11,6 +11,7 @@ on from the newest checkpoint there.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -212,6 +213,9 @@ def main(words: Sequence[str] | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    engine = main()
+    engine.destroy()
+    del engine
+    gc.collect()  # so that its process groups' threads end before Python does: one that outlives it can abort the process
     dist.barrier()
     dist.destroy_process_group()
