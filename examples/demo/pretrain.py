@@ -7,9 +7,9 @@ makes the config's ``BlockwiseAdamW`` known is ``import blockwise_lr.deepspeed``
 from __future__ import annotations
 
 import argparse
-import gc
 import contextlib
 import copy
+import gc
 import json
 import logging
 import sys
