@@ -133,7 +133,8 @@ def arms(numel: int, device: torch.device, before: str | None) -> dict[str, Call
         **_peers(flat),
     }
     if before:
-        for kind in set(dir(importlib.import_module(f"{before}.optim"))) & CLASSES.keys():
+        known = importlib.import_module(f"{before}.optim")
+        for kind in CLASSES.keys() & {*dir(known), *getattr(known, "CLASSES", ())}:
             makers[f"{kind}, before"] = functools.partial(ours, kind, flat, numel, before)
     if numel <= 120_000_000:
         makers["torch foreach AdamW"] = lambda: torch.optim.AdamW([flat], foreach=True, **SETTINGS)
