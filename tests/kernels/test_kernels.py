@@ -14,7 +14,6 @@ from random_layouts import random_layouts
 
 from blockwise_lr.blocks import BlockType, ParamLayout, Piece
 from blockwise_lr.kernels import ReferenceKernel, StepValues, Work, kernel_for
-from blockwise_lr.kernels.interface import step_each
 from blockwise_lr.optim import CLASSES
 from blockwise_lr.plan.shards import Fragment
 from blockwise_lr.plan.step_plan import element_plan, segment_plan, slot_numel
@@ -105,17 +104,17 @@ def step(rule, kernel, case, dtype=torch.float32, tweak=None, out=None):
     param, grad, *states = (t.to(device) for t in (param, grad, *states[: len(rule.element_states)]))
     if rule.segment_state is None:
         plan = element_plan(numel, fragments, used)
-        kernel.element_step(rule, param, grad, states, plan, values(rule, plan), out)
+        kernel.step(rule, [Work(param, grad, states, plan, values(rule, plan), out)])
         return [t.cpu() for t in (param, *states)]
     plan = segment_plan(numel, fragments, used, parts={"plain": 2})
     moments = torch.rand(plan.slots, generator=torch.Generator().manual_seed(6)).to(device)
-    numbers = values(rule, plan)
-    kernel.segment_step(rule, param, grad, states, moments, plan, numbers, out)
+    work = Work(param, grad, states, plan, values(rule, plan), out, moments)
+    kernel.step(rule, [work])
     sums = torch.zeros(plan.slots, device=device)
     kernel.sum_squares(grad, plan.shared, sums)
     slots, sizes = (torch.from_numpy(a).to(device) for a in slot_numel(plan.shared))
     moments[slots] = 0.95 * moments[slots] + 0.05 * sums[slots] / sizes
-    kernel.segment_step(rule, param, grad, states, moments, plan, numbers, out, presummed=True)
+    kernel.step(rule, [work], presummed=True)
     return [t.cpu() for t in (param, *states, moments)]
 
 
@@ -184,8 +183,9 @@ def test_tensors_that_are_stepped_together_are_stepped_as_each_alone(rule, kerne
     """In any company, and in other company from step to step."""
     for seeds in (range(20), range(20), range(1, 20, 2), [4], range(20)):
         together, alone = works(rule, kernel, seeds), works(rule, kernel, seeds)
-        kernel.step_all(rule, together)
-        step_each(REFERENCE, rule, alone)
+        kernel.step(rule, together)
+        for work in alone:
+            REFERENCE.step(rule, [work])
         for a, b in zip(together, alone, strict=True):
             close(
                 [t.cpu() for t in (a.param, *a.states, *([] if a.moments is None else [a.moments]))],
@@ -207,7 +207,7 @@ def test_one_launch_steps_all_tensors_of_a_kind(rule, monkeypatch):
         lambda self, rule, group, *rest: launched.append(len(group)) or launch(self, rule, group, *rest),
     )
     kernel = kernel_for(DEVICES["triton"], "triton")
-    kernel.step_all(rule, works(rule, kernel, [1, 7, 5, 11]))
+    kernel.step(rule, works(rule, kernel, [1, 7, 5, 11]))
     assert launched == [4]
 
 

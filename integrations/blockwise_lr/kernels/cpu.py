@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..plan.step_plan import Rectangles, StepPlan
+from ..plan.step_plan import Rectangles
 from ..rules.base import RULES, CppBody, UpdateRule
-from .interface import GRADIENT_TYPES, StepValues, Work, fits, refuse_other_sizes, step_each
+from .interface import GRADIENT_TYPES, Work, fits, refuse_other_sizes
 from .reference import ReferenceKernel
 from .tiling import tiles
 
@@ -162,23 +162,12 @@ class CppKernel:
         self._reference = ReferenceKernel()
         self._tiles: weakref.WeakKeyDictionary[Rectangles, np.ndarray] = weakref.WeakKeyDictionary()
 
-    def element_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        if rule.cpp is None or not fits(_DEVICES, param, grad, *states) or not _takes(out):
-            return self._reference.element_step(rule, param, grad, states, plan, values, out)
-        refuse_other_sizes(plan.local, param, grad, *states, out)
-        self._step(rule, param, grad, states, None, plan.local, values, out, own_sums=False)
-
-    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-        step_each(self, rule, works, presummed=presummed)
+    def step(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        for work in works:
+            if rule.cpp is None or not fits(_DEVICES, *work.tensors()) or not _takes(work.out):
+                self._reference.step(rule, [work], presummed=presummed)
+            else:
+                self._step(rule, work, presummed)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not fits(_DEVICES, sums, grad):
@@ -194,54 +183,24 @@ class CppKernel:
             torch.get_num_threads(),
         )
 
-    def segment_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-        *,
-        presummed: bool = False,
-    ) -> None:
-        if rule.cpp is None or not fits(_DEVICES, param, grad, *states, moments) or not _takes(out):
-            return self._reference.segment_step(
-                rule, param, grad, states, moments, plan, values, out, presummed=presummed
-            )
-        rectangles = plan.shared if presummed else plan.local
-        refuse_other_sizes(rectangles, param, grad, *states, out, slots=moments)
-        self._step(rule, param, grad, states, moments, rectangles, values, out, own_sums=not presummed)
-
-    def _step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor | None,
-        rectangles: Rectangles,
-        values: StepValues,
-        out: torch.Tensor | None,
-        own_sums: bool,
-    ) -> None:
+    def _step(self, rule: UpdateRule, work: Work, presummed: bool) -> None:
+        rectangles, values = work.rectangles(presummed), work.values
+        refuse_other_sizes(rectangles, work.param, work.grad, *work.states, work.out, slots=work.moments)
         tiles = self._tiles_of(rectangles)
-        pointers = [state.data_ptr() for state in states]
+        pointers = [state.data_ptr() for state in work.states]
         getattr(self._built, f"blockwise_step_{rule.name}")(
-            param.data_ptr(),
-            grad.data_ptr(),
-            GRADIENT_TYPES.index(grad.dtype),
+            work.param.data_ptr(),
+            work.grad.data_ptr(),
+            GRADIENT_TYPES.index(work.grad.dtype),
             (ctypes.c_void_p * 2)(pointers[0], pointers[-1]),
-            None if moments is None else moments.data_ptr(),
-            None if out is None else out.data_ptr(),
+            None if work.moments is None else work.moments.data_ptr(),
+            None if work.out is None else work.out.data_ptr(),
             tiles.ctypes.data,
             len(tiles),
             (ctypes.c_float * len(values.lrs))(*values.lrs),
             (ctypes.c_float * len(values.decays))(*values.decays),
             (ctypes.c_float * 8)(*values.scalars),
-            own_sums,
+            work.moments is not None and not presummed,
             torch.get_num_threads(),
         )
 

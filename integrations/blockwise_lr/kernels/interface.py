@@ -32,7 +32,16 @@ class StepValues:
 
 @dataclass(frozen=True)
 class Work:
-    """One tensor's step: the arguments of :meth:`Kernel.element_step`, or with ``moments`` of :meth:`Kernel.segment_step`."""
+    """One tensor's step. All tensors but ``moments`` are flat (numel,) and contiguous.
+
+    Attributes:
+        param: what is stepped, in place.
+        grad: float32, bfloat16 or float16.
+        states: the rule's element states in its order, stepped in place.
+        plan, values: what lies in the tensor, and the numbers of this step.
+        out: bfloat16, takes the updated parameters rounded to nearest.
+        moments: (slots,), the segment state of rules that have one, stepped in place.
+    """
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -52,62 +61,21 @@ class Work:
 
 
 class Kernel(Protocol):
-    """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative).
-
-    All tensors are flat (numel,) and contiguous. Gradients may be float32, bfloat16 or float16. ``states`` are the rule's
-    element states in its order. ``out`` (numel,), bfloat16, takes the updated parameters rounded to nearest, where it is
-    given.
-    """
+    """One implementation; all give the same numbers (the reference's to the bit, others within 1e-6 relative)."""
 
     name: str
 
-    def element_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        """One step of a rule without segments, in place; elements outside the plan's rectangles stay as they are."""
+    def step(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        """One step of several tensors, in one launch where the kernel can; elements outside of the plans' rectangles stay
+        as they are.
+
+        Args:
+            presummed: of rules with segments, over ``plan.shared``, whose moments of this step the caller has already set,
+                in place of ``plan.local``, whose squared gradients are summed here.
+        """
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         """Adds each segment's sum of squared gradients to its slot of ``sums`` (slots,), float32."""
-
-    def segment_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-        *,
-        presummed: bool = False,
-    ) -> None:
-        """One step of a rule with segments, in place: sums, ``moments`` (slots,), and the update.
-
-        Args:
-            presummed: over ``plan.shared``, whose moments of this step the caller has already set, in place of
-                ``plan.local``, whose squared gradients are summed here.
-        """
-
-    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-        """The steps of several tensors, each as above, in one launch where the kernel can."""
-
-
-def step_each(kernel: Kernel, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-    """:meth:`Kernel.step_all`, one tensor after the other."""
-    for work in works:
-        arguments = (rule, work.param, work.grad, work.states)
-        if work.moments is None:
-            kernel.element_step(*arguments, work.plan, work.values, work.out)
-        else:
-            kernel.segment_step(*arguments, work.moments, work.plan, work.values, work.out, presummed=presummed)
 
 
 def fits(devices: Sequence[str], *tensors: torch.Tensor) -> bool:

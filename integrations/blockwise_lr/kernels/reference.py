@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles, StepPlan
+from ..plan.step_plan import CLASS, INNER, OFFSET, OUTER, SLOT, SLOT_STEP, STRIDE, UNIT, Rectangles
 from ..plan.views import runs_of, segments_of, slots_of
 from ..rules.base import UpdateRule
-from .interface import StepValues, Work, step_each
+from .interface import Work
 
 # Elements worked on at a time: temporaries of an optimizer step stay this small however large the shard.
 TILE = 1 << 20
@@ -22,81 +22,57 @@ class ReferenceKernel:
 
     name = "reference"
 
-    def element_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        for tile in _tiles(plan.local):
-            p, kept = runs_of(param, tile), [runs_of(state, tile) for state in states]
-            number = int(tile[CLASS])
-            rule.update(
-                p, runs_of(grad, tile).to(p.dtype), kept, values.lrs[number], values.decays[number], values.scalars
-            )
-            _copy_out(out, param, tile)
-
-    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-        step_each(self, rule, works, presummed=presummed)
+    def step(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        for work in works:
+            if work.moments is None:
+                _step_elements(rule, work)
+            elif presummed:
+                for tile in _tiles(work.plan.shared):
+                    _segment_tile(rule, work, work.moments, tile)
+            else:
+                _step_segments(rule, work, work.moments)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         for tile in _tiles(rectangles):
             slots_of(sums, tile).add_(_segment_sums(grad, tile))
 
-    def segment_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-        *,
-        presummed: bool = False,
-    ) -> None:
-        if presummed:
-            for tile in _tiles(plan.shared):
-                _segment_tile(rule, param, grad, states, moments, tile, values, out)
-            return
-        rectangles = plan.local
-        for row, numel in zip(rectangles.table, rectangles.segment_numel):
-            spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
-            if spread:
-                rule.next_moment(slots_of(moments, row), _spread_sums(grad, row) / numel, values.scalars)
-            for tile in _split(row):
-                if not spread:
-                    rule.next_moment(slots_of(moments, tile), _segment_sums(grad, tile) / numel, values.scalars)
-                _segment_tile(rule, param, grad, states, moments, tile, values, out)
+
+def _step_elements(rule: UpdateRule, work: Work) -> None:
+    values = work.values
+    for tile in _tiles(work.plan.local):
+        p, kept = runs_of(work.param, tile), [runs_of(state, tile) for state in work.states]
+        number = int(tile[CLASS])
+        rule.update(
+            p, runs_of(work.grad, tile).to(p.dtype), kept, values.lrs[number], values.decays[number], values.scalars
+        )
+        _copy_out(work.out, work.param, tile)
 
 
-def _segment_tile(
-    rule: UpdateRule,
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    states: Sequence[torch.Tensor],
-    moments: torch.Tensor,
-    tile: np.ndarray,
-    values: StepValues,
-    out: torch.Tensor | None,
-) -> None:
+def _step_segments(rule: UpdateRule, work: Work, moments: torch.Tensor) -> None:
+    rectangles, grad, scalars = work.plan.local, work.grad, work.values.scalars
+    for row, numel in zip(rectangles.table, rectangles.segment_numel):
+        spread = row[SLOT_STEP] == 0 and row[OUTER] > 1  # segments go through all runs: sum them before any update
+        if spread:
+            rule.next_moment(slots_of(moments, row), _spread_sums(grad, row) / numel, scalars)
+        for tile in _split(row):
+            if not spread:
+                rule.next_moment(slots_of(moments, tile), _segment_sums(grad, tile) / numel, scalars)
+            _segment_tile(rule, work, moments, tile)
+
+
+def _segment_tile(rule: UpdateRule, work: Work, moments: torch.Tensor, tile: np.ndarray) -> None:
     """The update of a tile, whose segment states are those of this step already."""
-    p, kept = segments_of(param, tile), [segments_of(state, tile) for state in states]
-    number = int(tile[CLASS])
+    p, kept = segments_of(work.param, tile), [segments_of(state, tile) for state in work.states]
+    number, values = int(tile[CLASS]), work.values
     rule.update(
         p,
-        segments_of(grad, tile).to(p.dtype),
+        segments_of(work.grad, tile).to(p.dtype),
         [*kept, slots_of(moments, tile).unsqueeze(-1)],
         values.lrs[number],
         values.decays[number],
         values.scalars,
     )
-    _copy_out(out, param, tile)
+    _copy_out(work.out, work.param, tile)
 
 
 def _copy_out(out: torch.Tensor | None, param: torch.Tensor, row: np.ndarray) -> None:

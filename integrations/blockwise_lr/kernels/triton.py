@@ -22,9 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..plan.step_plan import Rectangles, StepPlan
+from ..plan.step_plan import Rectangles
 from ..rules.base import UpdateRule
-from .interface import StepValues, Work, fits, refuse_other_sizes, step_each
+from .interface import Work, fits, refuse_other_sizes
 from .reference import ReferenceKernel
 from .triton_tasks import BLOCK, COLUMNS, FIELDS, Kept, sums_of, tasks
 
@@ -258,32 +258,22 @@ class TritonKernel:
         self._reference = ReferenceKernel()
         self._kept = Kept()
 
-    def element_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-    ) -> None:
-        self.step_all(rule, [Work(param, grad, states, plan, values, out)])
-
-    def segment_step(
-        self,
-        rule: UpdateRule,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        states: Sequence[torch.Tensor],
-        moments: torch.Tensor,
-        plan: StepPlan,
-        values: StepValues,
-        out: torch.Tensor | None = None,
-        *,
-        presummed: bool = False,
-    ) -> None:
-        self.step_all(rule, [Work(param, grad, states, plan, values, out, moments)], presummed=presummed)
+    def step(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
+        together: dict[Any, tuple[list[Work], list[tuple[int, ...]]]] = {}
+        for work in works:
+            if rule.triton is None or not fits(_devices(), *work.tensors()) or not _takes(work.out):
+                self._reference.step(rule, [work], presummed=presummed)
+                continue
+            refuse_other_sizes(
+                work.rectangles(presummed), work.param, work.grad, *work.states, work.out, slots=work.moments
+            )
+            key = (work.param.device, work.grad.dtype, work.values.scalars, work.out is None)
+            addresses = tuple(tensor.data_ptr() for tensor in _placed(work))
+            group, places = together.setdefault(key if _is_aligned(work, addresses) else id(work), ([], []))
+            group.append(work)
+            places.append(addresses)
+        for group, places in together.values():
+            self._launch(rule, group, places, presummed)
 
     def sum_squares(self, grad: torch.Tensor, rectangles: Rectangles, sums: torch.Tensor) -> None:
         if not fits(_devices(), sums, grad):
@@ -300,23 +290,6 @@ class TritonKernel:
         for slots, places in work.rounds:
             sums[slots] += buffer[places]
 
-    def step_all(self, rule: UpdateRule, works: Sequence[Work], *, presummed: bool = False) -> None:
-        together: dict[Any, tuple[list[Work], list[tuple[int, ...]]]] = {}
-        for work in works:
-            if rule.triton is None or not fits(_devices(), *work.tensors()) or not _takes(work.out):
-                step_each(self._reference, rule, [work], presummed=presummed)
-                continue
-            refuse_other_sizes(
-                work.rectangles(presummed), work.param, work.grad, *work.states, work.out, slots=work.moments
-            )
-            key = (work.param.device, work.grad.dtype, work.values.scalars, work.out is None)
-            addresses = _addresses(work)
-            group, places = together.setdefault(key if _is_aligned(work, addresses) else id(work), ([], []))
-            group.append(work)
-            places.append(addresses)
-        for group, places in together.values():
-            self._launch(rule, group, places, presummed)
-
     def _launch(
         self, rule: UpdateRule, works: Sequence[Work], addresses: Sequence[tuple[int, ...]], presummed: bool
     ) -> None:
@@ -331,10 +304,8 @@ class TritonKernel:
         )
         if not made.count:
             return
-        second = first.states[-1] if first.moments is None else first.moments
-        tensors = (first.param, first.grad, first.states[0], second, first.param if first.out is None else first.out)
         places = _places(first, addresses, device) if len(works) > 1 else made.table  # unused where there is one
-        arguments = (*tensors, made.owner, made.table, places)
+        arguments = (*_placed(first), made.owner, made.table, places)
         sizes = {
             "COPY": first.out is not None,
             "BLOCK": BLOCK,
@@ -369,11 +340,11 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _addresses(work: Work) -> tuple[int, ...]:
-    """Of the parameter, gradient, first state, second state or moments, copy; in the table's order."""
+def _placed(work: Work) -> tuple[torch.Tensor, ...]:
+    """Parameter, gradient, first state, second state or moments, copy: the columns of the table of places. Where there is
+    no second state or no copy, another tensor stands in, which the launch does not read there."""
     second = work.states[-1] if work.moments is None else work.moments
-    out = work.param if work.out is None else work.out
-    return tuple(t.data_ptr() for t in (work.param, work.grad, work.states[0], second, out))
+    return work.param, work.grad, work.states[0], second, work.param if work.out is None else work.out
 
 
 def _is_aligned(work: Work, addresses: tuple[int, ...]) -> bool:
@@ -387,7 +358,7 @@ def _is_aligned(work: Work, addresses: tuple[int, ...]) -> bool:
 
 def _places(first: Work, addresses: Sequence[tuple[int, ...]], device: torch.device) -> torch.Tensor:
     """How far each tensor lies from that of the first work, in elements: int64, (works, _PLACES)."""
-    sizes = np.array([4, first.grad.element_size(), 4, 4, 4 if first.out is None else first.out.element_size()])
+    sizes = np.array([tensor.element_size() for tensor in _placed(first)])
     table = np.array(addresses, dtype=np.int64)
     return _sent(torch.from_numpy((table - table[0]) // sizes), device)
 

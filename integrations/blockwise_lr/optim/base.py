@@ -495,12 +495,12 @@ class BlockwiseOptimizer(Saving):
             if all(map(is_row, kept)):
                 together.setdefault(kernel, []).append(made)
                 continue
-            kernel.step_all(self.rule, [made], presummed=presummed)
+            kernel.step(self.rule, [made], presummed=presummed)
             for original, stepped in zip(kept, (param, *states)):
                 if not is_row(original):
                     write_back(original, stepped)
         for kernel, works in together.items():
-            kernel.step_all(self.rule, works, presummed=presummed)
+            kernel.step(self.rule, works, presummed=presummed)
 
     def _kernel(self, tensor: torch.Tensor) -> Kernel:
         return kernel_for(tensor.device, self.kernel_name)

@@ -103,6 +103,7 @@ def _rules(value: Any) -> Any:
 
 
 Rate = Annotated[Any, BeforeValidator(_rate)]
+RateOrNone = Annotated[Any, BeforeValidator(lambda value: None if value is None else _at_least_0(value))]
 Betas = Annotated[tuple[float, float], BeforeValidator(_betas)]
 NotNegative = Annotated[float, BeforeValidator(_at_least_0)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
@@ -173,8 +174,7 @@ class GroupOptions(_Checked):
         False
     )
     min_lr: Annotated[
-        Any,
-        BeforeValidator(lambda value: None if value is None else _at_least_0(value)),
+        RateOrNone,
         Field(
             description="what :class:`~blockwise_lr.schedules.BlockwiseWarmupCosine` lets all block types decay to; lr / 20 "
             "by default. Other schedulers do not use it"
@@ -216,8 +216,7 @@ class OptimizerOptions(GroupOptions):
         Field(description='"auto", or a kernel\'s name (see :mod:`blockwise_lr.kernels`)'),
     ] = "auto"
     adamw_lr: Annotated[
-        Any,
-        BeforeValidator(lambda value: None if value is None else _at_least_0(value)),
+        RateOrNone,
         Field(
             description="in place of ``lr``: the learning rate of an AdamW run that this one follows; ``lr`` becomes "
             "adamw_lr over the ffn's ratio, so that most weights train at AdamW's rate"
