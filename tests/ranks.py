@@ -20,6 +20,7 @@ import pickle
 import random
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -200,16 +201,38 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
         except EOFError:
             return
         _join_group()
+        before = _process_state()
         try:
             answer = ("result", case(*arguments), "")
         except BaseException as error:
             answer = _failure(error, traceback.format_exc())
+        if left := _leftovers(before):
+            answer = _failure(AssertionError(left), left)
         # what the case leaves in circles of references, process groups with their threads among it; the answer counts the rest
         gc.collect()
         try:
             pipe.send((*answer, _threads()))
         except Exception as error:  # what does not pickle
             pipe.send((*_failure(error, traceback.format_exc()), _threads()))
+
+
+def _process_state() -> dict[str, Any]:
+    """What decides how the models of a process are made, and what a case could leave changed for the next one."""
+    import torch
+
+    state = {"torch.empty": torch.empty, "torch's default dtype": torch.get_default_dtype()}
+    if integration := sys.modules.get("transformers.integrations.deepspeed"):
+        state["transformers' ZeRO-3"] = integration.is_deepspeed_zero3_enabled()
+    return state
+
+
+def _leftovers(before: dict[str, Any]) -> str:
+    """What a case has left changed, in words: it fails for it, for otherwise another would, in some orders only."""
+    after = _process_state()
+    changed = [name for name, value in before.items() if after[name] != value]
+    if "transformers' ZeRO-3" not in before and after.get("transformers' ZeRO-3"):
+        changed.append("transformers' ZeRO-3")
+    return f"the case leaves the process changed: {', '.join(changed)}" if changed else ""
 
 
 def _failure(error: BaseException, text: str) -> tuple[str, BaseException, str]:

@@ -1,5 +1,7 @@
 """DeepSpeed's switches for ZeRO, precision and offload: each trains right, or is refused before the first step."""
 
+import unittest.mock
+
 import pytest
 import torch
 from deepspeed_door.engines import config, start
@@ -104,6 +106,22 @@ def test_what_another_optimizer_would_step_is_refused(kind, stage, options, word
     assert words in str(errors[0]) and type(errors[0]).__name__ == "BlockError"
 
 
+def sharded(settings):
+    """The float32 LLaMA twin, made under zero.Init."""
+    import deepspeed
+    from twins import MODELS
+
+    deepspeed.init_distributed("gloo")
+    accelerator = deepspeed.get_accelerator()
+    torch.manual_seed(0)
+    # where fp16 is not native, zero.Init of DeepSpeed 0.19.8 makes weights in bfloat16, whatever dtype it is given
+    with (
+        unittest.mock.patch.object(accelerator, "is_fp16_supported", lambda: True),
+        deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32),
+    ):
+        return MODELS["llama"]()
+
+
 def made_under_zero_init(kind, uneven):
     """A model made sharded trains as one that was made whole; with another order on one rank all ranks refuse it."""
     import deepspeed
@@ -112,13 +130,8 @@ def made_under_zero_init(kind, uneven):
     from twins import MODELS, worst_difference
 
     settings = config(kind, 3, steps=6, train_micro_batch_size_per_gpu=2)
-    deepspeed.init_distributed("gloo")
-    # where fp16 is not native, zero.Init of DeepSpeed 0.19.8 makes weights in bfloat16, whatever dtype it is given
-    deepspeed.get_accelerator().is_fp16_supported = lambda: True
+    model = sharded(settings)
     whole = make("llama")
-    torch.manual_seed(0)
-    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
-        model = MODELS["llama"]()
     with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
         for p, value in zip(model.parameters(), whole.parameters()):
             p.data.copy_(value)
@@ -137,3 +150,15 @@ def test_models_made_under_zero_init(kind):
     assert max(pool(2).run(made_under_zero_init, kind, False)) < 1e-5
     for error in pool(2).run(made_under_zero_init, kind, True, errors=True):
         assert "the ranks would not train alike: parameter 5 of the model" in str(error)
+
+
+def made_for_another_stage(kind, stage, dtype):
+    """A model of empty tensors, for a stage that would train these."""
+    model = sharded(config(kind, 3))
+    start(model, config(kind, stage, dtype=dtype, steps=6))
+
+
+@pytest.mark.parametrize("kind, stage, dtype", [*zip(KINDS, (0, 1, 2), ("fp32", "bf16", "fp32"))])
+def test_models_made_under_zero_init_for_another_stage_are_refused(kind, stage, dtype):
+    for error in pool(2).run(made_for_another_stage, kind, stage, dtype, errors=True):
+        assert "made under deepspeed.zero.Init" in str(error) and f"stage is {stage}; set stage 3" in str(error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,8 +44,20 @@ def ds_config(kind: str, stage: int, **top: Any) -> dict[str, Any]:
     }
 
 
-def _fresh_state() -> None:
-    """Accelerate and transformers keep one state per process; a new case starts without it."""
+@contextlib.contextmanager
+def own_state() -> Iterator[None]:
+    """Accelerate and transformers keep one state per process: a case starts without it, and leaves none to the next one.
+
+    With stage 3's left behind, transformers makes every later model of the process under zero.Init.
+    """
+    _reset_state()
+    try:
+        yield
+    finally:
+        _reset_state()
+
+
+def _reset_state() -> None:
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -53,6 +67,7 @@ def _fresh_state() -> None:
     GradientState._reset_state()
 
 
+@own_state()
 def train(
     folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", resume: bool = False, model: str = "llama"
 ) -> dict[str, Any]:
@@ -73,7 +88,6 @@ def train(
     from blockwise_lr import transformers as door
 
     logging.disable(logging.WARNING)
-    _fresh_state()
     arguments = transformers.TrainingArguments(
         output_dir=folder,
         max_steps=STEPS,
@@ -100,6 +114,7 @@ def train(
     return {"losses": losses, "lrs": optimizer.block_lrs()[0], "optimizer": type(optimizer).__name__}
 
 
+@own_state()
 def accelerate(folder: str, stage: int, resume: bool = False) -> dict[str, Any]:
     """The training loop of an Accelerate user, with a ds_config that has our optimizer and schedule.
 
@@ -111,7 +126,6 @@ def accelerate(folder: str, stage: int, resume: bool = False) -> dict[str, Any]:
     import blockwise_lr.deepspeed
 
     logging.disable(logging.WARNING)
-    _fresh_state()
     settings = ds_config("BlockwiseAdamW", stage)
     settings.update(train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=1, gradient_clipping=0.5)
     settings["scheduler"]["params"] = {"total_num_steps": STEPS, "warmup_num_steps": 2}
@@ -139,35 +153,36 @@ def accelerate(folder: str, stage: int, resume: bool = False) -> dict[str, Any]:
 
 
 def accelerate_alone(folder: str) -> dict[str, Any]:
-    """Accelerate without DeepSpeed, gradients accumulated over 4 micro batches: the rates before each optimizer step, of a
-    run and of one that goes on from its state after SAVE_AT."""
+    """The rates before each optimizer step, of a run and of one that goes on from its state after SAVE_AT."""
+    return {"run": _accelerate_alone(folder, False), "resumed": _accelerate_alone(folder, True)}
+
+
+@own_state()
+def _accelerate_alone(folder: str, resumed: bool) -> list[dict[str, float]]:
+    """Accelerate without DeepSpeed, gradients accumulated over 4 micro batches."""
     from accelerate import Accelerator
 
     from blockwise_lr import BlockwiseAdamW, map_blocks
     from blockwise_lr.schedules import BlockwiseWarmupCosine
 
     logging.disable(logging.WARNING)
-    seen = {}
-    for resumed in (False, True):
-        _fresh_state()
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
-        model = make("llama", seed=int(resumed))
-        optimizer = BlockwiseAdamW(model.named_parameters(), lr=OPTIMIZER["lr"], block_map=map_blocks(model))
-        schedule = BlockwiseWarmupCosine(optimizer, STEPS, 2)
-        data = torch.utils.data.DataLoader(Tokens(), batch_size=2)
-        model, wrapped, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
-        rates = []
-        if resumed:
-            accelerator.load_state(f"{folder}/alone")
-        for batch in data:
-            with accelerator.accumulate(model):
-                accelerator.backward(model(**batch).loss)
-                if accelerator.sync_gradients:
-                    rates.append(optimizer.block_lrs()[0])
-                wrapped.step()
-                schedule.step()
-                wrapped.zero_grad()
-            if accelerator.sync_gradients and len(rates) == SAVE_AT and not resumed:
-                accelerator.save_state(f"{folder}/alone")
-        seen["resumed" if resumed else "run"] = rates[:STEPS]
-    return seen
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    model = make("llama", seed=int(resumed))
+    optimizer = BlockwiseAdamW(model.named_parameters(), lr=OPTIMIZER["lr"], block_map=map_blocks(model))
+    schedule = BlockwiseWarmupCosine(optimizer, STEPS, 2)
+    data = torch.utils.data.DataLoader(Tokens(), batch_size=2)
+    model, wrapped, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
+    rates = []
+    if resumed:
+        accelerator.load_state(f"{folder}/alone")
+    for batch in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                rates.append(optimizer.block_lrs()[0])
+            wrapped.step()
+            schedule.step()
+            wrapped.zero_grad()
+        if accelerator.sync_gradients and len(rates) == SAVE_AT and not resumed:
+            accelerator.save_state(f"{folder}/alone")
+    return rates[:STEPS]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..blocks import BlockError
+from ..framework_marks import deepspeed_marks
 from ..optim import CLASSES
 from .stages import map_engine_module
 
@@ -24,6 +25,7 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
         BlockError: the first feature that is not supported.
     """
     zero = config.zero_config
+    _refuse_partitioned(module, zero.stage)
     if zero.elastic_checkpoint:
         raise BlockError(
             "blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
@@ -51,6 +53,19 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             "deepspeed.runtime.sequence_parallel.parallel_state_sp instead"
         )
     _refuse_autotp(config, module, optimizer)
+
+
+def _refuse_partitioned(module: torch.nn.Module, stage: int) -> None:
+    """Stages 0 to 2 would train the empty tensors that zero.Init leaves in place of the weights."""
+    if stage == 3:
+        return
+    name = next((name for name, p in module.named_parameters() if deepspeed_marks(p).shape is not None), None)
+    if name is not None:
+        raise BlockError(
+            f"{name} was made under deepspeed.zero.Init, which leaves its elements with ZeRO stage 3, and "
+            f"zero_optimization.stage is {stage}; set stage 3, or make the model outside of zero.Init "
+            f"(transformers enters it while a TrainingArguments or HfDeepSpeedConfig of stage 3 is alive)"
+        )
 
 
 def _refuse_offload(offload: Any) -> None:
