@@ -20,6 +20,7 @@ LAYERS = (
     ("checkpoint",),
     ("optim",),
     ("schedules",),
+    ("measure",),
     ("patches",),
     ("deepspeed", "megatron", "transformers"),
 )

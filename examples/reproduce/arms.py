@@ -15,6 +15,7 @@ import torch
 from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
 
 BETAS, EPS, WEIGHT_DECAY, WARMUP, CLIP = (0.9, 0.95), 1e-8, 0.1, 0.1, 1.0
+AUTO_AT = (0.1, 0.15, 0.2, 0.3, 0.5)  # from the end of the warmup
 LION_BETAS, LION_WEIGHT_DECAY = (0.95, 0.98), 1.0  # as the official scripts of the paper
 
 
@@ -30,6 +31,7 @@ class Arm:
         floor: the last learning rate of every block type, over the base learning rate.
         length: steps of this arm, over those of the others (its schedule is as long).
         embedding_std: standard deviation of the input embedding at the start.
+        auto_at: the shares of a run after which AutoRatios measures, and rebalances the ratios that are set in ``options``.
     """
 
     optimizer: str
@@ -39,6 +41,7 @@ class Arm:
     floor: float = 0.05
     length: int = 1
     embedding_std: float = 0.02
+    auto_at: tuple[float, ...] = ()
 
 
 def _ratios(**ratios: float) -> dict[str, Any]:
@@ -67,6 +70,11 @@ ARMS = {
     "head-1": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"head": 1}}),
     "norm-6": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"norm": 6}}),
     "matrices-only": Arm("BlockwiseAdamW", -2, _ratios(qk=8, ffn=6, vo=4)),
+    # ratios found while training, from one rate and from the paper's ratios
+    "auto": Arm("BlockwiseAdamW", 4, {"block_lr_ratios": "uniform"}, auto_at=AUTO_AT),
+    "auto-paper": Arm("BlockwiseAdamW", -2, auto_at=AUTO_AT),
+    # what AutoRatios finds at 95 steps of 2k, rounded, and kept
+    "found": Arm("BlockwiseAdamW", 2, _ratios(embedding=12, head=3, qk=10, vo=1, ffn=1, norm=30)),
     # does a rate of their own do more for embeddings than a start at the scale of the norms' outputs?
     "adamw-embedding-1": Arm("AdamW", 4, embedding_std=1.0),
     "blockwise-embedding-1": Arm("BlockwiseAdamW", -2, embedding_std=1.0),

@@ -19,10 +19,12 @@ from arms import ARMS, CLIP, WARMUP, build_optimizer, learning_rate
 from data import Text
 from model import body_parameters, build_model
 
+from blockwise_lr.measure import AutoRatios
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 POINTS = 40  # of a curve
 MICRO = {"cpu": 4_096, "cuda": 65_536}  # tokens of a forward pass; a batch of more is accumulated
+MEASURED = 8_192  # tokens that AutoRatios measures on, of the training text in an order that the run does not follow
 CURVE, FINAL = 8_192, 65_536  # held-out tokens of a point of the curve, and of the final loss
 
 
@@ -119,6 +121,8 @@ class Training:
         warmup = max(round(WARMUP * run.steps), 1)
         self.schedule = BlockwiseWarmupCosine(self.optimizer, run.steps, warmup, min_lr=arm.floor * lr)
         self.sequences = run.batch // text.length
+        at = {max(round(share * run.steps), 1) for share in arm.auto_at}
+        self.auto = AutoRatios(self.model, self.optimizer, self._unseen, at, predictions=predictions) if at else None
         self.done = 0
         self.seconds = self.cpu_seconds = self.first_seconds = 0.0
         self.first = 0  # steps until the first point, which hold the compilation
@@ -145,10 +149,23 @@ class Training:
             share.backward()
             loss += share.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
+        (self.auto or self.optimizer).step()
         self.optimizer.zero_grad()
         self.schedule.step()
         return loss
+
+    def _unseen(self) -> tuple[torch.Tensor, ...]:
+        """What AutoRatios measures on next."""
+        order = self.run.seed + 1_000_000
+        return self.place.parts(self.text.batch(order, self.done, MEASURED // self.text.length))
+
+    def found_ratios(self) -> dict[str, dict[str, float]]:
+        """Step -> block type -> ratio, as AutoRatios has set them."""
+        history = self.auto.history if self.auto else ()
+        return {
+            str(step): {block.value: round(ratios[block], 4) for block in updates.blocks}
+            for step, updates, ratios in history
+        }
 
     def tokens_per_second(self) -> int:
         """On the CPU by CPU seconds, which other work on the machine does not lengthen; on CUDA by the clock, without
@@ -157,6 +174,11 @@ class Training:
         if not self.place.cuda:
             return round(self.done * tokens / self.cpu_seconds)
         return round((self.done - self.first) * tokens / max(self.seconds - self.first_seconds, 1e-9))
+
+
+def predictions(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets of (sequences, length + 1) token ids."""
+    return model(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()
 
 
 def train(run: Run, text: Text, place: Place) -> dict[str, Any]:
@@ -188,6 +210,7 @@ def train(run: Run, text: Text, place: Place) -> dict[str, Any]:
         "tokens_per_second": training.tokens_per_second(),
         "peak_memory_bytes": place.peak_memory(),
         "optimizer_state_bytes": _state_bytes(training.optimizer),
+        **({"ratios": found} if (found := training.found_ratios()) else {}),
         "text": text.digest,
         "machine": machine(place),
         "versions": versions(),

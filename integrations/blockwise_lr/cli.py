@@ -159,7 +159,7 @@ def sharpness(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how sharp the loss is in each block type of a saved model. Exit code 2: bad input."""
-    from .sharpness import measure_sharpness, read_batches
+    from .measure import measure_sharpness, read_batches
 
     try:
         from .transformers.checkpoints import load_causal_lm

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..blocks import BlockError
-from ..framework_marks import deepspeed_marks
+from ..blocks.marks import marks_of
 from ..optim import CLASSES
 from .stages import map_engine_module
 
@@ -59,7 +59,7 @@ def _refuse_partitioned(module: torch.nn.Module, stage: int) -> None:
     """Stages 0 to 2 would train the empty tensors that zero.Init leaves in place of the weights."""
     if stage == 3:
         return
-    name = next((name for name, p in module.named_parameters() if deepspeed_marks(p).shape is not None), None)
+    name = next((name for name, p in module.named_parameters() if marks_of(p).shape is not None), None)
     if name is not None:
         raise BlockError(
             f"{name} was made under deepspeed.zero.Init, which leaves its elements with ZeRO stage 3, and "

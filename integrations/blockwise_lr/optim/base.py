@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
+from ..blocks.presets import lr_ratios
 from ..collective.agreement import same_on_all_ranks
 from ..collective.errors import is_rank_zero
 from ..kernels import Kernel, StepValues, Work, kernel_for
@@ -25,7 +26,7 @@ from ..plan.shards import Fragment, ShardMap
 from ..plan.step_plan import StepPlan
 from ..rules.base import State, UpdateRule
 from ..rules.options import OptimizerOptions
-from ..rules.param_groups import advance_fade, class_decay, group_lr
+from ..rules.param_groups import advance_fade, change_ratios, class_decay, group_lr
 from .attachment import Attachment
 from .groups import listed, names_of, settings_of, tensors_of
 from .saving import Saving
@@ -392,6 +393,25 @@ class BlockwiseOptimizer(Saving):
         """Per param group: block type -> its learning rate now, for the block types of the model."""
         blocks = self.block_map.block_numel()
         return [{block.value: group_lr(group, block) for block in blocks} for group in self.param_groups]
+
+    @property
+    def block_lr_ratios(self) -> dict[BlockType, float]:
+        """The ratios that hold now; where param groups differ, those of the first."""
+        return {BlockType(block): ratio for block, ratio in self.param_groups[0]["block_lr_ratios"].items()}
+
+    def set_block_lr_ratios(self, ratios: str | Mapping[str, Any]) -> None:
+        """Changes the ratios of every param group from the next step on; a schedule that knows blocks follows at its next
+        step. They are saved and loaded with the state, while the settings the optimizer was built with stay on record.
+
+        Args:
+            ratios: as the option ``block_lr_ratios``.
+
+        Raises:
+            BlockError: as the option; nothing has been changed then.
+        """
+        new = {block.value: ratio for block, ratio in lr_ratios(ratios).items()}
+        for group in self.param_groups:
+            change_ratios(group, new)
 
     def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
         return StepValues(

@@ -39,6 +39,16 @@ def ratio_now(group: Mapping[str, Any], block: BlockType) -> float:
     return before + (ratio - before) * min((fade["at"] - fade["start"]) / fade["steps"], 1.0)
 
 
+def change_ratios(group: dict[str, Any], ratios: Mapping[str, float]) -> None:
+    """Sets a group's ratios; block rates that a schedule has stated move along, and a fade from older ratios ends."""
+    stated = group.get(STATED)
+    if stated:
+        now = {block: ratio_now(group, BlockType(block)) for block in stated}
+        group[STATED] = {block: rate * ratios[block] / now[block] for block, rate in stated.items()}
+    group["block_lr_ratios"] = dict(ratios)
+    group.pop("ratio_fade", None)
+
+
 def set_lr(group: dict[str, Any], lr: float) -> None:
     """Sets a group's base learning rate, in place where it is a tensor."""
     if isinstance(group["lr"], torch.Tensor):

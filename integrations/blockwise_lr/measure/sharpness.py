@@ -9,25 +9,16 @@ order that the errors do not separate is not stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 
-from .blocks import BlockError, BlockMap, BlockType, map_blocks
-from .blocks.block_map import full_shape
-from .blocks.marks import marks_of
-from .collective.agreement import gathered
-from .plan.shards import Fragment
-from .plan.step_plan import CLASS, INNER, OUTER, StepPlan, element_plan
-from .plan.views import runs_of
-
-Logits = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+from ..blocks import BlockError, BlockMap, BlockType, map_blocks
+from ..collective.agreement import gathered
+from .probe import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
 
 
 @dataclass(frozen=True)
@@ -111,22 +102,6 @@ class Sharpness:
         return found
 
 
-def causal_lm_logits(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(predictions, vocabulary) logits of a Hugging Face causal language model, and the mask of those that count.
-
-    Args:
-        batch: token ids (sequences, length), or the model's arguments by name. The last position of a sequence predicts
-            nothing; of ``labels`` only the places of -100 are used, which are left out as in training.
-    """
-    arguments = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
-    labels = arguments.pop("labels", None)
-    logits = model(**arguments).logits[:, :-1]
-    counted = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    if labels is not None:
-        counted = labels[:, 1:].to(logits.device) != -100
-    return logits.flatten(0, 1), counted.flatten()
-
-
 def measure_sharpness(
     model: torch.nn.Module,
     batches: Iterable[Any],
@@ -134,7 +109,7 @@ def measure_sharpness(
     block_map: BlockMap | None = None,
     draws: int = 8,
     seed: int = 0,
-    logits: Logits = causal_lm_logits,
+    predictions: Predictions = causal_lm,
 ) -> Sharpness:
     """Estimates the sharpness of every block type of a model, without changing anything of it.
 
@@ -147,67 +122,42 @@ def measure_sharpness(
 
     Args:
         model: with whole parameters on this rank.
-        batches: what ``logits`` takes; as many on every rank. Of many small batches and of few large ones with as many
+        batches: what ``predictions`` takes; as many on every rank. Of many small batches and of few large ones with as many
             tokens, the former cost less memory and the same time.
         block_map: from :func:`map_blocks`; made of the model otherwise.
         draws: of labels, for each batch.
         seed: of the draws; ranks draw differently.
-        logits: (model, batch) -> (predictions, vocabulary) logits, and a mask (predictions,) of those that count.
+        predictions: (model, batch) -> (predictions, vocabulary) logits, and targets (predictions,), of which only those
+            of -100 are used: they do not count.
 
     Raises:
         BlockError: parameters that are sharded or sliced, no batch, or no predicted token in one.
     """
     block_map = map_blocks(model) if block_map is None else block_map
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    _refuse_shards(named)
+    parts = BlockParts(model, block_map)
     if draws < 1:
         raise BlockError(f"draws is {draws}; give at least 1, and 8 or more for errors that mean something")
-    plans = {name: _plan(block_map, name, p) for name, p in named}
     traces: dict[tuple[str, BlockType], list[float]] = {}
     tokens = 0
-    with _as_it_was(model):
+    with as_it_was(model):
         for number, batch in enumerate(batches):
-            tokens += _measure(model, batch, logits, named, plans, traces, draws, _generator_seed(seed, number))
-    return _over_ranks(traces, tokens, plans)
-
-
-def read_batches(file: Path, length: int, sequences: int, count: int) -> list[torch.Tensor]:
-    """Batches (sequences, length) of token ids from a file, evenly spread over it.
-
-    Args:
-        file: ``.npy``, one axis of integers; or any other ending, uint16.
-
-    Raises:
-        BlockError: a size below 1, or too few tokens in the file.
-    """
-    for name, value in (("length", length), ("batch", sequences), ("batches", count)):
-        if value < 1:
-            raise BlockError(f"{name} is {value}; give at least 1")
-    ids = np.load(file, mmap_mode="r") if file.suffix == ".npy" else np.memmap(file, dtype=np.uint16, mode="r")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or len(ids) < length * sequences * count:
-        raise BlockError(
-            f"{file} holds {ids.dtype} of shape {ids.shape}, where {count} x {sequences} x {length} token ids in a row are "
-            f"needed; give a longer file, or fewer or shorter sequences"
-        )
-    starts = np.linspace(0, len(ids) - length, sequences * count).astype(np.int64)
-    rows = [torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts]
-    return [torch.stack(rows[first::count]) for first in range(count)]
+            tokens += _measure(model, batch, predictions, parts, traces, draws, _generator_seed(seed, number))
+    return _over_ranks(traces, tokens, parts)
 
 
 def _measure(
     model: torch.nn.Module,
     batch: Any,
-    logits: Logits,
-    named: list[tuple[str, torch.nn.Parameter]],
-    plans: Mapping[str, StepPlan],
+    predictions: Predictions,
+    parts: BlockParts,
     traces: dict[tuple[str, BlockType], list[float]],
     draws: int,
     seed: int,
 ) -> int:
     """Adds the draws of one batch to ``traces``; returns how many tokens it predicts."""
     with torch.enable_grad():
-        predicted, counted = logits(model, batch)
-        log_p = predicted.float().log_softmax(-1)[counted]
+        logits, targets = predictions(model, batch)
+        log_p = logits.float().log_softmax(-1)[targets != IGNORED]
     count = len(log_p)
     if not count:
         raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
@@ -215,81 +165,40 @@ def _measure(
     for draw in range(draws):
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         loss = -log_p.gather(1, drawn).mean()
-        parameters = [p for _, p in named]
+        parameters = [p for _, p in parts.named]
         grads = torch.autograd.grad(loss, parameters, retain_graph=draw + 1 < draws, allow_unused=True)
         squares = {
             (name, block): square
-            for (name, _), grad in zip(named, grads)
-            for block, square in _squares(plans[name], grad, log_p.device).items()
+            for (name, _), grad in zip(parts.named, grads)
+            for block, square in _squares(parts, name, grad, log_p.device).items()
         }
         for key, square in zip(squares, torch.stack(list(squares.values())).tolist()):
             traces.setdefault(key, []).append(count * square)
     return count
 
 
-def _plan(block_map: BlockMap, name: str, p: torch.Tensor) -> StepPlan:
-    known = block_map.name_of(p) or name
-    if known not in block_map:
-        raise BlockError(f"{name} of shape {tuple(p.shape)} is in no block; make the block_map from this model")
-    return element_plan(p.numel(), [Fragment(known, 0, p.numel(), 0)], [block_map[known]])
-
-
-def _squares(plan: StepPlan, grad: torch.Tensor | None, device: torch.device) -> dict[BlockType, torch.Tensor]:
+def _squares(
+    parts: BlockParts, name: str, grad: torch.Tensor | None, device: torch.device
+) -> dict[BlockType, torch.Tensor]:
     """The sum of squares of a parameter's elements of each block type, still on the device."""
-    found = {of.block: torch.zeros((), device=device) for of in plan.classes}
+    found = {of.block: torch.zeros((), device=device) for of in parts.plans[name].classes}
     if grad is not None:
-        flat = grad.contiguous().view(-1)
-        for row, of in zip(plan.local.table, _classes(plan)):
-            found[of] = found[of] + runs_of(flat, row).float().square().sum().to(device)
+        for block, part in parts.views(name, grad.contiguous()):
+            found[block] = found[block] + part.float().square().sum().to(device)
     return found
 
 
-def _classes(plan: StepPlan) -> Iterator[BlockType]:
-    return (plan.classes[int(row[CLASS])].block for row in plan.local.table)
-
-
-def _numel(plan: StepPlan, block: BlockType) -> int:
-    rows = zip(plan.local.table, _classes(plan))
-    return sum(int(row[OUTER] * row[INNER]) for row, of in rows if of is block)
-
-
-def _over_ranks(
-    traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, plans: Mapping[str, StepPlan]
-) -> Sharpness:
+def _over_ranks(traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, parts: BlockParts) -> Sharpness:
     """All ranks' draws together. Collective."""
     answers = gathered((dict(traces), tokens))
     if not all(found for found, _ in answers):
         raise BlockError("there is no batch to measure on; give at least one on every rank")
-    parts = {
-        key: Estimate(_numel(plans[key[0]], key[1]), tuple(x for found, _ in answers for x in found[key]))
-        for key in traces
+    estimates = {
+        key: Estimate(parts.numel(*key), tuple(x for found, _ in answers for x in found[key])) for key in traces
     }
-    return Sharpness(parts, sum(count for _, count in answers))
+    return Sharpness(estimates, sum(count for _, count in answers))
 
 
 def _generator_seed(seed: int, number: int) -> int:
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     return int(np.random.SeedSequence((seed, rank, number)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _refuse_shards(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    for name, p in named:
-        if isinstance(p, DTensor) or full_shape(p) != tuple(p.shape) or marks_of(p).split_axis is not None:
-            raise BlockError(
-                f"{name} is sharded or sliced over ranks (FSDP2, ZeRO-3 or tensor parallelism), and sharpness is measured "
-                f"on whole parameters; load a checkpoint into one process, or measure under DDP or ZeRO 0 to 2"
-            )
-
-
-@contextmanager
-def _as_it_was(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; modes and random number generators are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

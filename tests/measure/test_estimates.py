@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from blockwise_lr import BlockError, BlockType, map_blocks
 from blockwise_lr.cli import app
-from blockwise_lr.sharpness import Estimate, Sharpness, measure_sharpness, read_batches
+from blockwise_lr.measure import Estimate, Sharpness, measure_sharpness, read_batches
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
 

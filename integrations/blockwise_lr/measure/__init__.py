@@ -1,0 +1,19 @@
+"""Measurements of a model in training: sharpness, what each block type's updates do, and ratios from it."""
+
+from .auto import AutoRatios, rebalanced
+from .probe import causal_lm, read_batches
+from .sharpness import Estimate, Sharpness, measure_sharpness
+from .updates import Updates, measure_updates, snapshot
+
+__all__ = [
+    "AutoRatios",
+    "Estimate",
+    "Sharpness",
+    "Updates",
+    "causal_lm",
+    "measure_sharpness",
+    "measure_updates",
+    "read_batches",
+    "rebalanced",
+    "snapshot",
+]

@@ -1,0 +1,119 @@
+"""What all measurements share: a model's predictions, which element is of which block type, and leaving no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..blocks import BlockError, BlockMap, BlockType
+from ..blocks.block_map import full_shape
+from ..blocks.marks import marks_of
+from ..plan.shards import Fragment
+from ..plan.step_plan import CLASS, INNER, OUTER, StepPlan, element_plan
+from ..plan.views import runs_of
+
+IGNORED = -100  # a target that does not count, as in torch's cross_entropy
+Predictions = Callable[[torch.nn.Module, Any], tuple[torch.Tensor, torch.Tensor]]
+
+
+def causal_lm(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predictions, vocabulary) logits of a Hugging Face causal language model, and their targets (predictions,).
+
+    Args:
+        batch: token ids (sequences, length), or the model's arguments by name. The last position of a sequence predicts
+            nothing. The targets are the next tokens, or those of ``labels``, where -100 does not count.
+    """
+    arguments = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
+    labels = arguments.pop("labels", arguments["input_ids"])
+    logits = model(**arguments).logits[:, :-1]
+    return logits.flatten(0, 1), labels[:, 1:].to(logits.device).flatten()
+
+
+def read_batches(file: Path, length: int, sequences: int, count: int) -> list[torch.Tensor]:
+    """Batches (sequences, length) of token ids from a file, evenly spread over it.
+
+    Args:
+        file: ``.npy``, one axis of integers; or any other ending, uint16.
+
+    Raises:
+        BlockError: a size below 1, or too few tokens in the file.
+    """
+    for name, value in (("length", length), ("batch", sequences), ("batches", count)):
+        if value < 1:
+            raise BlockError(f"{name} is {value}; give at least 1")
+    ids = np.load(file, mmap_mode="r") if file.suffix == ".npy" else np.memmap(file, dtype=np.uint16, mode="r")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or len(ids) < length * sequences * count:
+        raise BlockError(
+            f"{file} holds {ids.dtype} of shape {ids.shape}, where {count} x {sequences} x {length} token ids in a row are "
+            f"needed; give a longer file, or fewer or shorter sequences"
+        )
+    starts = np.linspace(0, len(ids) - length, sequences * count).astype(np.int64)
+    rows = [torch.from_numpy(ids[start : start + length].astype(np.int64)) for start in starts]
+    return [torch.stack(rows[first::count]) for first in range(count)]
+
+
+class BlockParts:
+    """Which elements of a model's trained parameters are of which block type.
+
+    Raises:
+        BlockError: a parameter that is sharded or sliced over ranks, or that the block map does not know.
+    """
+
+    def __init__(self, model: torch.nn.Module, block_map: BlockMap) -> None:
+        self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        _refuse_shards(self.named)
+        self.plans: Mapping[str, StepPlan] = {name: _plan(block_map, name, p) for name, p in self.named}
+
+    @property
+    def blocks(self) -> list[BlockType]:
+        """The block types of the model."""
+        found = {of.block for plan in self.plans.values() for of in plan.classes}
+        return [block for block in BlockType if block in found]
+
+    def views(self, name: str, tensor: torch.Tensor) -> Iterator[tuple[BlockType, torch.Tensor]]:
+        """The parts of a contiguous tensor of a parameter's shape by block type, as views of two axes."""
+        flat, plan = tensor.view(-1), self.plans[name]
+        for row in plan.local.table:
+            yield plan.classes[int(row[CLASS])].block, runs_of(flat, row)
+
+    def numel(self, name: str, block: BlockType) -> int:
+        """Elements of a block type in a parameter."""
+        plan = self.plans[name]
+        rows = (row for row in plan.local.table if plan.classes[int(row[CLASS])].block is block)
+        return sum(int(row[OUTER] * row[INNER]) for row in rows)
+
+
+def _plan(block_map: BlockMap, name: str, p: torch.Tensor) -> StepPlan:
+    known = block_map.name_of(p) or name
+    if known not in block_map:
+        raise BlockError(f"{name} of shape {tuple(p.shape)} is in no block; make the block_map from this model")
+    return element_plan(p.numel(), [Fragment(known, 0, p.numel(), 0)], [block_map[known]])
+
+
+def _refuse_shards(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    for name, p in named:
+        if isinstance(p, DTensor) or full_shape(p) != tuple(p.shape) or marks_of(p).split_axis is not None:
+            raise BlockError(
+                f"{name} is sharded or sliced over ranks (FSDP2, ZeRO-3 or tensor parallelism), and this is measured "
+                f"on whole parameters; load a checkpoint into one process, or measure under DDP or ZeRO 0 to 2"
+            )
+
+
+@contextmanager
+def as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; modes and random number generators are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
