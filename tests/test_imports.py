@@ -21,6 +21,7 @@ LAYERS = (
     ("optim",),
     ("schedules",),
     ("measure",),
+    ("tuning",),
     ("patches",),
     ("deepspeed", "megatron", "transformers"),
 )

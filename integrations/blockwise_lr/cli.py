@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect``, ``sharpness``, ``families`` and ``doctor``."""
+"""The command line: ``blockwise-lr inspect``, ``sharpness``, ``tune``, ``families`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
 from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
+from .tuning.command import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -197,6 +198,9 @@ def sharpness(
         + "  (~: not told "
         "apart at two standard errors)"
     )
+
+
+app.command()(tune)
 
 
 @app.command()

@@ -1,0 +1,5 @@
+"""``blockwise-lr tune``: learning rate and ratios for one's own model, by short runs of one's own script."""
+
+from .search import Found, Search, Setting
+
+__all__ = ["Found", "Search", "Setting"]

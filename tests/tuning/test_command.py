@@ -1,0 +1,81 @@
+"""`blockwise-lr tune` with a real training script."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from blockwise_lr.cli import app
+
+SCRIPT = Path(__file__).with_name("script.py")
+PLACES = ["--lr", "{lr}", "--ratios", "{ratios}", "--seed", "{seed}"]
+
+
+def tune(out, *options, command=(sys.executable, str(SCRIPT), *PLACES)):
+    words = ["tune", "--out", str(out), *map(str, options), "--", *command]
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, words)
+
+
+def test_it_finds_ratios_goes_on_and_says_what_they_gain(tmp_path):
+    options = ("--lr", 0.08, "--blocks", "embedding,ffn", "--start", "uniform", "--seeds", 2, "--jobs", 2, "--json")
+    first = tune(tmp_path, *options, "--trials", 7)
+    assert first.exit_code == 0, first.output
+    begun = json.loads(first.stdout)["runs"]
+    assert 5 <= len(begun) <= 7 and all(row["loss"] is not None for row in begun)
+    logs = {file: file.read_text() for file in tmp_path.glob("run-*/log")}
+    shown = tune(tmp_path, *options[:-1], "--trials", 12)
+    assert shown.exit_code == 0, shown.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert all(file.read_text() == text for file, text in logs.items())  # not run again
+    assert 8 <= len(result["runs"]) <= 12 and len(list(tmp_path.glob("run-*"))) == len(result["runs"])
+    for row in result["runs"]:
+        log = next(
+            file
+            for file in tmp_path.glob("run-*/log")
+            if f"loss {row['loss']:.4f}" in file.read_text().splitlines()[-1]
+        )
+        assert log
+    best, adamw = result["best"], result["adamw"]
+    assert best["loss"] <= adamw["loss"] and set(adamw["block_lr_ratios"].values()) == {1.0}
+    assert "Best ratios against the best single rate" in shown.output and "--block-lr-ratios embedding=" in shown.output
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    other = tune(tmp_path, *options, "--trials", 12, command=(sys.executable, str(SCRIPT), "--x", *PLACES))
+    assert other.exit_code == 2 and "holds the runs of another command" in other.output
+
+
+def test_halving_stops_runs_and_a_ds_config_is_filled(tmp_path):
+    base = tmp_path / "base.json"
+    base.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamW", "params": {"adamw_lr": 1}}, "fp16": {}}))
+    command = (sys.executable, str(SCRIPT), "--ds-config", "{ds_config}", "--seed", "0")
+    options = ("--ds-config", base, "--halving", "--seeds", 1, "--blocks", "ffn", "--trials", 7, "--start", "uniform")
+    done = tune(tmp_path / "out", *options, "--lr", 0.16, "--json", command=command)
+    assert done.exit_code == 0, done.output
+    runs = json.loads(done.stdout)["runs"]
+    assert any(row["loss"] is None for row in runs) and runs[0]["loss"] is not None
+    config = json.loads((tmp_path / "out" / "run-000" / "ds_config.json").read_text())
+    assert config["optimizer"]["params"]["block_lr_ratios"] == {"ffn": 1.0} and config["fp16"] == {}
+    assert "adamw_lr" not in config["optimizer"]["params"]
+    stopped = [file for file in (tmp_path / "out").glob("run-*/log") if "step 8" not in file.read_text()]
+    assert stopped and all("step 2 " in file.read_text() for file in stopped)
+
+
+@pytest.mark.parametrize(
+    "options, command, words",
+    [
+        ((), (sys.executable, str(SCRIPT), "--fail", *PLACES), "ended with exit code 1"),
+        ((), (sys.executable, "-c", "print('done')", *PLACES), "printed no loss that --loss matches"),
+        ((), ("python", "train.py", "--lr", "{lr}"), "has no place for what is tuned"),
+        ((), ("python", "train.py", "{lr}", "{ratios}"), "has no {seed}"),
+        (("--loss", "loss (.*)"), (sys.executable, *PLACES), "needs the groups"),
+        (("--loss", "("), (sys.executable, *PLACES), "is no regular expression"),
+        (("--start", "mine"), (sys.executable, *PLACES), "--start is mine; use one of paper"),
+        (("--blocks", "kq"), (sys.executable, *PLACES), "--blocks names kq"),
+        ((), ("python", "{ds_config}"), "go together"),
+    ],
+    ids=lambda value: "" if isinstance(value, tuple) else value,
+)
+def test_mistakes_are_told(tmp_path, options, command, words):
+    told = tune(tmp_path, *options, command=command)
+    assert told.exit_code == 2 and words in told.output and "Traceback" not in told.output
