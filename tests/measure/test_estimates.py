@@ -11,9 +11,9 @@ from ranks import pool
 from twins import VOCABULARY, Twin, make, token_ids
 from typer.testing import CliRunner
 
-from blockwise_lr import BlockError, BlockType, map_blocks
+from blockwise_lr import BlockError, BlockType, BlockwiseAdamW, map_blocks
 from blockwise_lr.cli import app
-from blockwise_lr.measure import Estimate, Sharpness, measure_sharpness, read_batches
+from blockwise_lr.measure import Estimate, Sharpness, measure_sharpness, measure_updates, read_batches
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
 
@@ -122,7 +122,7 @@ def under_deepspeed(stage):
     return found, alone, all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_ranks_find_the_same_together_under_deepspeed(stage):
     (found, values, same), (other, _, other_same) = pool(2).run(under_deepspeed, stage)
     assert found == other and found["tokens"] == 12 and same and other_same
@@ -134,19 +134,63 @@ def test_ranks_find_the_same_together_under_deepspeed(stage):
         assert abs(one["sharpness"] - estimate.sharpness) < 4 * math.hypot(one["error"], estimate.error)
 
 
-def refused_under_zero_3():
-    engine = start(make("llama"), config("BlockwiseAdamW", 3))
-    try:
-        measure_sharpness(engine.module, [IDS])
-    except BlockError as error:
-        return str(error)
-    finally:
-        engine.destroy()
+def sharded(kind, how):
+    """What two ranks find with parameters that are sharded and with whole ones, the same draws of labels in both, and
+    whether training goes on as without."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    ids = [IDS, IDS.flip(1)][dist.get_rank()]
+    whole = measure_sharpness(lively(kind), [ids], draws=3)
+    found, ends = None, []
+    for measured in (True, False):
+        if how == "zero3":
+            engine = start(lively(kind), config("BlockwiseAdamW", 3, zero={"stage3_param_persistence_threshold": 0}))
+            found = measure_sharpness(engine.module, [ids], draws=3) if measured else found
+            train(engine, 2)
+            ends.append(weights(engine))
+            engine.destroy()
+            continue
+        model, mesh = lively(kind), init_device_mesh("cpu", (2,))
+        for layer in model.transformer.h if kind == "gpt2" else model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-3, block_map=map_blocks(lively(kind)))
+        model(ids, labels=ids).loss.backward()
+        found = measure_sharpness(model, [ids], draws=3, block_map=optimizer.block_map) if measured else found
+        optimizer.step()
+        ends.append({name: p.full_tensor() for name, p in model.named_parameters() if isinstance(p, DTensor)})
+    same = all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    return {key: part.traces for key, part in whole.parts.items()}, found, same
 
 
-def test_shards_are_refused():
-    (told,) = pool(1).run(refused_under_zero_3)
-    assert "is sharded or sliced over ranks" in told and "ZeRO 0 to 2" in told
+@pytest.mark.parametrize("how", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("kind", ["llama_tied", "gpt2"])
+def test_sharded_equals_whole(kind, how):
+    for whole, found, same in pool(2).run(sharded, kind, how):
+        assert same and found.parts.keys() == whole.keys()
+        for key, traces in whole.items():
+            assert found.parts[key].traces == pytest.approx(traces, rel=1e-5), key
+
+
+def sliced():
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    model, mesh = make("llama"), init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    linear = model.lm_head
+    linear.weight = torch.nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0), Shard(0)]))
+    with pytest.raises(BlockError, match="lm_head.weight is sliced by tensor parallelism"):
+        measure_sharpness(model, [IDS], block_map=map_blocks(make("llama")))
+    linear.weight = torch.nn.Parameter(
+        distribute_tensor(linear.weight.to_local().detach(), mesh, [Shard(0), Replicate()])
+    )
+    with pytest.raises(BlockError, match="lm_head.weight is sharded over ranks"):
+        measure_updates(model, {}, [IDS], block_map=map_blocks(make("llama")))
+
+
+def test_slices_are_refused():
+    pool(1).run(sliced)
 
 
 def test_an_order_that_the_errors_do_not_separate_is_not_stated():

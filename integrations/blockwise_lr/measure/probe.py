@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,17 @@ def read_batches(file: Path, length: int, sequences: int, count: int) -> list[to
 class BlockParts:
     """Which elements of a model's trained parameters are of which block type.
 
+    Args:
+        gathered_in_use: take parameters that FSDP2 or ZeRO-3 shards, and gathers whenever they are used.
+
     Raises:
-        BlockError: a parameter that is sharded or sliced over ranks, or that the block map does not know.
+        BlockError: a parameter that is sharded (but for these) or sliced over ranks, or that the block map does not know.
     """
 
-    def __init__(self, model: torch.nn.Module, block_map: BlockMap) -> None:
+    def __init__(self, model: torch.nn.Module, block_map: BlockMap, *, gathered_in_use: bool = False) -> None:
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        _refuse_shards(self.named)
+        for name, p in self.named:
+            _refuse_shards(name, p, gathered_in_use)
         self.plans: Mapping[str, StepPlan] = {name: _plan(block_map, name, p) for name, p in self.named}
 
     @property
@@ -92,17 +97,27 @@ class BlockParts:
 def _plan(block_map: BlockMap, name: str, p: torch.Tensor) -> StepPlan:
     known = block_map.name_of(p) or name
     if known not in block_map:
-        raise BlockError(f"{name} of shape {tuple(p.shape)} is in no block; make the block_map from this model")
-    return element_plan(p.numel(), [Fragment(known, 0, p.numel(), 0)], [block_map[known]])
+        raise BlockError(f"{name} of shape {tuple(full_shape(p))} is in no block; make the block_map from this model")
+    numel = math.prod(full_shape(p))
+    return element_plan(numel, [Fragment(known, 0, numel, 0)], [block_map[known]])
 
 
-def _refuse_shards(named: Iterable[tuple[str, torch.Tensor]]) -> None:
-    for name, p in named:
-        if isinstance(p, DTensor) or full_shape(p) != tuple(p.shape) or marks_of(p).split_axis is not None:
-            raise BlockError(
-                f"{name} is sharded or sliced over ranks (FSDP2, ZeRO-3 or tensor parallelism), and this is measured "
-                f"on whole parameters; load a checkpoint into one process, or measure under DDP or ZeRO 0 to 2"
-            )
+def _refuse_shards(name: str, p: torch.Tensor, gathered_in_use: bool) -> None:
+    if marks_of(p).split_axis is not None or (isinstance(p, DTensor) and not _is_fully_sharded(p)):
+        raise BlockError(
+            f"{name} is sliced by tensor parallelism, and this is measured on whole parameters; load a checkpoint into one "
+            f"process, or measure without tensor parallelism"
+        )
+    if not gathered_in_use and (isinstance(p, DTensor) or full_shape(p) != tuple(p.shape)):
+        raise BlockError(
+            f"{name} is sharded over ranks (FSDP2 or ZeRO-3), and this is measured on whole parameters; load a checkpoint "
+            f"into one process, or measure under DDP or ZeRO 0 to 2"
+        )
+
+
+def _is_fully_sharded(p: DTensor) -> bool:
+    """Whether it is FSDP2's: cut along at most one axis of its mesh, and replicated along the others."""
+    return sum(not placement.is_replicate() for placement in p.placements) <= 1
 
 
 @contextmanager

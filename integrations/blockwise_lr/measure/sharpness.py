@@ -18,6 +18,7 @@ import torch
 
 from ..blocks import BlockError, BlockMap, BlockType, map_blocks
 from ..collective.agreement import gathered
+from .gradients import Gradients
 from .probe import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
 
 
@@ -115,13 +116,14 @@ def measure_sharpness(
 
     Gradients (``.grad``), modes, and the states of all random number generators are as before, so a training that
     measures in between goes on to the bit. Dropout is off meanwhile, and losses that a model adds to the cross-entropy
-    (balance of experts, z-loss) are not part of it. Costs a forward pass a batch and a backward pass a draw.
+    (balance of experts, z-loss) are not part of it. Costs a forward pass a batch and a backward pass a draw, under ZeRO-3 a
+    forward pass a draw.
 
-    Under DDP and ZeRO 0 to 2 (``engine.module``) every rank calls this with batches of its own, and all return the
-    estimate over all of them.
+    Under DDP, FSDP2 and ZeRO 0 to 3 (``engine.module``) every rank calls this with batches of its own, and all return the
+    estimate over all of them. Gradients are taken one parameter at a time, so no rank holds those of a whole model.
 
     Args:
-        model: with whole parameters on this rank.
+        model: with whole parameters on this rank, or sharded by FSDP2 or ZeRO-3, which gather them for each use.
         batches: what ``predictions`` takes; as many on every rank. Of many small batches and of few large ones with as many
             tokens, the former cost less memory and the same time.
         block_map: from :func:`map_blocks`; made of the model otherwise.
@@ -131,10 +133,10 @@ def measure_sharpness(
             of -100 are used: they do not count.
 
     Raises:
-        BlockError: parameters that are sharded or sliced, no batch, or no predicted token in one.
+        BlockError: parameters that tensor parallelism slices, no batch, or no predicted token in one.
     """
     block_map = map_blocks(model) if block_map is None else block_map
-    parts = BlockParts(model, block_map)
+    parts = BlockParts(model, block_map, gathered_in_use=True)
     if draws < 1:
         raise BlockError(f"draws is {draws}; give at least 1, and 8 or more for errors that mean something")
     traces: dict[tuple[str, BlockType], list[float]] = {}
@@ -143,6 +145,28 @@ def measure_sharpness(
         for number, batch in enumerate(batches):
             tokens += _measure(model, batch, predictions, parts, traces, draws, _generator_seed(seed, number))
     return _over_ranks(traces, tokens, parts)
+
+
+class _Squares:
+    """Sums of squares of gradients by parameter and block type, on the device until they are asked for."""
+
+    def __init__(self, parts: BlockParts) -> None:
+        self._parts = parts
+        self.keys = [(name, of.block) for name, _ in parts.named for of in parts.plans[name].classes]
+        self._found: dict[tuple[str, BlockType], torch.Tensor] = {}
+
+    def take(self, name: str, gradient: torch.Tensor) -> None:
+        for block, part in self._parts.views(name, gradient.contiguous()):
+            square = part.float().square().sum()
+            key = name, block
+            self._found[key] = self._found[key] + square if key in self._found else square
+
+    def drawn(self) -> list[float]:
+        """Those of one backward pass, by key."""
+        found, self._found = self._found, {}
+        device = next(iter(found.values())).device if found else torch.device("cpu")
+        zero = torch.zeros((), device=device)
+        return torch.stack([found.get(key, zero).to(device) for key in self.keys]).tolist()
 
 
 def _measure(
@@ -155,37 +179,23 @@ def _measure(
     seed: int,
 ) -> int:
     """Adds the draws of one batch to ``traces``; returns how many tokens it predicts."""
-    with torch.enable_grad():
-        logits, targets = predictions(model, batch)
-        log_p = logits.float().log_softmax(-1)[targets != IGNORED]
-    count = len(log_p)
-    if not count:
-        raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
-    generator = torch.Generator(device=log_p.device).manual_seed(seed)
-    for draw in range(draws):
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        loss = -log_p.gather(1, drawn).mean()
-        parameters = [p for _, p in parts.named]
-        grads = torch.autograd.grad(loss, parameters, retain_graph=draw + 1 < draws, allow_unused=True)
-        squares = {
-            (name, block): square
-            for (name, _), grad in zip(parts.named, grads)
-            for block, square in _squares(parts, name, grad, log_p.device).items()
-        }
-        for key, square in zip(squares, torch.stack(list(squares.values())).tolist()):
-            traces.setdefault(key, []).append(count * square)
-    return count
-
-
-def _squares(
-    parts: BlockParts, name: str, grad: torch.Tensor | None, device: torch.device
-) -> dict[BlockType, torch.Tensor]:
-    """The sum of squares of a parameter's elements of each block type, still on the device."""
-    found = {of.block: torch.zeros((), device=device) for of in parts.plans[name].classes}
-    if grad is not None:
-        for block, part in parts.views(name, grad.contiguous()):
-            found[block] = found[block] + part.float().square().sum().to(device)
-    return found
+    squares = _Squares(parts)
+    gradients = Gradients(model, {name for name, _ in parts.named}, squares.take)
+    generator = log_p = None
+    with torch.enable_grad(), gradients.watching():
+        for draw in range(draws):
+            if log_p is None or gradients.once:
+                logits, targets = predictions(model, batch)
+                log_p = logits.float().log_softmax(-1)[targets != IGNORED]
+            if not len(log_p):
+                raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
+            generator = generator or torch.Generator(device=log_p.device).manual_seed(seed)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            gradients.backward(-log_p.gather(1, drawn).mean(), keep=draw + 1 < draws and not gradients.once)
+            for key, square in zip(squares.keys, squares.drawn()):
+                traces.setdefault(key, []).append(len(log_p) * square)
+    assert log_p is not None
+    return len(log_p)
 
 
 def _over_ranks(traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, parts: BlockParts) -> Sharpness:
