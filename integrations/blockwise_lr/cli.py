@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
-from .inspection import UNMAPPED, Row, as_json, inspect_model, load_model, totals
+from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
 from .tuning.command import tune
 
 app = typer.Typer(
@@ -57,6 +57,9 @@ def inspect(
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding, for an argument file.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="Where to write it; needed for svg and png.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="A row for every parameter; repeated layers are one otherwise.")
+    ] = False,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
     try:
@@ -66,7 +69,7 @@ def inspect(
     except (BlockError, OSError, ValueError) as error:
         typer.echo(f"blockwise-lr inspect: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    _write(rows, form, output)
+    _write(rows, form, output, every)
     if UNMAPPED in totals(rows):
         typer.echo(
             "blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
@@ -88,7 +91,7 @@ def _ratio(item: str) -> tuple[str, float | str]:
         ) from None
 
 
-def _write(rows: list[Row], form: Format, output: Path | None) -> None:
+def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> None:
     if form in (Format.svg, Format.png):
         if output is None or output.suffix != f".{form.value}":
             typer.echo(f"blockwise-lr inspect: --format {form.value} needs --output FILE.{form.value}", err=True)
@@ -103,7 +106,7 @@ def _write(rows: list[Row], form: Format, output: Path | None) -> None:
     elif form is Format.json:
         typer.echo(as_json(rows)) if output is None else output.write_text(as_json(rows) + "\n")
     else:
-        _print_rows(rows, output)
+        _print_rows(rows, output, every)
 
 
 def _console() -> Console:
@@ -112,7 +115,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
-def _print_rows(rows: list[Row], output: Path | None = None) -> None:
+def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
     console = _console() if output is None else Console(record=True, width=200, file=io.StringIO())
     table = Table()
     table.add_column("parameter", overflow="fold")
@@ -121,7 +124,7 @@ def _print_rows(rows: list[Row], output: Path | None = None) -> None:
     table.add_column("block", no_wrap=True)
     for column in ("ratio", "peak lr", "weight decay"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for row, _ in [(row, 1) for row in rows] if every else folded(rows):
         style = "red" if row.block == UNMAPPED else None
         table.add_row(
             row.parameter,
@@ -224,21 +227,38 @@ def families() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Show versions, patches, usable kernels, and whose Apex is installed."""
+def doctor(
+    every: Annotated[
+        bool, typer.Option("--patches", help="List every patch, and all that is read of upstream.")
+    ] = False,
+) -> None:
+    """Show what is wrong with the installed packages, their versions, usable kernels, and whose Apex is installed."""
     from . import __version__
     from . import doctor as report
 
     console = _console()
+    states = report.patches()
+    wrong = [(patch, state) for patch, state in states if report.is_problem(state)]
+    for patch, state in wrong:
+        console.print(f"[red]{patch.name}[/red] ({patch.package} {patch.versions}): {state}", highlight=False)
+    if not wrong:
+        console.print("no problems: all that is installed is of a supported version, or not patched")
     found = Table("package", "version", title=f"blockwise-lr {__version__}")
     for package, version in report.versions().items():
         found.add_row(package, version)
     found.add_row("apex", report.apex())
     console.print(found)
+    kernels = Table("kernel", "usable")
+    for name, state in report.kernels().items():
+        kernels.add_row(name, state)
+    console.print(kernels)
+    if not every:
+        console.print(f"{len(states)} patches and lists of what is read of upstream: blockwise-lr doctor --patches")
+        return
     patches = Table()
     for column in ("patch", "for", "state", "changes", "why"):
         patches.add_column(column, overflow="fold")
-    for patch, state in report.patches():
+    for patch, state in states:
         patches.add_row(
             patch.name,
             f"{patch.package} {patch.versions}",
@@ -247,10 +267,6 @@ def doctor() -> None:
             patch.why,
         )
     console.print(patches)
-    kernels = Table("kernel", "usable")
-    for name, state in report.kernels().items():
-        kernels.add_row(name, state)
-    console.print(kernels)
 
 
 if __name__ == "__main__":

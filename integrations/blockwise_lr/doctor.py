@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .patches import Declared, InstancePatch, Patch, all_instance_patches, all_patches, all_upstreams
 from .patches.symbols import has_module, is_in
 
+_UNSUPPORTED, _MISSING = "not supported", "missing"
 PACKAGES = (
     "torch",
     "deepspeed",
@@ -56,19 +57,24 @@ def patch_state(declared: Declared) -> str:
     if version is None:
         return f"{declared.package} not installed"
     if not is_in(version, declared.versions):
-        return f"{declared.package} {version} not supported"
+        return f"{declared.package} {version} {_UNSUPPORTED}"
     if declared.needs and not has_module(declared.needs):
         return f"{declared.needs} not installed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of imports that are no concern here
         problems = declared.problems()
     if problems:
-        return f"{len(problems)} missing: " + "; ".join(problems)
+        return f"{len(problems)} {_MISSING}: " + "; ".join(problems)
     if isinstance(declared, Patch):
         return "applicable"
     if isinstance(declared, InstancePatch):
         return "applicable, per object"
     return f"all {len(declared.symbols_here())} there"
+
+
+def is_problem(state: str) -> bool:
+    """Whether a state tells of something that users must mend."""
+    return state.endswith(_UNSUPPORTED) or f" {_MISSING}: " in state
 
 
 def patches() -> Sequence[tuple[Declared, str]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,43 @@ def _where(layout: ParamLayout, block: BlockType) -> str:
             spans.append([start, end])
     shown = ", ".join(f"{start}–{end - 1}" for start, end in spans[:2])
     return f"{axis} {shown}{f', … ({len(spans)} ranges)' if len(spans) > 2 else ''}"
+
+
+def folded(rows: list[Row]) -> list[tuple[Row, int]]:
+    """The rows with those of repeated layers and experts in one, named as ``layers.{0-31}.mlp.up_proj.weight``.
+
+    Rows are together where they differ in nothing but the numbers in their names.
+
+    Returns:
+        a row and how many it stands for, whose elements it has together; in the order of the first ones.
+    """
+    together: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (_NUMBER.sub("", row.parameter), row.shape, row.where, row.block, row.ratio, row.weight_decay)
+        together.setdefault(key, []).append(row)
+    return [
+        (replace(same[0], parameter=_common_name(same), numel=sum(row.numel for row in same)), len(same))
+        for same in together.values()
+    ]
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+def _common_name(rows: list[Row]) -> str:
+    """One name for rows that differ in numbers only."""
+    columns = iter(zip(*(map(int, _NUMBER.findall(row.parameter)) for row in rows)))
+    return _NUMBER.sub(lambda _: _span(sorted(set(next(columns)))), rows[0].parameter)
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    first, last = numbers[0], numbers[-1]
+    if last - first + 1 == len(numbers):
+        return f"{{{first}-{last}}}"
+    shown = [*map(str, numbers[:3]), f"...{last}"] if len(numbers) > 4 else list(map(str, numbers))
+    return f"{{{','.join(shown)}}}"
 
 
 def totals(rows: list[Row]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from twins import make
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
 from blockwise_lr.rules.adam_mini import AdamMiniOptions
 from blockwise_lr.rules.adamw import AdamWOptions
-from blockwise_lr.transformers import BlockwiseAdamWFactory
+from blockwise_lr.transformers import BlockwiseAdamWFactory, BlockwiseLionFactory
 
 BAD = [
     ("lr", -1, "lr is -1; give a finite number, 0 or above"),
@@ -69,7 +69,18 @@ def test_bad_values_in_python(name, value, words):
         with pytest.raises(BlockError, match=words):
             cls(model.named_parameters(), block_map=map_blocks(model), **{name: value})
     with pytest.raises(BlockError, match=words):
-        BlockwiseAdamWFactory()(model, **{name: value})
+        BlockwiseAdamWFactory()(model, **({} if name == "adamw_lr" else {"lr": 1e-3}) | {name: value})
+
+
+def test_a_factory_needs_its_own_learning_rate():
+    """The Trainer does not tell it learning_rate; the default would silently take its place."""
+    model = make("llama")
+    with pytest.raises(BlockError, match="BlockwiseAdamWFactory needs its own learning rate.*adamw_lr"):
+        BlockwiseAdamWFactory()(model, weight_decay=0.1)
+    with pytest.raises(BlockError, match="BlockwiseLionFactory needs its own learning rate") as told:
+        BlockwiseLionFactory()(model)
+    assert "adamw_lr" not in str(told.value)
+    assert BlockwiseAdamWFactory()(model, adamw_lr=6e-4).param_groups[0]["lr"] == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("name, value, words", IN_GROUPS)

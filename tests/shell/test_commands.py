@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blockwise_lr.cli import app
+from blockwise_lr.inspection import Row, folded
 
 LLAMA = {
     "model_type": "llama",
@@ -46,7 +47,26 @@ def test_inspect_reads_a_hugging_face_folder(tmp_path):
     }
     assert found["totals"]["qk"] == 2 * (64 * 64 + 32 * 64)
     table = run("inspect", tmp_path)
-    assert "model.layers.0.post_attention_layernorm.weight" in table.output and "totals" in table.output
+    assert "model.layers.{0-1}.post_attention_layernorm.weight" in table.output and "totals" in table.output
+    every = run("inspect", tmp_path, "--all")
+    assert "model.layers.0.post_attention_layernorm.weight" in every.output
+    assert len(every.output.splitlines()) - len(table.output.splitlines()) == 9  # parameters of a layer
+
+
+def test_rows_of_repeated_layers_and_experts_are_one():
+    def row(name, shape=(2, 3), block="ffn"):
+        return Row(name, shape, "all", block, 6.0, 6e-3, 0.1, 6)
+
+    rows = [row(f"h.{layer}.experts.{expert}.w") for layer in (0, 1, 2) for expert in (0, 1)]
+    rows += [row("h.0.norm", (3,), "norm"), row("h.2.norm", (3,), "norm"), row("head.w")]
+    rows += [row(f"{number}.odd", (5, 5)) for number in (0, 2, 4, 6, 8)]
+    found = {one.parameter: (one.numel, count) for one, count in folded(rows)}
+    assert found == {
+        "h.{0-2}.experts.{0-1}.w": (36, 6),
+        "h.{0,2}.norm": (12, 2),
+        "head.w": (6, 1),
+        "{0,2,4,...8}.odd": (30, 5),
+    }
 
 
 def test_inspect_shows_ranges_of_a_fused_weight():
@@ -86,8 +106,20 @@ def test_doctor_names_versions_patches_and_kernels():
 
     result = run("doctor")
     assert result.exit_code == 0
-    for words in (torch.__version__, "deepspeed-types", "reference", "DeepSpeedEngine._configure_basic_optimizer"):
+    for words in (torch.__version__, "reference", "no problems", "doctor --patches"):
         assert words in result.output
+    assert len(result.output.splitlines()) < 40 and "deepspeed-types" not in result.output
+    listed = run("doctor", "--patches").output
+    assert "deepspeed-types" in listed and "DeepSpeedEngine._configure_basic_optimizer" in listed
+
+
+def test_doctor_says_first_what_is_wrong(monkeypatch):
+    import importlib.metadata
+
+    known = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0" if name == "deepspeed" else known(name))
+    first = run("doctor").output.splitlines()[0]
+    assert "deepspeed 0.1.0 not supported" in first
 
 
 def test_a_picture_shows_every_block_type_with_its_learning_rate(tmp_path):
@@ -105,7 +137,7 @@ def test_a_picture_shows_every_block_type_with_its_learning_rate(tmp_path):
 def test_the_table_and_json_can_go_to_a_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert run("inspect", tmp_path, "--output", tmp_path / "t.txt").output == ""
-    assert "model.layers.0.self_attn.q_proj.weight" in (tmp_path / "t.txt").read_text()
+    assert "model.layers.{0-1}.self_attn.q_proj.weight" in (tmp_path / "t.txt").read_text()
     run("inspect", tmp_path, "--format", "json", "--output", tmp_path / "t.json")
     assert json.loads((tmp_path / "t.json").read_text())["totals"]["ffn"] == 2 * 3 * 64 * 96
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..blocks import map_blocks
+from ..blocks import BlockError, map_blocks
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 
@@ -29,8 +29,14 @@ class OptimizerFactory:
                 :func:`~blockwise_lr.map_blocks`.
 
         Raises:
-            BlockError: as for :func:`~blockwise_lr.map_blocks` and the optimizer's class.
+            BlockError: as for :func:`~blockwise_lr.map_blocks` and the optimizer's class; or no learning rate is given.
         """
+        if not settings.keys() & {"lr", "adamw_lr"}:  # a factory is called without the Trainer's arguments
+            raise BlockError(
+                f"{type(self).__name__} needs its own learning rate, for the Trainer does not tell it the learning_rate of "
+                f'TrainingArguments: give {{"lr": ...}} beside it'
+                + (', or {"adamw_lr": ...}, the rate of an AdamW run' if self.optimizer.Options.FOLLOWS_ADAMW else "")
+            )
         options = self.optimizer.Options.checked(settings, f"{self.optimizer.__name__}: ")
         settings = {key: value for key, value in settings.items() if key not in ("block_rules", "block_strict")}
         block_map = map_blocks(model, rules=options.block_rules, strict=options.block_strict)
