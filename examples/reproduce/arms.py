@@ -75,6 +75,7 @@ ARMS = {
     "auto-paper": Arm("BlockwiseAdamW", -2, auto_at=AUTO_AT),
     # what AutoRatios finds at 95 steps of 2k, rounded, and kept
     "found": Arm("BlockwiseAdamW", 2, _ratios(embedding=12, head=3, qk=10, vo=1, ffn=1, norm=30)),
+    "embedding-norm": Arm("BlockwiseAdamW", 2, _ratios(embedding=10, norm=30)),
     # does a rate of their own do more for embeddings than a start at the scale of the norms' outputs?
     "adamw-embedding-1": Arm("AdamW", 4, embedding_std=1.0),
     "blockwise-embedding-1": Arm("BlockwiseAdamW", -2, embedding_std=1.0),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import order
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -150,7 +151,34 @@ def _median(rows: list[dict], key: str) -> float:
     return float(np.median([row[key] for row in rows]))
 
 
-TABLES = {"final": final_table, "gain": gain_table, "base": base_table, "speed": speed_table, "cost": cost_table}
+def ratio_table(rows: Rows) -> str:
+    """What AutoRatios has set last, at the best learning rate of each arm that has it, mean over seeds, over the FFN's."""
+    blocks = ("embedding", "head", "qk", "vo", "ffn", "norm")
+    lines = []
+    for cell, arms in results(rows).items():
+        for arm, result in arms.items():
+            best = [row for row in rows.values() if row["run"]["arm"] == arm and Run(**row["run"]).cell == cell]
+            last = [list(row["ratios"].values())[-1] for row in best if row["lr"] == result.lr and "ratios" in row]
+            if last:
+                means = {of: np.exp(np.mean([math.log(one[of] / one["ffn"]) for one in last])) for of in blocks}
+                lines.append([cell, arm, f"{result.lr:g}", str(len(last)), *(f"{means[of]:.2g}" for of in blocks)])
+    return _markdown(["cell", "arm", "best lr", "seeds", *blocks], lines)
+
+
+def order_table(rows: Rows) -> str:
+    """Sharpness over training; of the runs in order/, which are no rows of the plan's."""
+    return order.order_table(order.load(HERE / "order"))
+
+
+TABLES = {
+    "final": final_table,
+    "gain": gain_table,
+    "base": base_table,
+    "speed": speed_table,
+    "cost": cost_table,
+    "ratios": ratio_table,
+    "order": order_table,
+}
 
 
 def with_tables(text: str, rows: Rows) -> str:
@@ -269,6 +297,9 @@ def main() -> None:
         draw_rates(found, args.page.parent / "rates.png")
         draw_curves(found, args.page.parent / "curves.png")
         draw_gains(found, args.page.parent / "gain.png")
+    measured = order.load(HERE / "order")
+    if measured:
+        order.draw(measured, args.page.parent / "order.png")
 
 
 if __name__ == "__main__":
