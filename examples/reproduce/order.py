@@ -87,15 +87,18 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def order_table(runs: list[dict[str, Any]]) -> str:
     """Markdown: which block types are sharper than which, at every step of every run, and the factors along the updates."""
     lines = [
-        "| model | step | from flat to sharp | factors that the step's rates would take, norm's over FFN's |",
+        "| model | step | from flat to sharp | the norms' factor along their update over the FFN's |",
         "| --- | --: | --- | --: |",
     ]
     for run in runs:
         for point in run["points"]:
             order = " < ".join(" ~ ".join(level) for level in point["sharpness"]["order"])
             blocks = point["updates"]["blocks"]
-            ratio = blocks["norm"]["multiplier"] / blocks["ffn"]["multiplier"]
-            lines.append(f"| {run['rung']} | {point['step']:,} | {order} | {ratio:.2g} |")
+            norm, ffn = (blocks[of]["multiplier"] for of in ("norm", "ffn"))
+            known = all(blocks[of]["multiplier"] > 2 * blocks[of]["error"] for of in ("norm", "ffn"))
+            lines.append(
+                f"| {run['rung']} | {point['step']:,} | {order} | {f'{norm / ffn:.0f}' if known else 'not known'} |"
+            )
     return "\n".join(lines)
 
 
