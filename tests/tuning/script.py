@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +28,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--lr", type=float)
 parser.add_argument("--ratios", type=json.loads)
 parser.add_argument("--seed", type=int)
-parser.add_argument("--ds-config")
 parser.add_argument("--fail", action="store_true")
 args = parser.parse_args()
-if args.ds_config:
-    params = json.loads(Path(args.ds_config).read_text())["optimizer"]["params"]
-    args.lr, args.ratios = params["lr"], params["block_lr_ratios"]
 torch.manual_seed(args.seed)
 torch.set_num_threads(1)
 model = Model()

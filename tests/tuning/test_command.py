@@ -25,11 +25,11 @@ def test_it_finds_ratios_goes_on_and_says_what_they_gain(tmp_path):
     begun = json.loads(first.stdout)["runs"]
     assert 5 <= len(begun) <= 7 and all(row["loss"] is not None for row in begun)
     logs = {file: file.read_text() for file in tmp_path.glob("run-*/log")}
-    shown = tune(tmp_path, *options[:-1], "--trials", 12)
+    shown = tune(tmp_path, *options[:-1], "--trials", 9)
     assert shown.exit_code == 0, shown.output
     result = json.loads((tmp_path / "result.json").read_text())
     assert all(file.read_text() == text for file, text in logs.items())  # not run again
-    assert 8 <= len(result["runs"]) <= 12 and len(list(tmp_path.glob("run-*"))) == len(result["runs"])
+    assert len(begun) < len(result["runs"]) <= 9 and len(list(tmp_path.glob("run-*"))) == len(result["runs"])
     for row in result["runs"]:
         log = next(
             file
@@ -41,14 +41,14 @@ def test_it_finds_ratios_goes_on_and_says_what_they_gain(tmp_path):
     assert best["loss"] <= adamw["loss"] and set(adamw["block_lr_ratios"].values()) == {1.0}
     assert "Best ratios against the best single rate" in shown.output and "--block-lr-ratios embedding=" in shown.output
     assert (tmp_path / "loss.png").stat().st_size > 10_000
-    other = tune(tmp_path, *options, "--trials", 12, command=(sys.executable, str(SCRIPT), "--x", *PLACES))
+    other = tune(tmp_path, *options, "--trials", 9, command=(sys.executable, str(SCRIPT), "--x", *PLACES))
     assert other.exit_code == 2 and "holds the runs of another command" in other.output
 
 
 def test_halving_stops_runs_and_a_ds_config_is_filled(tmp_path):
     base = tmp_path / "base.json"
     base.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamW", "params": {"adamw_lr": 1}}, "fp16": {}}))
-    command = (sys.executable, str(SCRIPT), "--ds-config", "{ds_config}", "--seed", "0")
+    command = (sys.executable, str(SCRIPT.with_name("curve.py")), "{ds_config}")
     options = ("--ds-config", base, "--halving", "--seeds", 1, "--blocks", "ffn", "--trials", 7, "--start", "uniform")
     done = tune(tmp_path / "out", *options, "--lr", 0.16, "--json", command=command)
     assert done.exit_code == 0, done.output
