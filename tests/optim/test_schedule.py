@@ -180,3 +180,14 @@ def test_it_is_a_torch_scheduler():
 def test_bad_iterations(value):
     with pytest.raises(BlockError, match="last_batch_iteration is"):
         BlockwiseWarmupCosine(optimizer(), 10, 2, last_batch_iteration=value)
+
+
+def test_an_optimizer_describes_itself_in_one_line():
+    model = make("llama")
+    named = list(model.named_parameters())
+    groups = [{"params": named[:4]}, {"params": named[4:], "lr": 2e-3}]
+    optimizer = BlockwiseAdamW(groups, lr=1e-3, block_map=map_blocks(model), kernel="reference")
+    BlockwiseWarmupCosine(optimizer, 100, 10)  # peaks are told, not the first step of the warmup
+    told = optimizer.describe()
+    assert told.startswith("BlockwiseAdamW (reference kernel, ") and "\n" not in told
+    assert "norm 160 at 0.001 and 0.002" in told and f"embedding {61 * 32:,} at 0.01 and 0.02" in told

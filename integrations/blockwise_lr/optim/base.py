@@ -382,6 +382,20 @@ class BlockwiseOptimizer(Saving):
         """What :meth:`write_copies` set for a tensor, as one row."""
         return self._copies.get(tensor)
 
+    def describe(self) -> str:
+        """One line for a log: kernel, size of the step plans, and per block type this rank's elements and its peak rate."""
+        tensors = [p for p in self.all_tensors() if p.requires_grad]
+        kernels = dict.fromkeys(self._kernel(p).name for p in tensors)
+        plans = sum(self.plan_of(p).nbytes for p in tensors)
+        said = []
+        for block, numel in self.block_map.block_numel().items():
+            peaks = sorted({of["lr"] * of["block_lr_ratios"][block.value] for of in self.initial_settings})
+            said.append(f"{block.value} {numel:,} at {' and '.join(f'{peak:.3g}' for peak in peaks)}")
+        return (
+            f"{type(self).__name__} ({', '.join(kernels) or 'no'} kernel, {plans / 1024:,.0f} KiB of step plans), elements and "
+            f"peak learning rates: {', '.join(said)}"
+        )
+
     # ---- learning rates
 
     @property
