@@ -94,6 +94,7 @@ support: setup
 # redraws the evidence page's tables and pictures from its rows
 figures: setup
 	@$(RUN) examples/reproduce/figures.py
+	@$(RUN) examples/demo/report.py
 
 bench: setup
 	@$(RUN) tests/bench/step.py

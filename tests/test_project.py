@@ -69,3 +69,11 @@ def test_pages_name_only_make_targets_that_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`make ([\w-]+)", (ROOT / "README.md").read_text()))
     assert named and named <= targets
+
+
+def test_the_citation_is_of_this_version():
+    from blockwise_lr import __version__
+
+    citation = (ROOT / "CITATION.cff").read_text()
+    bibtex = (ROOT / "README.md").read_text()
+    assert f'version: "{__version__}"' in citation and f"version = {{{__version__}}}" in bibtex

@@ -1,8 +1,12 @@
-"""The demo's table and picture, from the results of its runs."""
+"""The demo's table and picture, from the results of its runs.
+
+``python examples/demo/report.py`` writes the tables of examples/README.md anew, from the results that are kept in results/.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,34 +55,54 @@ def arms_of(results: dict) -> list[Arm]:
     return [Arm(name, runs[0]["lr"], runs) for name, runs in of.items()]
 
 
-def table(results: dict) -> Table:
-    """One row per arm."""
+def rows(results: dict) -> list[list[str]]:
+    """The table's head and one row per arm."""
     arms = arms_of(results)
     base = arms[0].mean
     last, wanted = base["steps"][-1], base["losses"][-1]
-    made = Table(
-        title=f"GPT on Python's standard library, {last} steps, {len(arms[0].runs)} seeds, DeepSpeed ZeRO-2 on 2 processes"
-    )
-    for column in (
-        "optimizer",
-        "base lr",
-        "validation loss",
-        "of each seed",
-        f"steps to {arms[0].name}'s {wanted:.3f}",
-        "state per rank",
-    ):
-        made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
+    goal = f"steps to {arms[0].name}'s {wanted:.3f}"
+    made = [["optimizer", "base lr", "validation loss", "of each seed", goal, "state per rank"]]
     for arm in arms:
         reached = steps_to(arm.mean, wanted)
-        made.add_row(
-            arm.name,
-            f"{arm.lr:g}",
-            f"{arm.mean['losses'][-1]:.3f}",
-            ", ".join(f"{loss:.3f}" for loss in arm.finals),
-            "not reached" if reached is None else f"{reached:.0f} ({reached / last:.0%})",
-            f"{arm.runs[0]['state_bytes'] / 2**20:.2f} MiB",
+        made.append(
+            [
+                arm.name,
+                f"{arm.lr:g}",
+                f"{arm.mean['losses'][-1]:.3f}",
+                ", ".join(f"{loss:.3f}" for loss in arm.finals),
+                "not reached" if reached is None else f"{reached:.0f} ({reached / last:.0%})",
+                f"{arm.runs[0]['state_bytes'] / 2**20:.2f} MiB",
+            ]
         )
     return made
+
+
+def table(results: dict) -> Table:
+    """One row per arm."""
+    arms = arms_of(results)
+    steps, seeds = arms[0].mean["steps"][-1], len(arms[0].runs)
+    made = Table(
+        title=f"GPT on Python's standard library, {steps} steps, {seeds} seeds, DeepSpeed ZeRO-2 on 2 processes"
+    )
+    head, *lines = rows(results)
+    for column in head:
+        made.add_column(column, justify="left" if column == "optimizer" else "right", no_wrap=True)
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """A page with what lies between ``<!-- demo: FILE -->`` and ``<!-- end -->`` made anew from the results in that file."""
+
+    def made(match: re.Match) -> str:
+        head, *lines = rows(json.loads((folder / match[1]).read_text()))
+        shown = [head, ["---"] + ["--:"] * (len(head) - 1), *lines]
+        return (
+            f"<!-- demo: {match[1]} -->\n" + "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n<!-- end -->"
+        )
+
+    return re.sub(r"<!-- demo: (\S+) -->\n.*?<!-- end -->", made, text, flags=re.S)
 
 
 def sweep_table(results: dict) -> Table:
@@ -101,9 +125,11 @@ def picture(results: dict, file: Path) -> None:
         axes.plot(mean["steps"], mean["losses"], marker="o", ms=3, color=color, label=f"{arm.name}, lr {arm.lr:g}")
         for run in arm.runs:
             axes.plot(run["steps"], run["losses"], color=color, lw=0.6, alpha=0.6)
-    axes.axhline(arms[0].mean["losses"][-1], color="#888888", lw=0.8, ls="--")
+    base = arms[0].mean["losses"][-1]
+    axes.axhline(base, color="#888888", lw=0.8, ls="--", label=f"{arms[0].name}'s last: {base:.3f}")
     low = min(min(run["losses"]) for run in results["runs"])
-    axes.set_ylim(low - 0.1, low + 2.0)
+    high = max(run["losses"][0] for run in results["runs"])
+    axes.set_ylim(low - 0.1, high + 0.2)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title(f"GPT on Python's standard library, {len(arms[0].runs)} seeds and their mean")
@@ -124,3 +150,8 @@ def report(folder: Path) -> None:
     console.print(
         f"Picture: {folder / 'curves.png'}   Learning rates per block: tensorboard --logdir {folder / 'tensorboard'}"
     )
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parents[1] / "README.md"
+    page.write_text(with_tables(page.read_text(), page.parent))
