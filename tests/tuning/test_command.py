@@ -1,9 +1,13 @@
 """`blockwise-lr tune` with a real training script."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -59,6 +63,41 @@ def test_halving_stops_runs_and_a_ds_config_is_filled(tmp_path):
     assert "adamw_lr" not in config["optimizer"]["params"]
     stopped = [file for file in (tmp_path / "out").glob("run-*/log") if "step 8" not in file.read_text()]
     assert stopped and all("step 2 " in file.read_text() for file in stopped)
+
+
+def test_an_interrupt_ends_the_runs_and_a_second_start_goes_on(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time\nfor step in range(3000):\n    print(f'step {step} loss 3', flush=True)\n    time.sleep(0.1)"
+    )
+    words = [
+        "-m",
+        "blockwise_lr.cli",
+        "tune",
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "2",
+        "--",
+        sys.executable,
+        str(script),
+    ]
+    search = subprocess.Popen([sys.executable, *words, *PLACES], stderr=subprocess.PIPE, text=True)
+    logs = tmp_path / "out"
+    deadline = time.monotonic() + 60
+    while len([log for log in logs.glob("run-*/log") if log.stat().st_size]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = psutil.Process(search.pid).children(recursive=True)
+    assert len(children) == 2
+    search.send_signal(signal.SIGINT)
+    search.wait(timeout=30)
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    short = script.read_text().replace("3000", "3")
+    script.write_text(short)
+    done = tune(logs, "--seeds", 1, "--blocks", "ffn", "--trials", 7, command=(sys.executable, str(script), *PLACES))
+    assert done.exit_code == 2 and "holds the runs of another command or search" in done.output  # other blocks
+    again = tune(logs, "--trials", 7, "--jobs", 2, command=(sys.executable, str(script), *PLACES))
+    assert again.exit_code == 0, again.output
 
 
 @pytest.mark.parametrize(

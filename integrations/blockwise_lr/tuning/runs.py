@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from ..blocks.types import BlockError
@@ -94,11 +95,41 @@ class Command:
         return config
 
 
-def run(command: Command, words: Sequence[str], out: Path, stop: Callable[[int, float], bool]) -> float:
+class Running:
+    """The processes of runs side by side, so that all can be ended from outside."""
+
+    def __init__(self) -> None:
+        self._processes: set[subprocess.Popen[str]] = set()
+        self._ended = False
+        self._lock = Lock()
+
+    def add(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._processes.add(process)
+        if self._ended:
+            _end(process)
+
+    def remove(self, process: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self._processes.discard(process)
+
+    def end(self) -> None:
+        """Ends all, and what is added later on."""
+        self._ended = True
+        with self._lock:
+            processes = list(self._processes)
+        for process in processes:
+            _end(process)
+
+
+def run(
+    command: Command, words: Sequence[str], out: Path, stop: Callable[[int, float], bool], running: Running
+) -> float:
     """Runs a command to its end, its output in ``out/log``; its final loss, infinite where it diverged or was stopped.
 
     Args:
         stop: called with each step and loss; True ends the run early.
+        running: takes note of its process meanwhile.
 
     Raises:
         BlockError: it failed while its losses were finite, or printed none.
@@ -110,12 +141,14 @@ def run(command: Command, words: Sequence[str], out: Path, stop: Callable[[int, 
             words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
         ) as process,
     ):
+        running.add(process)
         try:
             if _read(process, command.loss, log, losses, stop):
                 return math.inf
             code = process.wait()
         finally:
             _end(process)
+            running.remove(process)
     tail = (out / "log").read_text().splitlines()[-_SHOWN:]
     if code and losses and _DIVERGED.search(" ".join(tail)):
         return math.inf

@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ..blocks.types import BlockError
-from .runs import Command, run
+from .runs import Command, Running, run
 from .search import Search, Setting
 
 Done = Callable[[Setting, float, int], None]
@@ -75,29 +75,34 @@ class Study:
             done: told of each run that has ended: its setting, its loss, and how many have ended.
 
         Raises:
-            BlockError: a run failed; those beside it are finished first.
+            BlockError: a run failed; those beside it are ended.
         """
         running: dict[Future[float], Setting] = {}
+        processes = Running()
         with ThreadPoolExecutor(jobs) as pool:
-            while True:
-                losses = self.losses()
-                for setting in self.search.next_runs(losses):
-                    if len(running) < jobs and setting not in running.values():
-                        running[pool.submit(self._run, setting)] = setting
-                if not running:
-                    return losses
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    setting = running.pop(future)
-                    done(setting, future.result(), len(self.losses()))
+            try:
+                while True:
+                    losses = self.losses()
+                    for setting in self.search.next_runs(losses):
+                        if len(running) < jobs and setting not in running.values():
+                            running[pool.submit(self._run, setting, processes)] = setting
+                    if not running:
+                        return losses
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        setting = running.pop(future)
+                        done(setting, future.result(), len(self.losses()))
+            except BaseException:  # one failed, or Ctrl-C: runs are in sessions of their own, which no signal reaches
+                processes.end()
+                raise
 
-    def _run(self, setting: Setting) -> float:
+    def _run(self, setting: Setting, processes: Running) -> float:
         trial = self._ask(setting)
         out = self.folder / f"run-{trial.number:03}"
         out.mkdir(exist_ok=True)
         words = self.command.filled(setting.lr, self.search.ratios(setting), setting.seed, out)
         stop = self._stopper(trial) if self.halving and setting.seed == 0 else lambda step, loss: False
         try:
-            loss = run(self.command, words, out, stop)
+            loss = run(self.command, words, out, stop, processes)
         except BaseException:
             self._study.tell(trial, state=TrialState.FAIL)
             raise
