@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .advice import advice, suggested_rules
 from .dims import HeadCounts
 from .families import family_rules
 from .layout import MATRIX, ParamLayout, Piece
@@ -37,7 +38,18 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 class UnmappedParameterError(BlockError):
-    """A trainable parameter matches no rule."""
+    """A trainable parameter matches no rule.
+
+    Attributes:
+        rules: block rules that would map all such parameters and none of the others, to check and to add.
+    """
+
+    def __init__(self, message: str, rules: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.rules = [dict(rule) for rule in rules]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.rules)
 
 
 class BlockMap(Mapping[str, ParamLayout]):
@@ -315,7 +327,7 @@ def _map(
         layouts.append(replace(layout, name=names[0]))
     _refuse_unused(given, used, shapes)
     if unmapped and strict:
-        raise UnmappedParameterError(_unmapped_message(unmapped, own + family_rules(structure.contexts[""].family)))
+        raise _unmapped_error(unmapped, layouts, own + family_rules(structure.contexts[""].family))
     return BlockMap(layouts, structure.contexts[""].heads, (name for name, _ in unmapped))
 
 
@@ -387,14 +399,13 @@ def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, 
             )
 
 
-def _unmapped_message(unmapped: list[tuple[str, tuple[int, ...]]], table: tuple[Rule, ...]) -> str:
-    name, shape = unmapped[0]
-    parents = name.split(".")[:-1] or [name]
-    parent = parents[-1] if not parents[-1].isdigit() or len(parents) == 1 else ".".join(parents[-2:])
-    nearest = difflib.get_close_matches("*." + parent, [rule.match for rule in table], n=1, cutoff=0.0)
-    rest = f" ({len(unmapped) - 1} more: {', '.join(n for n, _ in unmapped[1:4])}{', …' if len(unmapped) > 4 else ''})"
-    return (
-        f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest if len(unmapped) > 1 else ''}; "
-        f"nearest rule: {nearest[0]!r}; add one to block_rules, for example "
-        f'{{"match": "*.{parent}.*", "block": "ffn"}}'
-    )
+def _unmapped_error(
+    unmapped: Sequence[tuple[str, tuple[int, ...]]], layouts: Iterable[ParamLayout], table: tuple[Rule, ...]
+) -> UnmappedParameterError:
+    unknown = {name for name, _ in unmapped}
+    plain = [(plain_name(name), shape) for name, shape in unmapped]
+    known = {plain_name(layout.name): layout for layout in layouts if layout.name not in unknown}
+    rules = suggested_rules(plain, known)
+    where = unmapped[0][0].rpartition(".")[0].rpartition(".")[2] or unmapped[0][0]
+    nearest = difflib.get_close_matches("*." + where, [rule.match for rule in table], n=1, cutoff=0.0)[0]
+    return UnmappedParameterError(advice(unmapped, rules, nearest), rules)

@@ -23,6 +23,16 @@ _ATTENTION = re.compile(r"Attention(V\d)?\Z|Attn\Z|Indexer\Z")
 # spellings of one number in attention modules; the first that is set is used
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_head")
 _Q_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads", "nhead")
+# sizes of the parts of a weight, which may differ between layers; 0 is a size
+_SIZES = (
+    "qk_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "kv_lora_rank",
+    "key_dim",
+    "attention_ratio",
+)
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_local_kv_heads")
 
 
@@ -128,6 +138,7 @@ def _own_heads(module: nn.Module, context: Context) -> HeadCounts | None:
         return None
     head_dim, q, kv = (_number(module, names) for names in (_HEAD_DIM, _Q_HEADS, _KV_HEADS))
     around = context.heads
+    config = {**(around.config if around is not None else {}), **_own_sizes(module)}
     if (q is None and head_dim is None) or (q is None and around is None):
         return None
     if kv is None and q is not None:
@@ -135,9 +146,13 @@ def _own_heads(module: nn.Module, context: Context) -> HeadCounts | None:
         kv = q // groups if groups else around.kv if around is not None and around.q == q else q
     if q is None:
         assert around is not None
-        return replace(around, head_dim=head_dim, kv=kv or around.kv)
+        return HeadCounts(around.q, kv or around.kv, config, head_dim)
     assert kv is not None
-    return HeadCounts(q, kv, around.config if around is not None else {}, head_dim)
+    return HeadCounts(q, kv, config, head_dim)
+
+
+def _own_sizes(module: nn.Module) -> dict[str, int]:
+    return {name: vars(module)[name] for name in _SIZES if isinstance(vars(module).get(name), int)}
 
 
 def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
