@@ -16,7 +16,7 @@ QKV = ("q", "k", "v")
 Pieces = tuple[tuple[Piece, ...], int]
 
 # classes that hold attention; the trailing star is the rest of the path, down to the parameter's own module
-WITHIN = "*{Attention,AttentionV2,Attn,AttnBlock,MoA,CCAProjection}/*"
+WITHIN = "*{Attention,AttentionV2,AttentionSubsample,Attn,AttnBlock,MoA,CCAProjection}/*"
 _NAMED = "*{attn,Attn,attention,Attention}*."  # a parent's name, in the last four parts of a name
 
 

@@ -61,7 +61,7 @@ INPUTS: tuple[Rule, ...] = (
         EMBEDDING,
     ),
     Rule("*.{image_to_mm_projection,text_to_mm_projection,out_mid}.*", EMBEDDING),
-    Rule("*.{proj1,proj2,proj}.*", EMBEDDING, within="*{AudioEncoder,AudioModel}/Linear/"),
+    Rule("*.{proj1,proj2,proj}.*", EMBEDDING, within="*{AudioEncoder,AudioModel,AsrDecoder,DiarizationModel}/Linear/"),
     # the convolutions of a speech encoder before its first layer
     Rule(
         "*.{conv1,conv2,conv3,conv2d1,conv2d2,conv2d3,conv_out,input_linear}.*",
@@ -94,6 +94,6 @@ HEADS: tuple[Rule, ...] = (
     Rule(
         "*",
         HEAD,
-        within="*{PredictionHead,PredictionHeads,PreTrainingHeads,SelectionHead,VQVAEHead,Pooler,LMHead,ClassificationHead}/*",
+        within="*{PredictionHead,PredictionHeads,PreTrainingHeads,SelectionHead,VQVAEHead,Pooler,LMHead,ClassificationHead,ClassificationLayer}/*",
     ),
 )

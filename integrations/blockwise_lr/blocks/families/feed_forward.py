@@ -8,7 +8,7 @@ from ..types import BlockType
 FFN, ROUTER = BlockType.FFN, BlockType.ROUTER
 
 _CLASSES = (
-    "MLP,Mlp,MLPBlock,MlpBlock,FFN,FeedForward,FeedForwardNetwork,FFNBlock,DenseActDense,DenseGatedActDense,DenseGatedACT,"
+    "MLP,Mlp,MLPLayer,MLPBlock,MlpBlock,FFN,FeedForward,FeedForwardNetwork,FFNBlock,DenseActDense,DenseGatedActDense,DenseGatedACT,"
     "Experts,ParallelExperts,Intermediate,LaurelBlock,AltUp,GLU,GluMlp,ResidualConnection,ConvolutionModule,MessageGate,SnakeBeta,Bottleneck,OutputBottleneck,BottleneckLayer,Upsampling,AMPBlock"
 )
 
@@ -32,7 +32,7 @@ FEED_FORWARD: tuple[Rule, ...] = (
     Rule("*.experts.*.{w1,w2,w3}.*", FFN),
     Rule("*.{dense_h_to_4h,dense_4h_to_h}.*", FFN),
     Rule("*.{fc1,fc2,lin1,lin2,pwconv1,pwconv2,wi,wi_0,wi_1,Wi,ffn_output}.{weight,bias}", FFN),
-    Rule("*.{intermediate,output}.{dense,conv1d}.*", FFN),
+    Rule("*.{intermediate,output,intermediate_query,output_query}.{dense,conv1d}.*", FFN),
     Rule("*.{intermediate_dense,output_dense}.*", FFN),
     Rule("*.DenseReluDense.*", FFN),
     Rule("*.{linear1,linear2}.{weight,bias}", FFN, within="*{EncoderLayer,DecoderLayer}/*"),
@@ -46,6 +46,7 @@ CHANNELS: tuple[Rule, ...] = (
     Rule("*.{per_layer_input_gate,per_layer_projection,altup_projections,altup_unembed_projections}.*", FFN),
     Rule("*.{attn_hc,ffn_hc,hc_head}.*", FFN),  # hyper-connections: weights between parallel residual streams
     Rule("*.adapter_modules.*", FFN),
+    Rule("*.proj.*", FFN, within="*HieraLayer/Linear/"),  # the residual of a layer that widens
     Rule(
         "*.linear.*", FFN, within="*HybridLayer/Linear/"
     ),  # Zamba's, behind the shared attention and feed-forward layer
