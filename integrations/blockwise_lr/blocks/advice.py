@@ -35,12 +35,19 @@ def suggested_rules(unmapped: Unmapped, known: Mapping[str, ParamLayout]) -> lis
         module, _, leaf = name.rpartition(".")
         key = (_every_layer(module), _evidence(module, dims[module], blocks))
         groups.setdefault(key, {}).setdefault(leaf, []).append(name)
-    rules = []
+    wanted = {name: block for (_, block), leaves in groups.items() for group in leaves.values() for name in group}
+    rules: list[dict[str, str]] = []
+    left = dict(wanted)
     for (module, block), leaves in groups.items():
         glob = _glob(module, leaves)
-        names = [name for group in leaves.values() for name in group]
-        globs = names if any(matches(glob, name) for name in known) else [glob]
-        rules += [{"match": one, "block": block.value} for one in globs]
+        taken = [name for name in wanted if matches(glob, name)]
+        names = [name for group in leaves.values() for name in group if name in left]
+        # a star also stands for dots, so it may reach further than from layer to layer
+        alone = all(wanted[name] is block for name in taken) and not any(matches(glob, name) for name in known)
+        for one in [glob] if alone and names else names:
+            rules.append({"match": one, "block": block.value})
+        for name in taken if alone else names:
+            left.pop(name, None)
     return rules
 
 
