@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One learning rate per Transformer block type.",
 )
-EXIT_BAD_INPUT, EXIT_UNMAPPED = 2, 3
+EXIT_BAD_INPUT, EXIT_UNMAPPED, EXIT_CONTRADICTED = 2, 3, 4
 
 
 class Format(str, Enum):
@@ -56,8 +56,10 @@ def inspect(
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding, for an argument file.")] = None,
     form: Annotated[Format, typer.Option("--format", help="Output; svg and png draw a picture.")] = Format.table,
     output: Annotated[Path | None, typer.Option(help="Where to write it; needed for svg and png.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run a few layers and see what feeds attention.")] = False,
 ) -> None:
-    """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
+    """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
+    contradicts the map; 2: bad input."""
     try:
         ratios = dict(_ratio(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
@@ -73,6 +75,26 @@ def inspect(
             err=True,
         )
         raise typer.Exit(EXIT_UNMAPPED)
+    if verify:
+        _verify(target, own)
+
+
+def _verify(target: str, rules: list[dict] | None) -> None:
+    from .verification import verify
+
+    try:
+        found = verify(target, rules=rules)
+    except (BlockError, ImportError, AttributeError) as error:
+        typer.echo(f"blockwise-lr inspect: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    typer.echo(f"verified: {found.proven} parameters feed the attention that the map says", err=True)
+    for wrong in found.contradicted:
+        typer.echo(
+            f"contradicted: {wrong.parameter}, {wrong.where}: mapped as {wrong.block}, feeds the {wrong.feeds}",
+            err=True,
+        )
+    if found.contradicted:
+        raise typer.Exit(EXIT_CONTRADICTED)
 
 
 def _ratio(item: str) -> tuple[str, float | str]:
