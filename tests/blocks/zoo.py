@@ -85,12 +85,13 @@ def dense_decoder(config: Any) -> dict[str, int] | None:
     Returns:
         ``qk``, ``vo``, ``ffn`` (of two matrices a layer; a gated one has half as much again).
     """
-    values = config.to_dict()
+    if _is_mixed(config.to_dict()):
+        return None
     layers, width, heads = (
         getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
     inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    if not all(isinstance(n, int) for n in (layers, width, heads, inner)) or _is_mixed(values):
+    if not all(isinstance(n, int) for n in (layers, width, heads, inner)):
         return None
     kv = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or width // heads
@@ -102,7 +103,8 @@ def dense_decoder(config: Any) -> dict[str, int] | None:
 _MIXED = (
     "expert", "mamba", "linear", "lora", "conv", "recurrent", "ssm", "global_head", "encoder", "vision", "audio", "loop",
     "altup", "per_layer", "cross", "ngram", "compress", "index_", "word_embed_proj", "embedding_size", "adapter", "block_types",
-    "shared_layer", "layer_group",
+    "shared_layer",
+    "cycles", "layer_group",
 )  # fmt: skip
 
 

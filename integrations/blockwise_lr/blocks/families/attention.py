@@ -136,6 +136,7 @@ _PROJECTIONS = (
     Rule("*{DenseReluDense,mlp,ffn,feed_forward}.{wo,Wo}.*", FFN),
     Rule("*.{wo,Wo}.*", FFN, within="*{DenseActDense,DenseGatedActDense,MLP,Mlp,FeedForward,FFN}/*"),
     Rule("*.{o_proj,wo,Wo}.*", VO),
+    Rule("*", VO, within="*{SelfOutput,AttentionOutput}/*"),
     Rule(f"*.{_CROSS}.{{c_proj,out_proj,out_lin}}.*", VO),
     Rule(f"*.{_CROSS}.{{dense,output.dense,dense_bias}}*", VO),
     *_short("query,q,query_proj,project_q,q_head,linear_q,to_query,query_key,projection_query", QK, "q"),
@@ -152,12 +153,13 @@ _PROJECTIONS = (
     # whole tensors without modules of their own (XLNet): (width, heads, head size)
     Rule("*.rel_attn.{q,k}", QK),
     Rule("*.rel_attn.{v,o}", VO),
-    Rule("*.{dense,conv1d}.*", VO, within="*Attention/*SelfOutput/*"),
     Rule("*.post_attention.conv1d.*", VO),
     Rule("*.convolution_projection_{query,key}.*", QK),
     Rule("*.convolution_projection_value.*", VO),
     Rule("*.{sequence_reduction,spatial_reduction}.*", VO, within=WITHIN),  # of the tokens that k and v are made of
-    Rule("*.{key_conv_attn_layer,conv_kernel_layer,conv_out_layer}.*", VO, within=WITHIN),  # ConvBERT mixes tokens
+    # ConvBERT mixes neighbours by a softmax over a kernel that query and key make
+    Rule("*.{key_conv_attn_layer,conv_kernel_layer}.*", QK, within=WITHIN),
+    Rule("*.conv_out_layer.*", VO, within=WITHIN),
     Rule("*.fsmn.*", VO, within=WITHIN),
 )
 ATTENTION = (*_SCORES, *LATENT_ATTENTION, *_GATES, *_FUSED, *_PROJECTIONS)

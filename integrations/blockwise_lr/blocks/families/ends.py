@@ -79,7 +79,7 @@ _HEADS = (
     "classifier,cls_classifier,distillation_classifier,score,lm_heads,ctc_head,ctc_proj,predictions,cls,pooler,lm_loss,"
     "generator_lm_head,logits_dense,vocab_projector,vocab_transform,word_timestamp_head,discriminator_predictions,"
     "generator_predictions,entity_predictions,answer_head,obj_predict_head,contact_head,mlm_head,embedding_decoder,"
-    "output_projection,codec_head,dist_head,last_convolution,sop_classifier,decoder_pred,proj_out,speaker_proj,project_hid,embedding_proj_layer,final_layer,seq_relationship,post_projection,action_out_proj"
+    "output_projection,codec_head,pred_layer,dist_head,last_convolution,sop_classifier,decoder_pred,proj_out,speaker_proj,project_hid,embedding_proj_layer,final_layer,seq_relationship,post_projection,action_out_proj"
 )
 # exact names and places, which come before all else
 OUTPUT_LAYERS: tuple[Rule, ...] = (

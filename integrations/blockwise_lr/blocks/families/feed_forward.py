@@ -32,7 +32,10 @@ FEED_FORWARD: tuple[Rule, ...] = (
     Rule("*.experts.*.{w1,w2,w3}.*", FFN),
     Rule("*.{dense_h_to_4h,dense_4h_to_h}.*", FFN),
     Rule("*.{fc1,fc2,lin1,lin2,pwconv1,pwconv2,wi,wi_0,wi_1,Wi,ffn_output}.{weight,bias}", FFN),
-    Rule("*.{intermediate,output,intermediate_query,output_query}.{dense,conv1d}.*", FFN),
+    Rule(
+        "*.{intermediate,output,intermediate_query,output_query,lang_inter,lang_output,visn_inter,visn_output}.{dense,conv1d}.*",
+        FFN,
+    ),
     Rule("*.{intermediate_dense,output_dense}.*", FFN),
     Rule("*.DenseReluDense.*", FFN),
     Rule("*.{linear1,linear2}.{weight,bias}", FFN, within="*{EncoderLayer,DecoderLayer}/*"),
