@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _seen(model: torch.nn.Module) -> dict[str, Any]:
     failure: BlockError | None = None
     for inputs in _inputs(model):
         try:
-            return probe(model, lambda inputs=inputs: model(**inputs) if isinstance(inputs, dict) else model(inputs))
+            return probe(model, partial(model, **inputs) if isinstance(inputs, dict) else partial(model, inputs))
         except BlockError as error:
             failure = failure or error
     raise BlockError(f"--verify cannot run this model by itself: {failure}; see blockwise_lr.probe.probe")
