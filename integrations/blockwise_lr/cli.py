@@ -222,9 +222,15 @@ def sharpness(
 
 
 @app.command()
-def families() -> None:
+def families(
+    installed: Annotated[
+        bool, typer.Option("--installed", help="All classes of the installed transformers, by category (minutes).")
+    ] = False,
+) -> None:
     """Map a public model of every known family and count. Exit code 3: something is unmapped."""
     try:
+        if installed:
+            return _installed()
         from .transformers.public_models import PUBLIC_MODELS, survey
 
         found = [survey(model) for model in PUBLIC_MODELS]
@@ -238,6 +244,23 @@ def families() -> None:
         table.add_row(row.model, row.family, str(row.mapped), str(row.spans), str(row.unmapped))
     _console().print(table)
     if any(row.unmapped for row in found):
+        raise typer.Exit(EXIT_UNMAPPED)
+
+
+def _installed() -> None:
+    from .transformers.coverage import coverage
+
+    table = Table("category", caption="from default configs; not built: a value or a library is missing")
+    for column in ("mapped", "refused", "not built"):
+        table.add_column(column, justify="right")
+    refused: dict[str, str] = {}
+    for row in coverage():
+        table.add_row(row.category, str(len(row.mapped)), str(len(row.refused)), str(len(row.not_built)))
+        refused |= row.refused
+    _console().print(table)
+    for name, error in refused.items():
+        typer.echo(f"{name}: {error}")
+    if refused:
         raise typer.Exit(EXIT_UNMAPPED)
 
 

@@ -151,6 +151,14 @@ def test_experts_stored_inputs_first():
     assert down and all(p.transposed and p.batch_dims == 1 and p.outputs == 48 for p in down.values())
 
 
+def test_a_projector_stored_inputs_first():
+    """Gemma 3 computes x @ W, so its outputs, of the language model's width, are the columns."""
+    model = build("Gemma3ForConditionalGeneration")
+    (layout,) = [p for name, p in map_blocks(model).items() if name.endswith("mm_input_projection_weight")]
+    assert layout.transposed and layout.outputs == model.config.text_config.hidden_size
+    assert [str(b) for b in layout.blocks] == ["embedding"]
+
+
 @pytest.mark.parametrize("architecture", ["OpenAIGPTLMHeadModel", "CTRLLMHeadModel"])
 def test_a_tied_embedding_under_an_unknown_name(architecture):
     model = build(architecture)

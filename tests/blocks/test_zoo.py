@@ -11,6 +11,7 @@ from torch import nn
 from blockwise_lr import BlockError, map_blocks
 from blockwise_lr.blocks.layout import MATRIX
 from blockwise_lr.probe import contradictions, probe
+from blockwise_lr.transformers.coverage import coverage
 
 FEW = {
     "causal-lm": "LlamaForCausalLM CodeGenForCausalLM CTRLLMHeadModel XLNetLMHeadModel DeepseekV4ForCausalLM "
@@ -117,3 +118,10 @@ def test_the_forward_pass_does_not_contradict_the_map(name):
     assert contradictions(block_map, uses) == []
     qk = [n for n in uses if n in block_map and {str(b) for b in block_map[n].blocks} == {"qk"}]
     assert any(uses[name].scores.any() for name in qk) or not qk
+
+
+def test_coverage_of_a_category():
+    """What ``blockwise-lr families --installed`` prints, of one category."""
+    (row,) = coverage(["CTC"])
+    assert row.category == "ctc" and row.refused == {} and "Wav2Vec2ForCTC" in row.mapped
+    assert set(row.mapped) | set(row.not_built) == set(zoo.members("ctc"))

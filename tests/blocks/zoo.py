@@ -27,13 +27,18 @@ CATEGORIES = {
 }
 
 
+def members(category: str) -> list[str]:
+    """The class names of a category."""
+    mapping = getattr(modeling_auto, f"MODEL_FOR_{CATEGORIES[category]}_MAPPING_NAMES", {})
+    values = [v for value in mapping.values() for v in (value if isinstance(value, (list, tuple)) else (value,))]
+    return list(dict.fromkeys(values))
+
+
 def classes(category: str) -> list[str]:
     """The class names of a category, each in the first category that has it."""
     seen: set[str] = set()
-    for name, part in CATEGORIES.items():
-        mapping = getattr(modeling_auto, f"MODEL_FOR_{part}_MAPPING_NAMES", {})
-        values = [v for value in mapping.values() for v in (value if isinstance(value, (list, tuple)) else (value,))]
-        found = [v for v in dict.fromkeys(values) if v not in seen]
+    for name in CATEGORIES:
+        found = [v for v in members(name) if v not in seen]
         if name == category:
             return found
         seen.update(found)

@@ -19,7 +19,7 @@ from .types import BlockType
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase) + (
     (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
 )
-_ATTENTION = re.compile(r"Attention(V\d|Subsample)?\Z|Attn\Z|Indexer\Z")
+_ATTENTION = re.compile(r"Attention(V\d|Subsample)?\Z|Attn\Z|Indexer\Z|MLA\Z")
 # spellings of one number in attention modules; the first that is set is used
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_head")
 _Q_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads", "nhead")

@@ -16,7 +16,7 @@ QKV = ("q", "k", "v")
 Pieces = tuple[tuple[Piece, ...], int]
 
 # classes that hold attention; the trailing star is the rest of the path, down to the parameter's own module
-WITHIN = "*{Attention,AttentionV2,AttentionSubsample,Attn,AttnBlock,MoA,CCAProjection}/*"
+WITHIN = "*{Attention,AttentionV2,AttentionSubsample,Attn,AttnBlock,MoA,CCAProjection,MLA}/*"
 _NAMED = "*{attn,Attn,attention,Attention}*."  # a parent's name, in the last four parts of a name
 
 
@@ -96,6 +96,7 @@ _SCORES = (
 _GATES = (
     Rule("*.{self_attn,self_attention,attention,attn}.{gate_proj,g_proj,output_gate,o_gate}.*", VO),
     Rule("*.{gate_proj,g_proj,output_gate,o_gate,gate}.*", VO, within="*Attention/Linear/"),
+    Rule("*.gate_proj.*", VO, within="*Attention/*GatedProjection/*"),
     Rule("*.{gate_bias,s_gate,v_bias}", VO, within=WITHIN),
     Rule("*.exclusive_self_attention.alpha", VO),
     Rule("*.compressor.{kv_proj,gate_proj}.*", VO),  # DeepSeek V4: weighs several tokens' k and v into one
@@ -128,6 +129,7 @@ _CROSS = (
     "{attention,self_attention,self_attn,crossattention,cross_attention,cross_attn,encoder_attn,multihead_attn,attn}"
 )
 _PROJECTIONS = (
+    Rule("*.bottleneck.{input,attention}.dense.*", FFN),  # MobileBERT's, before its attention and FFNs
     Rule("*.{q_proj,wq,Wq,q_attn,q_lin,to_q}{,.linear}.{weight,bias}*", QK, heads="q"),
     Rule("*.{k_proj,wk,Wk,k_attn,k_lin,to_k}{,.linear}.{weight,bias}*", QK, heads="kv"),
     Rule("*.{q_proj,wq,k_proj,wk}.*", QK),

@@ -25,11 +25,11 @@ _CLASSES = (
 _PROJECTORS = (
     "mm_projector,vision_projector,multimodal_projector,connector,merger,deepstack_merger_list,deepstack_mergers,aligner,"
     "modality_projection,language_projection,image_to_text_projection,visual_projection,vision_projection,projector,"
-    "vision_adapter,audio_projector,audio_adapter,embed_vision,embed_audio,patch_merger,enc_to_dec_proj,adapter"
+    "vision_adapter,audio_projector,audio_adapter,embed_vision,embed_audio,patch_merger,enc_to_dec_proj"
 )
 _PROJECTOR_CLASSES = (
     "Projector,MultiModalProjector,MultimodalProjection,Connector,PatchMerger,VisionMerger,DeepStackMerger,Aligner,AlignerMLP,"
-    "DownsampleMLP,Merger,ResamplerModel,Projection,AudioAdapter,ImageEmbedding,AudioEmbedding,TextProjection"
+    "DownsampleMLP,Merger,ResamplerModel,Projection,AudioAdapter,ConformerAdapter,Wav2Vec2Adapter,Wav2Vec2BertAdapter,ImageEmbedding,AudioEmbedding,TextProjection"
 )
 
 EMBEDDINGS: tuple[Rule, ...] = (
@@ -40,12 +40,14 @@ EMBEDDINGS: tuple[Rule, ...] = (
     Rule("*.{embed_positions,embed_in,embeddings,shared,tokens_embed,positions_embed}.weight", EMBEDDING),
 )
 # makes the input vectors of the image's tokens
-PROJECTOR = Rule("*.multi_modal_projector.*", EMBEDDING)
+PROJECTOR: tuple[Rule, ...] = (
+    Rule("*.mm_input_projection_weight", EMBEDDING, transposed=True),  # Gemma 3's projector computes x @ W
+    Rule("*.multi_modal_projector.*", EMBEDDING),
+)
 INPUTS: tuple[Rule, ...] = (
     Rule(f"*.{{{_TOKENS}}}", EMBEDDING, batch_dims=None),
     Rule(f"*.{{{_POSITIONS}}}{{,_0,_1,1,2,3,4}}", EMBEDDING, batch_dims=None),
     Rule("*.position_embeddings.weights.*", EMBEDDING, batch_dims=None),  # Reformer's, the outer sum of two tables
-    Rule("*.mm_input_projection_weight", EMBEDDING, transposed=True),  # Gemma 3's projector computes x @ W
     Rule(
         "*.{patch_embed,patch_embeds,patch_embedding,patch_embeddings,patch_conv,patch_projection,conv_proj}.*",
         EMBEDDING,

@@ -30,7 +30,7 @@ GENERIC: tuple[Rule, ...] = (
     *OUTPUT_LAYERS,
     *MIXERS,
     *ATTENTION,
-    PROJECTOR,
+    *PROJECTOR,
     *FEED_FORWARD,
     *SCALES,
     *INPUTS,
