@@ -19,6 +19,7 @@ from .probe import Contradiction, contradictions, probe
 
 _LAYERS, _TOKENS, _VOCABULARY = 2, 8, 512
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_NEEDS = "--verify runs the model, which needs a Hugging Face config or package.module:factory"
 _WIDTHS = ("vocab_size",)  # a table's rows are all alike
 
 
@@ -63,10 +64,12 @@ def _real(target: str) -> torch.nn.Module:
         module, _, factory = target.partition(":")
         sys.path.insert(0, os.getcwd())
         return getattr(importlib.import_module(module), factory)()
+    if os.path.isfile(target) and not target.endswith(".json"):
+        raise BlockError(_NEEDS)
     model = load_model(target)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        raise BlockError("--verify runs the model, which needs a Hugging Face config or package.module:factory")
+        raise BlockError(_NEEDS)
     return type(model)(cut_config(config))
 
 
@@ -99,14 +102,19 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _seen(model: torch.nn.Module) -> dict[str, Any]:
-    """What the probe sees with the first inputs under which the model gets to its attention."""
+    """What the probe sees with the inputs under which the model gets to most of its attention."""
     failure: BlockError | None = None
-    for inputs in _inputs(model):
+    best: dict[str, Any] = {}
+    for inputs in _inputs(model):  # an encoder and a decoder need more inputs than either
         try:
-            return probe(model, partial(model, **inputs) if isinstance(inputs, dict) else partial(model, inputs))
+            uses = probe(model, partial(model, **inputs) if isinstance(inputs, dict) else partial(model, inputs))
         except BlockError as error:
             failure = failure or error
-    raise BlockError(f"--verify cannot run this model by itself: {failure}; see blockwise_lr.probe.probe")
+        else:
+            best = max(best, uses, key=len)
+    if not best:
+        raise BlockError(f"--verify cannot run this model by itself: {failure}; see blockwise_lr.probe.probe")
+    return best
 
 
 def _inputs(model: torch.nn.Module) -> Iterator[Any]:
