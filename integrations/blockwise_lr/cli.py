@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One learning rate per Transformer block type.",
 )
-EXIT_BAD_INPUT, EXIT_UNMAPPED = 2, 3
+EXIT_BAD_INPUT, EXIT_UNMAPPED, EXIT_CONTRADICTED = 2, 3, 4
 
 
 class Format(str, Enum):
@@ -60,8 +60,10 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="A row for every parameter; repeated layers are one otherwise.")
     ] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Run a few layers and see what feeds attention.")] = False,
 ) -> None:
-    """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 2: bad input."""
+    """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
+    contradicts the map; 2: bad input."""
     try:
         ratios = dict(_ratio(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
@@ -77,6 +79,26 @@ def inspect(
             err=True,
         )
         raise typer.Exit(EXIT_UNMAPPED)
+    if verify:
+        _verify(target, own)
+
+
+def _verify(target: str, rules: list[dict] | None) -> None:
+    from .verification import verify
+
+    try:
+        found = verify(target, rules=rules)
+    except (BlockError, ImportError, AttributeError) as error:
+        typer.echo(f"blockwise-lr inspect: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    typer.echo(f"verified: {found.proven} parameters feed the attention that the map says", err=True)
+    for wrong in found.contradicted:
+        typer.echo(
+            f"contradicted: {wrong.parameter}, {wrong.where}: mapped as {wrong.block}, feeds the {wrong.feeds}",
+            err=True,
+        )
+    if found.contradicted:
+        raise typer.Exit(EXIT_CONTRADICTED)
 
 
 def _ratio(item: str) -> tuple[str, float | str]:
@@ -207,9 +229,15 @@ app.command()(tune)
 
 
 @app.command()
-def families() -> None:
+def families(
+    installed: Annotated[
+        bool, typer.Option("--installed", help="All classes of the installed transformers, by category (minutes).")
+    ] = False,
+) -> None:
     """Map a public model of every known family and count. Exit code 3: something is unmapped."""
     try:
+        if installed:
+            return _installed()
         from .transformers.public_models import PUBLIC_MODELS, survey
 
         found = [survey(model) for model in PUBLIC_MODELS]
@@ -223,6 +251,23 @@ def families() -> None:
         table.add_row(row.model, row.family, str(row.mapped), str(row.spans), str(row.unmapped))
     _console().print(table)
     if any(row.unmapped for row in found):
+        raise typer.Exit(EXIT_UNMAPPED)
+
+
+def _installed() -> None:
+    from .transformers.coverage import coverage
+
+    table = Table("category", caption="from default configs; not built: a value or a library is missing")
+    for column in ("mapped", "refused", "not built"):
+        table.add_column(column, justify="right")
+    refused: dict[str, str] = {}
+    for row in coverage():
+        table.add_row(row.category, str(len(row.mapped)), str(len(row.refused)), str(len(row.not_built)))
+        refused |= row.refused
+    _console().print(table)
+    for name, error in refused.items():
+        typer.echo(f"{name}: {error}")
+    if refused:
         raise typer.Exit(EXIT_UNMAPPED)
 
 

@@ -104,11 +104,10 @@ def test_unknown_names_stop_with_the_rule_to_add():
         "(5, 3)",
         "1 more: mystery.bias",
         "nearest rule",
-        '{"match": "*.mystery.*", "block": "ffn"}',
+        '{"match": "mystery.{weight,bias}", "block": "ffn"}',
     ):
         assert words in str(error.value)
-    rules = [{"match": "*.mystery.*", "block": "ffn"}]
-    assert map_blocks(model, rules=rules)["mystery.bias"].blocks == (BlockType.FFN,)
+    assert map_blocks(model, rules=error.value.rules)["mystery.bias"].blocks == (BlockType.FFN,)
     assert map_blocks(model, strict=False).unmapped == {"mystery.weight", "mystery.bias"}
 
 

@@ -45,7 +45,12 @@ def refused(change, model="llama"):
         ({"scheduler": {"warmup_num_steps": 11}}, ["warm up in fewer steps"]),
         (
             {"unknown": True},
-            ["model.mystery.weight", "(5, 3)", "nearest rule", '{"match": "*.mystery.*", "block": "ffn"}'],
+            [
+                "model.mystery.weight",
+                "(5, 3)",
+                "nearest rule",
+                '{"match": "model.mystery.{weight,bias}", "block": "ffn"}',
+            ],
         ),
     ],
 )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .dims import HeadCounts, config_values, head_counts
+from .advice import advice, suggested_rules
+from .dims import HeadCounts
 from .families import family_rules
 from .layout import MATRIX, ParamLayout, Piece
 from .marks import marks_of
 from .rules import Rule, user_rules
+from .structure import Context, Structure, read_structure
 from .types import BlockError, BlockType
 
 # Prefixes that wrappers add to names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
@@ -29,8 +32,24 @@ _WRAPPERS = re.compile(
 _LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
 
 
+# torch.nn.utils.parametrizations: the tensors that make a weight stand for it
+_PARAMETRIZED = re.compile(r"\.parametrizations\.([^.]+)\.original\d*\Z")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
 class UnmappedParameterError(BlockError):
-    """A trainable parameter matches no rule."""
+    """A trainable parameter matches no rule.
+
+    Attributes:
+        rules: block rules that would map all such parameters and none of the others, to check and to add.
+    """
+
+    def __init__(self, message: str, rules: Sequence[Mapping[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.rules = [dict(rule) for rule in rules]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.rules)
 
 
 class BlockMap(Mapping[str, ParamLayout]):
@@ -170,16 +189,6 @@ def embedding_copies(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
     return [name for name, p in named if marks_of(p).is_tied_copy]
 
 
-def _norms(model: torch.nn.Module) -> list[str]:
-    """Names of norm parameters by their module's type, for names without meaning (``5.weight`` in a pipeline)."""
-    return [
-        f"{prefix}.{name}"
-        for prefix, module in model.named_modules()
-        if "Norm" in type(module).__name__
-        for name, _ in module.named_parameters(recurse=False)
-    ]
-
-
 def map_blocks(
     model: torch.nn.Module,
     *,
@@ -204,27 +213,14 @@ def map_blocks(
         UnmappedParameterError: strict, and no rule matches some names; the message lists them and the rule to add.
         BlockError: a bad rule, a rule that matches nothing, or head counts that do not fit the shapes.
     """
-    contexts = _contexts(model, config, family)
-    conv1d = {
-        f"{prefix}.weight" if prefix else "weight"
-        for prefix, module in model.named_modules()
-        if type(module).__name__ == "Conv1D"
-    }
+    structure = read_structure(model, config, family)
     everything = list(model.named_parameters(remove_duplicate=False))
     named = [(name, p) for name, p in everything if p.requires_grad]
     frozen = [(name, p) for name, p in everything if not p.requires_grad]
-    own, norms = user_rules(rules), _norms(model)
-    block_map = _map(
-        {name: full_shape(p) for name, p in named},
-        own,
-        strict,
-        contexts,
-        conv1d,
-        _aliases(named),
-        embedding_copies(named),
-        norms,
-    )
-    block_map.frozen = _frozen_layouts(frozen, own, contexts, conv1d, norms)
+    own = user_rules(rules)
+    shapes = {name: full_shape(p) for name, p in named}
+    block_map = _map(shapes, own, strict, structure, _aliases(named), embedding_copies(named))
+    block_map.frozen = _frozen_layouts(frozen, own, structure)
     block_map.bind(everything)
     return block_map
 
@@ -240,9 +236,7 @@ def _aliases(named: Iterable[tuple[str, torch.Tensor]]) -> list[list[str]]:
 def _frozen_layouts(
     frozen: Sequence[tuple[str, torch.Tensor]],
     own: tuple[Rule, ...],
-    contexts: Mapping[str, Context],
-    conv1d: set[str],
-    norms: Iterable[str],
+    structure: Structure,
 ) -> dict[str, ParamLayout | None]:
     """The layouts of frozen parameters, in case they are trained later; None instead of an error."""
     found: dict[str, ParamLayout | None] = {}
@@ -251,7 +245,7 @@ def _frozen_layouts(
     for names in _aliases(frozen):
         shapes = {name: full_shape(tensors[name]) for name in names}
         try:
-            mapped = _map(shapes, (), True, contexts, conv1d, [names], (), norms, extra=rules)
+            mapped = _map(shapes, (), True, structure, [names], extra=rules)
         except BlockError:
             found[names[0]] = None
         else:
@@ -288,8 +282,7 @@ def map_names(
         shapes,
         user_rules(rules),
         strict,
-        {"": Context(family, heads)},
-        set(transposed),
+        Structure({"": Context(family, heads)}, transposed=frozenset(transposed)),
         aliases if aliases is not None else [[name] for name in shapes],
         copies,
     )
@@ -305,67 +298,26 @@ def map_named(
     named = list(named)
     trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
     block_map = map_names({name: full_shape(p) for name, p in trained}, rules=rules, heads=heads)
-    block_map.frozen = _frozen_layouts(frozen, user_rules(rules), {"": Context(None, heads)}, set(), ())
+    block_map.frozen = _frozen_layouts(frozen, user_rules(rules), Structure({"": Context(None, heads)}))
     block_map.bind(named)
     return block_map
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a module's config states for the parameters in it: the naming table and the head counts."""
-
-    family: str | None
-    heads: HeadCounts | None
-
-
-def _contexts(model: torch.nn.Module, config: Any, family: str | None) -> dict[str, Context]:
-    """Module name -> context; a vision tower or an encoder inside a larger model has its own config."""
-    outer = config if config is not None else _find_config(model)
-    family = family or config_values(outer).get("model_type")
-    contexts = {"": Context(family, head_counts(outer))}
-    if config is not None:
-        return contexts
-    known: dict[int, Context] = {id(outer): contexts[""]}
-    for name, module in model.named_modules():
-        own = getattr(module, "config", None)
-        if own is not None and id(own) not in known:
-            heads = head_counts(own)
-            known[id(own)] = Context(config_values(own).get("model_type", family), heads) if heads else contexts[""]
-        if own is not None:
-            contexts[name] = known[id(own)]
-    return contexts
-
-
-def _context(name: str, contexts: Mapping[str, Context]) -> Context:
-    """The context of the innermost enclosing module that has one."""
-    while name:
-        name = name.rpartition(".")[0]
-        if name in contexts:
-            return contexts[name]
-    return contexts[""]
 
 
 def _map(
     shapes: Mapping[str, tuple[int, ...]],
     own: tuple[Rule, ...],
     strict: bool,
-    contexts: Mapping[str, Context],
-    transposed: set[str],
+    structure: Structure,
     aliases: Iterable[list[str]],
-    copies: Iterable[str],
-    norms: Iterable[str] = (),
+    copies: Iterable[str] = (),
     extra: tuple[Rule, ...] = (),
 ) -> BlockMap:
     """Maps every alias group. Each of the ``own`` rules must match something; ``extra`` ones need not."""
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
-    by_type = {name: Rule(name, BlockType.NORM, vector=True) for name in norms}
     used: set[Rule] = set()
     layouts, unmapped = [], []
     for names in aliases:
-        candidates = [
-            _layout(name, shapes[name], own, _context(name, contexts), name in transposed, used, by_type.get(name))
-            for name in names
-        ]
+        candidates = [_layout(name, shapes[name], own, structure, used) for name in names]
         known = [layout for layout in candidates if layout is not None]
         tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
         layout = tied or (known[0] if known else None)
@@ -375,33 +327,26 @@ def _map(
         layouts.append(replace(layout, name=names[0]))
     _refuse_unused(given, used, shapes)
     if unmapped and strict:
-        raise UnmappedParameterError(_unmapped_message(unmapped, own + family_rules(contexts[""].family)))
-    return BlockMap(layouts, contexts[""].heads, (name for name, _ in unmapped))
+        raise _unmapped_error(unmapped, layouts, own + family_rules(structure.contexts[""].family))
+    return BlockMap(layouts, structure.contexts[""].heads, (name for name, _ in unmapped))
 
 
 def _layout(
-    name: str,
-    shape: tuple[int, ...],
-    own: tuple[Rule, ...],
-    context: Context,
-    transposed: bool,
-    used: set[Rule],
-    norm: Rule | None = None,
+    name: str, shape: tuple[int, ...], own: tuple[Rule, ...], structure: Structure, used: set[Rule]
 ) -> ParamLayout | None:
-    plain = plain_name(name)
+    plain = _PARAMETRIZED.sub(r".\1", plain_name(name))
     factor = _LOW_RANK.search(plain)
     if factor is not None:
         plain = plain[: factor.start()] + ".weight"
-    # before the family's rules: in an expert or an adapter, a norm's name need not contain "norm"
-    table = own + ((norm,) if norm is not None else ()) + family_rules(context.family)
-    rule = next((rule for rule in table if rule.matches(plain, shape) or rule.matches(name, shape)), None)
+    context = structure.context(name)
+    rule = _rule(name, plain, shape, own, structure, context.family)
     if rule is None:
         return None
     used.add(rule)
     if factor is not None and factor.group(1) == "A":
         # A feeds all output rows of W; for a fused QKV that is vo, whose learning rate is the smallest
         return Rule(rule.match, rule.block or BlockType.VO).layout(name, shape, context.heads)
-    if transposed and not rule.transposed:
+    if name in structure.transposed and not rule.transposed:
         rule = replace(rule, transposed=True)
     elif rule.split and not rule.transposed and len(shape) == 2 and shape[1] == 3 * shape[0]:
         raise BlockError(
@@ -411,18 +356,37 @@ def _layout(
     return rule.layout(name, shape, context.heads)
 
 
+def _rule(
+    name: str,
+    plain: str,
+    shape: tuple[int, ...],
+    own: tuple[Rule, ...],
+    structure: Structure,
+    family: str | None,
+) -> Rule | None:
+    """The rule for a parameter: the user's, what its module says of itself, the family's, or a general one."""
+    for rule in own:
+        if rule.matches(plain, shape) or rule.matches(name, shape):
+            return rule
+    known = structure.known.get(name)
+    if known is not None and known.matches(name, shape):
+        return known
+    classes = structure.classes_of(name)
+    # layers differ in their numbers only, which no rule of a table names
+    names = tuple(dict.fromkeys(_NUMBER.sub("0", text) for text in (plain, name)))
+    return _table_rule(family, names, len(shape), classes)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _table_rule(family: str | None, names: tuple[str, ...], dims: int, classes: str) -> Rule | None:
+    shape = (1,) * dims
+    return next(
+        (rule for rule in family_rules(family) if any(rule.matches(name, shape, classes) for name in names)), None
+    )
+
+
 def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
     return ParamLayout(name, shape, (Piece(BlockType.NORM, shape[0] if shape else 1),), kind=MATRIX)
-
-
-def _find_config(model: torch.nn.Module) -> Any:
-    """The config of the model, or of the first submodule that has one (wrappers hold the model one level down)."""
-    for module in model.modules():
-        for attribute in ("config", "model_args"):  # the latter is torchtitan's
-            config = getattr(module, attribute, None)
-            if config is not None and head_counts(config) is not None:
-                return config
-    return getattr(model, "config", None)
 
 
 def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -435,14 +399,13 @@ def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, 
             )
 
 
-def _unmapped_message(unmapped: list[tuple[str, tuple[int, ...]]], table: tuple[Rule, ...]) -> str:
-    name, shape = unmapped[0]
-    parents = name.split(".")[:-1] or [name]
-    parent = parents[-1] if not parents[-1].isdigit() or len(parents) == 1 else ".".join(parents[-2:])
-    nearest = difflib.get_close_matches("*." + parent, [rule.match for rule in table], n=1, cutoff=0.0)
-    rest = f" ({len(unmapped) - 1} more: {', '.join(n for n, _ in unmapped[1:4])}{', …' if len(unmapped) > 4 else ''})"
-    return (
-        f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest if len(unmapped) > 1 else ''}; "
-        f"nearest rule: {nearest[0]!r}; add one to block_rules, for example "
-        f'{{"match": "*.{parent}.*", "block": "ffn"}}'
-    )
+def _unmapped_error(
+    unmapped: Sequence[tuple[str, tuple[int, ...]]], layouts: Iterable[ParamLayout], table: tuple[Rule, ...]
+) -> UnmappedParameterError:
+    unknown = {name for name, _ in unmapped}
+    plain = [(plain_name(name), shape) for name, shape in unmapped]
+    known = {plain_name(layout.name): layout for layout in layouts if layout.name not in unknown}
+    rules = suggested_rules(plain, known)
+    where = unmapped[0][0].rpartition(".")[0].rpartition(".")[2] or unmapped[0][0]
+    nearest = difflib.get_close_matches("*." + where, [rule.match for rule in table], n=1, cutoff=0.0)[0]
+    return UnmappedParameterError(advice(unmapped, rules, nearest), rules)

@@ -32,11 +32,13 @@ class HeadCounts:
         q: query heads.
         kv: key and value heads (query groups); 0 if several tensor-parallel ranks share one.
         config: all other values of the config, for families with further sizes (MLA ranks, ...).
+        head_dim: rows of a query or key head, where the attention module itself states it.
     """
 
     q: int
     kv: int
     config: Mapping[str, Any]
+    head_dim: int | None = None
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -48,6 +50,8 @@ def config_values(config: Any) -> dict[str, Any]:
     if hasattr(config, "get_text_config"):  # a multimodal config nests that of the language model
         config = config.get_text_config()
     # to_dict omits transformers' attribute_map (old spellings), so look up each name as an attribute too
+    if not hasattr(config, "to_dict") and not hasattr(config, "__dict__"):
+        return {}  # a string, number or list, which some modules keep under the name
     values = dict(config.to_dict()) if hasattr(config, "to_dict") else dict(vars(config))
     for name in (*_Q_HEADS, *_KV_HEADS, *_HEAD_DIM):
         if name not in values and getattr(config, name, None) is not None:

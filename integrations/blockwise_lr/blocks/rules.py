@@ -32,17 +32,21 @@ class Rule:
 
     Attributes:
         match: glob over the whole dotted name; see :mod:`~blockwise_lr.blocks.globs`.
+        tail: match only so many parts of the name, counted from its end without the numbers of layers; 0: all of it.
+        within: glob over the classes of the modules around the parameter, outermost first and each followed by a slash
+            ("BertModel/BertEncoder/.../Linear/"); empty: any, also where only names are known.
         block: the block type of the whole parameter; None for a fused weight.
         heads: "q" or "kv" if Adam-mini's segments are heads of that kind; None: one segment per output unit.
         split: roles of a fused weight in order, e.g. ("q", "k", "v").
         interleave: their order in a fused weight: "none" all q, all k, all v; "head" [q, k, v] per head; "group" [the
             group's q heads, k, v] per query group.
         transposed: the output axis is the last one (Conv1D).
-        batch_dims: leading dimensions of stacked experts.
+        batch_dims: leading dimensions of stacked experts; None: all but the last two (tokens and position tables).
         vector: match parameters of at most one dimension only (norm rules must not match matrices).
         special: a function that returns the pieces, for layouts that the fields above do not describe.
         undecayed: no weight decay by default, for any shape (a state-space model's time scales).
         view: a function that returns the shape in the model's forward pass, if it differs from the stored one.
+        role: what to call a whole parameter, where "q" and "k" do not fit.
     """
 
     match: str
@@ -51,15 +55,22 @@ class Rule:
     split: tuple[str, ...] = ()
     interleave: Interleave = "none"
     transposed: bool = False
-    batch_dims: int = 0
+    batch_dims: int | None = 0
     vector: bool = False
     special: LayoutFn | None = None
     undecayed: bool = False
     view: Callable[[tuple[int, ...], HeadCounts], tuple[int, ...]] | None = None
+    role: str = ""
+    tail: int = 0
+    within: str = ""
 
-    def matches(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether the rule applies to a parameter of that name and shape."""
-        return not (self.vector and len(shape) > 1) and matches(self.match, name)
+    def matches(self, name: str, shape: tuple[int, ...], classes: str = "") -> bool:
+        """Whether the rule applies to a parameter of that name and shape inside modules of those classes."""
+        if self.vector and len(shape) > 1:
+            return False
+        if self.tail:
+            name = ".".join([part for part in name.split(".") if not part.isdigit()][-self.tail :])
+        return matches(self.match, name) and (not self.within or matches(self.within, classes))
 
     def layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         """The layout of a parameter of that name and shape.
@@ -77,20 +88,21 @@ class Rule:
     def _layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
         if self.view is not None:
             shape = self.view(shape, required_heads(heads))
-        if self.batch_dims and self.batch_dims >= len(shape):
+        batch_dims = max(0, len(shape) - 2) if self.batch_dims is None else self.batch_dims
+        if batch_dims and batch_dims >= len(shape):
             raise BlockError(
-                f"batch_dims is {self.batch_dims}, which leaves none of its {len(shape)} dimensions to a "
+                f"batch_dims is {batch_dims}, which leaves none of its {len(shape)} dimensions to a "
                 f"matrix or vector; give a smaller batch_dims"
             )
         # A bias has no input axis: it is one vector per stacked matrix, and its output axis is always the last.
-        vector = self.undecayed or len(shape) <= 1 + self.batch_dims
+        vector = self.undecayed or len(shape) <= 1 + batch_dims
         kind = NORM if self.block is BlockType.NORM else BIAS if vector else MATRIX
         base = ParamLayout(
             name,
             shape,
-            (Piece(BlockType.FFN, _outputs(shape, self.transposed and kind == MATRIX, self.batch_dims)),),
+            (Piece(BlockType.FFN, _outputs(shape, self.transposed and kind == MATRIX, batch_dims)),),
             transposed=self.transposed and kind == MATRIX,
-            batch_dims=self.batch_dims,
+            batch_dims=batch_dims,
             kind=kind,
         )
         if self.special is not None:
@@ -106,12 +118,16 @@ class Rule:
         return ParamLayout(name, shape, pieces, repeat, base.transposed, base.batch_dims, kind)
 
     def _role(self) -> str:
-        return {"q": "q", "kv": "k"}.get(self.heads or "", "")
+        return self.role or {"q": "q", "kv": "k"}.get(self.heads or "", "")
 
     def _unit(self, base: ParamLayout, heads: HeadCounts | None) -> int | None:
         if self.heads is None:
             return 1
-        return None if heads is None else _divide(base, getattr(heads, self.heads))
+        if heads is None:
+            return None
+        if heads.head_dim and base.outputs % heads.head_dim == 0:  # the attention module's own, which layers differ in
+            return heads.head_dim
+        return _divide(base, getattr(heads, self.heads))
 
     def _fused(self, base: ParamLayout, heads: HeadCounts | None) -> tuple[tuple[Piece, ...], int]:
         if heads is None and self.interleave == "none" and set(self.split) == {"q", "k", "v"}:

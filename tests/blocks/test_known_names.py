@@ -1,0 +1,81 @@
+"""Names of code that is in no package: by name and shape alone, as ``BlockwiseAdamW(model.named_parameters())`` sees them."""
+
+import pytest
+
+from blockwise_lr.blocks import HeadCounts, map_names
+
+W, V = 24, 50
+SQUARE, VECTOR, TABLE = (W, W), (W,), (V, W)
+HEADS = HeadCounts(4, 4, {})
+
+PAPER_GPT2 = {  # the official code of Blockwise LR and Adam-mini
+    "transformer.wte.weight": (TABLE, "embedding"),
+    "transformer.wpe.weight": (TABLE, "embedding"),
+    "transformer.h.0.ln_1.weight": (VECTOR, "norm"),
+    "transformer.h.0.attn.q_attn.weight": (SQUARE, "qk"),
+    "transformer.h.0.attn.q_attn.bias": (VECTOR, "qk"),
+    "transformer.h.0.attn.k_attn.weight": (SQUARE, "qk"),
+    "transformer.h.0.attn.v_attn.weight": (SQUARE, "vo"),
+    "transformer.h.0.attn.c_proj.weight": (SQUARE, "vo"),
+    "transformer.h.0.mlp.c_fc.weight": ((4 * W, W), "ffn"),
+    "transformer.h.0.mlp.c_proj.weight": ((W, 4 * W), "ffn"),
+    "transformer.ln_f.weight": (VECTOR, "norm"),
+    "lm_head.weight": (TABLE, "head"),
+}
+FAIRSEQ = {
+    "encoder.embed_tokens.weight": (TABLE, "embedding"),
+    "encoder.embed_positions.weight": (TABLE, "embedding"),
+    "encoder.layernorm_embedding.weight": (VECTOR, "norm"),
+    "encoder.layers.0.self_attn.k_proj.weight": (SQUARE, "qk"),
+    "encoder.layers.0.self_attn.v_proj.bias": (VECTOR, "vo"),
+    "encoder.layers.0.self_attn.q_proj.weight": (SQUARE, "qk"),
+    "encoder.layers.0.self_attn.out_proj.weight": (SQUARE, "vo"),
+    "encoder.layers.0.self_attn_layer_norm.bias": (VECTOR, "norm"),
+    "encoder.layers.0.fc1.weight": ((4 * W, W), "ffn"),
+    "encoder.layers.0.fc2.bias": (VECTOR, "ffn"),
+    "encoder.layers.0.final_layer_norm.weight": (VECTOR, "norm"),
+    "decoder.layers.0.encoder_attn.q_proj.weight": (SQUARE, "qk"),
+    "decoder.layers.0.encoder_attn.out_proj.weight": (SQUARE, "vo"),
+    "decoder.output_projection.weight": (TABLE, "head"),
+}
+TIMM = {
+    "cls_token": ((1, 1, W), "embedding"),
+    "pos_embed": ((1, 17, W), "embedding"),
+    "patch_embed.proj.weight": ((W, 3, 4, 4), "embedding"),
+    "blocks.0.norm1.weight": (VECTOR, "norm"),
+    "blocks.0.attn.proj.weight": (SQUARE, "vo"),
+    "blocks.0.ls1.gamma": (VECTOR, "norm"),
+    "blocks.0.mlp.fc1.weight": ((4 * W, W), "ffn"),
+    "norm.weight": (VECTOR, "norm"),
+    "head.weight": (TABLE, "head"),
+}
+DEEPSPEED_MOE = {
+    "layers.0.mlp.deepspeed_moe.gate.wg.weight": ((4, W), "router"),
+    "layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.0.fc1.weight": ((4 * W, W), "ffn"),
+}
+PLAIN_BERT = {
+    "encoder.layer.0.attention.self.query.weight": (SQUARE, "qk"),
+    "encoder.layer.0.attention.self.value.bias": (VECTOR, "vo"),
+    "encoder.layer.0.attention.output.dense.weight": (SQUARE, "vo"),
+    "encoder.layer.0.crossattention.output.dense.weight": (SQUARE, "vo"),
+    "encoder.layer.0.output.dense.weight": ((W, 4 * W), "ffn"),
+    "encoder.layer.0.attention.output.LayerNorm.weight": (VECTOR, "norm"),
+}
+
+
+@pytest.mark.parametrize("known", [PAPER_GPT2, FAIRSEQ, TIMM, DEEPSPEED_MOE, PLAIN_BERT], ids=range(5))
+def test_names_alone(known):
+    mapped = map_names({name: shape for name, (shape, _) in known.items()}, heads=HEADS)
+    assert {name: str(p.blocks[0]) for name, p in mapped.items()} == {name: block for name, (_, block) in known.items()}
+    assert all(len(layout.blocks) == 1 for layout in mapped.values())
+
+
+def test_fused_weights_of_vision_transformers():
+    layout = map_names({"blocks.0.attn.qkv.weight": (3 * W, W)}, heads=HEADS)["blocks.0.attn.qkv.weight"]
+    assert [(p.block.value, p.size, p.unit) for p in layout.pieces] == [("qk", W, 6), ("qk", W, 6), ("vo", W, 1)]
+
+
+def test_positions_and_tokens_are_rows():
+    """(1, tokens, width): a row a position, as in an embedding's table."""
+    layout = map_names({"pos_embed": (1, 17, W)})["pos_embed"]
+    assert (layout.outputs, layout.inputs, layout.batch_dims, layout.kind) == (17, W, 1, "matrix")
