@@ -127,7 +127,7 @@ def made_under_zero_init(kind, uneven):
     import deepspeed
     import torch.distributed as dist
     from deepspeed_door.engines import reference, train, weights
-    from twins import MODELS, worst_difference
+    from twins import worst_difference
 
     settings = config(kind, 3, steps=6, train_micro_batch_size_per_gpu=2)
     model = sharded(settings)
