@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Patch, Undo
+from .deepspeed_variants import CHECKPOINT_NAME, ENGINE, PACKAGE, UNIVERSAL_FILES, VERSIONS
 from .symbols import Symbol
-from .upstream_deepspeed import ENGINE, PACKAGE, VERSIONS
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ def _install(undo: Undo, hooks: Hooks) -> None:
         found = upstream_names(self, checkpoints_path, tag)
         if not (hooks.is_ours(self) and self.load_universal_checkpoint()):
             return found
-        return hooks.model_state_files(
-            found, self._get_ckpt_name(checkpoints_path, tag, mp_placeholder="*", pp_placeholder="0")
-        )
+        return hooks.model_state_files(found, UNIVERSAL_FILES.here(self, checkpoints_path, tag))
 
     undo.set(DeepSpeedEngine, "save_checkpoint", save_checkpoint)
     undo.set(DeepSpeedEngine, "load_checkpoint", load_checkpoint)
@@ -111,7 +109,7 @@ PATCH = Patch(
         Symbol(ENGINE + "._get_all_ckpt_names", ("self", "checkpoints_path", "tag")),
     ),
     reads=(
-        Symbol(ENGINE + "._get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
+        *CHECKPOINT_NAME,
         Symbol(ENGINE + ".load_universal_checkpoint", ("self",)),
     ),
     why="there is no hook between a checkpoint's last file and `latest`, and none before a load",

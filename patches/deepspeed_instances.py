@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from .deepspeed_variants import BF16, ENGINE, LOADS_UNIVERSAL, PACKAGE, VERSIONS, ZERO3, ZERO12
 from .instances import InstancePatch
 from .symbols import Attributes, Symbol
-from .upstream_deepspeed import BF16, ENGINE, PACKAGE, VERSIONS, ZERO3, ZERO12
 
 _CHECKPOINT_ENGINE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine"
-_UNIVERSAL = ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")
 
 SAVED_FILES = InstancePatch(
     name="deepspeed-saved-files",
@@ -32,7 +31,7 @@ UNIVERSAL_LOADS = InstancePatch(
     name="deepspeed-universal-loads",
     package=PACKAGE,
     versions=VERSIONS,
-    symbols=tuple(Symbol(f"{of}._load_universal_checkpoint", _UNIVERSAL) for of in (ZERO12, ZERO3, BF16)),
+    symbols=LOADS_UNIVERSAL,
     why="DeepSpeed loads a stage's own universal folders only, and gives all param groups the first one's settings",
     until="DeepSpeed loads universal folders in any stage, and every group's settings",
 )

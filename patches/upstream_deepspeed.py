@@ -12,20 +12,26 @@ from typing import Any
 
 import torch
 
+from .deepspeed_variants import (
+    BF16,
+    ENGINE,
+    FLAT_GRADIENTS,
+    INSTANCES,
+    PACKAGE,
+    READS,
+    STARTS,
+    UNFUSED,
+    VERSIONS,
+    ZERO3,
+    ZERO12,
+)
 from .symbols import Attributes, Symbol, symbols
 from .upstream import Upstream
 
-PACKAGE, VERSIONS = "deepspeed", ">=0.19.8,<0.20"
-ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
-ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
-ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
-BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
-UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer"
 _CONFIG = "deepspeed.runtime.config:DeepSpeedConfig"
-_PRECISION = "deepspeed.runtime.precision_config:"
-_UNIVERSAL = ("self", "checkpoint_folder", "load_optimizer_states", "load_from_fp32_weights")
 
 _READS = (
+    *READS,
     *symbols(
         ENGINE,
         "load_universal_checkpoint",
@@ -38,28 +44,20 @@ _READS = (
         "optimizer_params",
         why="what kind of run it is",
     ),
-    Symbol(ENGINE + "._get_ckpt_name", ("self", "checkpoints_path", "tag", "mp_placeholder", "pp_placeholder")),
     Symbol(ENGINE + "._get_zero_ckpt_name", ("self", "checkpoints_path", "tag")),
     Symbol(ENGINE + "._get_zero_param_shapes", ("self",), why="the order of parameters in flat tensors"),
     Symbol(ENGINE + "._copy_recovery_script", ("self", "save_path")),
-    Symbol(ZERO12 + "._get_preflattened_grad_partition", ("self", "group_idx"), why="gradients of Adam-mini's sums"),
     Symbol(ZERO12 + ".unscale_and_clip_grads", ("self", "grad_groups_flat", "total_norm"), why="the gradients' scale"),
     Symbol(ZERO3 + ".unscale_and_clip_grads", why="the gradients' scale; a decorator hides its signature"),
     *symbols(ZERO12, "loss_scale", why="the gradients' scale"),
     *symbols(ZERO3, "loss_scale", why="the gradients' scale"),
     *(Symbol(f"{path}._link_all_hp_params", ("self",)) for path in (ZERO12, BF16)),
-    *(Symbol(f"{path}._load_universal_checkpoint", _UNIVERSAL) for path in (ZERO12, ZERO3, BF16)),
     Symbol(ZERO3 + ".get_param_id", ("self", "param")),
     Symbol(ZERO3 + "._set_fp32_optimizer_param_groups", ("self",), why="loading a universal checkpoint in stage 3"),
     Symbol(ZERO3 + "._clear_fp32_optimizer_param_groups", ("self",), why="the same"),
-    Symbol(
-        ZERO3 + ".load_module_checkpoint_state_from_checkpoint_dir_stage3",
-        ("self", "checkpoint_dir", "load_from_fp32_weights"),
-        why="the same",
-    ),
     *symbols("deepspeed.pipe", "PipelineModule"),
     *symbols("deepspeed.runtime.pipe.module:PipelineModule", "mpu", "get_tied_weights_and_groups"),
-    *symbols("deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine", "save", "load", "is_decoupled"),
+    *symbols("deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine", "save", "load"),
     *symbols("deepspeed.runtime.fp16.loss_scaler", "LossScaler", "DynamicLossScaler", why="unpickled from checkpoints"),
     *symbols("deepspeed.runtime.zero.config", "ZeroStageEnum", why="unpickled from checkpoints"),
     Symbol("deepspeed.utils.tensor_fragment:fragment_address", ("numel", "start")),
@@ -69,6 +67,7 @@ _READS = (
 )
 
 _INSTANCES = (
+    *INSTANCES,
     Attributes(
         _CONFIG,
         (
@@ -77,31 +76,24 @@ _INSTANCES = (
             "scheduler_name",
             "scheduler_params",
             "zero_config",
-            "float16_config",
-            "bfloat16_config",
             "tensor_parallel_config",
             "gradient_clipping",
             "gradient_accumulation_steps",
             "communication_data_type",
             "prescale_gradients",
             "gradient_predivide_factor",
-            "torch_autocast_enabled",
         ),
         why="compared over the ranks; some are refused",
     ),
     Attributes(
         "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-        ("stage", "elastic_checkpoint", "zenflow", "offload_optimizer"),
+        ("stage", "elastic_checkpoint", "offload_optimizer"),
         why="features that are refused",
     ),
     Attributes(
         "deepspeed.runtime.zero.offload_config:DeepSpeedZeroOffloadOptimizerConfig",
-        ("device", "super_offload", "ratio"),
+        ("device", "ratio"),
         why="features that are refused",
-    ),
-    Attributes(_PRECISION + "DeepSpeedFP16Config", ("fp16_master_weights_and_grads",), why="refused"),
-    Attributes(
-        _PRECISION + "DeepSpeedBF16Config", ("bf16_master_weights_and_grads", "bf16_optimizer_states"), why="refused"
     ),
     Attributes("deepspeed.runtime.tensor_parallel.config:TPTrainingConfig", ("autotp_size",), why="refused"),
     Attributes(
@@ -140,14 +132,14 @@ _INSTANCES = (
         (
             "bit16_groups",
             "round_robin_bit16_groups",
-            "round_robin_bit16_offsets",
             "single_partition_of_fp32_groups",
             "real_dp_process_group",
         ),
         why="which part of which parameter lies where",
     ),
-    Attributes(ZERO12, ("round_robin_gradients", "round_robin_bit16_padding"), why="DeepSpeed's links are put right"),
+    Attributes(ZERO12, ("round_robin_gradients",), why="DeepSpeed's links are put right"),
     Attributes(ZERO3, ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position"), why="what lies where"),
+    Attributes(ZERO3, ("fp16_partitioned_groups_flat", "fp16_partitioned_groups", "unflatten"), why="the same in bf16"),
     *(
         Attributes(of, ("averaged_gradients", "flatten", "clip_grad"), why="Adam-mini's sums of all param groups")
         for of in (ZERO12, ZERO3)
@@ -161,7 +153,7 @@ _INSTANCES = (
         Attributes(of, ("_param_slice_mappings", "_hp_optimizer_states_linked"), why="DeepSpeed's links to states")
         for of in (ZERO12, BF16)
     ),
-    Attributes(UNFUSED, ("fp16_groups", "fp32_groups", "loss_scale_config"), why="the fp32 copy of each parameter"),
+    Attributes(UNFUSED, ("fp16_groups", "fp32_groups"), why="the fp32 copy of each parameter"),
 )
 # what zero.Init and the stage 3 optimizer put on a parameter
 _PARTITIONED = Attributes(
@@ -253,7 +245,7 @@ def view_of(wrapper: Any) -> PartitionedView | Stage3View | UnfusedView | None:
     if is_a(wrapper, ZERO12):
         offsets = [
             dict(zip(map(id, group), starts))
-            for group, starts in zip(wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets)
+            for group, starts in zip(wrapper.round_robin_bit16_groups, STARTS.here(wrapper))
         ]
         flats = wrapper.single_partition_of_fp32_groups
         return PartitionedView(wrapper.bit16_groups, flats, wrapper.real_dp_process_group, offsets)
@@ -278,7 +270,7 @@ def waiting_gradients(wrapper: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for number, flat in enumerate(wrapper.single_partition_of_fp32_groups):
         grad = flat.grad
         if grad is None:
-            grad = wrapper._get_preflattened_grad_partition(number)
+            grad = FLAT_GRADIENTS.here(wrapper, number)
         if grad is None:
             grad = wrapper.flatten(wrapper.averaged_gradients[number])
         found.append((flat, grad))
@@ -323,6 +315,17 @@ def states_must_be_linked_anew(wrapper: Any) -> None:
     """Has DeepSpeed link parameters to their optimizer states again at the next step, after these have been loaded."""
     if is_a(wrapper, ZERO12) or is_a(wrapper, BF16):
         wrapper._hp_optimizer_states_linked = False
+
+
+@torch.no_grad()
+def copy_to_low_precision(wrapper: Any) -> None:
+    """Gives the parameters of a ZeRO-3 optimizer the values of their fp32 copies, which have been loaded."""
+    for flat, low, pieces in zip(
+        wrapper.fp32_partitioned_groups_flat, wrapper.fp16_partitioned_groups_flat, wrapper.fp16_partitioned_groups
+    ):
+        low.copy_(flat)
+        for piece, value in zip(pieces, wrapper.unflatten(low, pieces)):
+            piece.data = value.data
 
 
 def linked_group(parameter: torch.Tensor) -> Any:

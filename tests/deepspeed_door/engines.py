@@ -90,7 +90,9 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
         copies.update({id(low): fp32 for low, fp32 in zip(lows, fp32s)})
     found = {}
     for name, p in engine.module.named_parameters():
-        if engine.zero_optimization():
+        if engine.zero_optimization() or hasattr(
+            p, "_hp_mapping"
+        ):  # BF16_Optimizer, as DeepSpeed 0.17 has in stage 0 too
             value = safe_get_full_fp32_param(p)
         else:
             value = copies.get(id(p), p)

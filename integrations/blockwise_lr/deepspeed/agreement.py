@@ -24,6 +24,7 @@ from ..blocks.types import finite, shown
 from ..collective.agreement import Difference, find_difference, gathered
 from ..collective.errors import raise_on_all_ranks
 from ..optim.base import BlockwiseOptimizer
+from ..patches.deepspeed_variants import PRECISION
 from ..patches.upstream_deepspeed import UPSTREAM
 from .build import OPTIMIZER_TYPES
 from .unsupported import refuse_unsupported
@@ -168,12 +169,9 @@ def _run_of(config: Any) -> dict[str, str]:
             "torch_autocast_enabled",
         )
     }
-    for section, settings in (
-        ("zero_optimization", config.zero_config),
-        ("fp16", config.float16_config),
-        ("bf16", config.bfloat16_config),
-    ):
-        found.update({f"{section}.{key}": value for key, value in settings.model_dump().items()})
+    sections = {"zero_optimization": config.zero_config.model_dump(), **PRECISION.here(config)}
+    for section, settings in sections.items():
+        found.update({f"{section}.{key}": value for key, value in settings.items()})
     return {key: _plain(value) for key, value in found.items()}
 
 
@@ -197,8 +195,8 @@ def _numbers(value: Any) -> Any:
 def _check_config(config: Any) -> None:
     """That what is read of a ds_config is called as it was: a setting of another name would go uncompared."""
     zero = config.zero_config
-    sections = (config, zero, config.float16_config, config.bfloat16_config, config.tensor_parallel_config)
-    UPSTREAM.check_instance(*sections, zero.offload_optimizer)
+    precision = (getattr(config, name, None) for name in ("float16_config", "bfloat16_config"))
+    UPSTREAM.check_instance(config, zero, *precision, config.tensor_parallel_config, zero.offload_optimizer)
 
 
 def _parameters(model: torch.nn.Module) -> list[str]:

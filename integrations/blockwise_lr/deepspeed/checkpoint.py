@@ -29,6 +29,7 @@ from ..checkpoint.survey import scan_checkpoints
 from ..collective import gathered, is_rank_zero
 from ..optim.base import BlockwiseOptimizer
 from ..patches.deepspeed_instances import SAVED_FILES
+from ..patches.deepspeed_variants import WRITES_LATER
 from ..patches.upstream_deepspeed import states_must_be_linked_anew
 from .flats import KEY, contents_of, layout
 from .preconditions import agreed_tag, check_folder, counters_kept
@@ -61,7 +62,7 @@ def save(
             incomplete and ``latest`` as it was.
     """
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
-    if not save_dir or engine.checkpoint_engine.is_decoupled() or engine.use_node_local_storage():
+    if not save_dir or WRITES_LATER.here(engine.checkpoint_engine) or engine.use_node_local_storage():
         if is_rank_zero():
             log.warning(
                 "checkpoint %s gets no manifest: blockwise_lr does not support checkpoint engines that write "

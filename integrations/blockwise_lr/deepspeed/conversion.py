@@ -26,6 +26,7 @@ from ..checkpoint.manifest import Manifest, hash_files, mark_complete, mark_inco
 from ..checkpoint.moments import expand_segments
 from ..checkpoint.record import ELEMENTS, SEGMENTS, Record, by_names
 from ..checkpoint.survey import verify
+from ..patches.deepspeed_variants import CONVERTS_ONE_FLAT
 from ..plan.shards import Fragment
 from ..plan.step_plan import StepPlan, segment_plan
 from .flats import KEY, ordering_settings, slice_mappings
@@ -243,6 +244,12 @@ def _check_zero3(checkpoint: str, held: Mapping[str, Contents]) -> None:
             shapes = read(model, mapped=True).get("param_shapes") or []
         except pickle.UnpicklingError:  # client_state holds other objects; the order is the same on other ranks
             continue
+        if len(flats) > 1 and CONVERTS_ONE_FLAT.here:
+            raise CheckpointError(
+                f"{checkpoint} cannot be converted: {name} holds {len(flats)} flat tensors (param groups, or parts of "
+                f"sub_group_size), and the installed DeepSpeed's converter reads the first alone; convert it with "
+                f"DeepSpeed 0.18 or newer, or go on in the layout it was saved in"
+            )
         for group, (_, fragments) in zip(shapes, flats):
             inside = {parameter for parameter, *_ in fragments}
             if [parameter for parameter, *_ in fragments] != [plain_name(n) for n in group if plain_name(n) in inside]:

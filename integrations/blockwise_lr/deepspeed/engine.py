@@ -21,7 +21,7 @@ from .segment_sums_hook import prereduce_once_per_step
 from .shard_maps import shard_map
 from .stages import whole_model_map
 from .state_access import serve_optimizer_states
-from .universal import load_universal
+from .universal import UniversalFolder, load_universal, load_weights
 from .unsupported import refuse_unsupported
 
 
@@ -116,9 +116,11 @@ def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
     correct_mappings(wrapper, optimizer)
     upstream = wrapper._load_universal_checkpoint
 
-    def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:
+    def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool, *_: Any) -> None:
         if load_optimizer_states:
             load_universal(wrapper, optimizer, checkpoint_folder)
+        elif is_a(wrapper, ZERO3):  # DeepSpeed before 0.19.3 loads the states all the same
+            load_weights(wrapper, optimizer, UniversalFolder(checkpoint_folder))
         else:
             upstream(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
 

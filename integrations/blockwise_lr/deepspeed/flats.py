@@ -22,7 +22,8 @@ from ..checkpoint.manifest import Layout
 from ..checkpoint.matching import merged
 from ..optim.base import BlockwiseOptimizer
 from ..patches.deepspeed_instances import STATE_PLACES
-from ..patches.upstream_deepspeed import BF16, ZERO12, is_a
+from ..patches.deepspeed_variants import BF16, HAS_RANKS_FILES, LINKING_TRUE_PLACES, ZERO12
+from ..patches.upstream_deepspeed import is_a
 
 # Key of what a file with optimizer state says about its flat tensors, beside DeepSpeed's own keys.
 KEY = "blockwise_lr"
@@ -87,7 +88,7 @@ def order(engine: Any) -> list[str]:
 
 def state_file(engine: Any) -> str:
     """The name of the file that holds this rank's optimizer state."""
-    path = engine._get_zero_ckpt_name("", "") if engine.zero_optimization() else engine._get_ckpt_name("", "")
+    path = engine._get_zero_ckpt_name("", "") if HAS_RANKS_FILES.here(engine) else engine._get_ckpt_name("", "")
     return os.path.basename(path)
 
 
@@ -140,20 +141,15 @@ def correct_mappings(wrapper: Any, optimizer: BlockwiseOptimizer) -> None:
     """Puts right what DeepSpeed records of where a parameter's fp32 values lie, in the wrappers that do.
 
     With ``round_robin_gradients`` it links parameters to their fp32 values (``safe_get_full_fp32_param`` and its like)
-    and tells its converter of them as though they lay in the order of definition; it counts with their true places
-    only where ``parameter_alignment`` puts padding between them.
+    and tells its converter of them as though they lay in the order of definition.
     """
     replaced: dict[str, Any] = {}
     if is_a(wrapper, ZERO12) and wrapper.round_robin_gradients:
         link = wrapper._link_all_hp_params
 
         def link_true_places() -> None:
-            padding = wrapper.round_robin_bit16_padding
-            wrapper.round_robin_bit16_padding = [[True]] * len(padding)  # as though there were some
-            try:
+            with LINKING_TRUE_PLACES.here(wrapper):
                 link()
-            finally:
-                wrapper.round_robin_bit16_padding = padding
 
         replaced["_link_all_hp_params"] = link_true_places
     if is_a(wrapper, ZERO12) or is_a(wrapper, BF16):

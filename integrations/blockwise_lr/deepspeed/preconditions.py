@@ -22,6 +22,7 @@ from ..checkpoint.record import Record
 from ..checkpoint.restore import check_record
 from ..checkpoint.survey import looks_universal, remedy
 from ..collective import gathered, is_rank_zero
+from ..patches.deepspeed_variants import HAS_RANKS_FILES
 from .flats import contents, difference, layout, order, order_difference, state_file
 from .reading import read
 from .universal import check_universal
@@ -37,7 +38,8 @@ _COUNTERS = (
     "loaded_checkpoint_dp_world_size",
     "_curr_ckpt_path",
 )
-_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad")
+# of ZeRO's optimizers; the last three of the unfused one before DeepSpeed 0.18, which then keeps them in loss_scale_config
+_SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
 
 
 # ---- one checkpoint for all ranks
@@ -232,7 +234,7 @@ def _read(path: str) -> Mapping[str, Any] | None:
 def _check_states(engine: Any, folder: str, model: Mapping[str, Any] | None) -> None:
     """Refuses optimizer states that contradict this run, where no manifest tells of all ranks' alike."""
     states = model and model.get("optimizer")
-    if engine.zero_optimization():
+    if HAS_RANKS_FILES.here(engine):
         ranks = model and model.get("dp_world_size")
         if ranks not in (None, engine.seq_dp_world_size):
             raise CheckpointError(

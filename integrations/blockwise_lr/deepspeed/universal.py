@@ -22,7 +22,7 @@ from ..checkpoint.errors import CheckpointError, run_on_all_ranks
 from ..checkpoint.record import Record, by_names
 from ..checkpoint.restore import check_record
 from ..optim.base import BlockwiseOptimizer
-from ..patches.upstream_deepspeed import ZERO3, is_a
+from ..patches.upstream_deepspeed import ZERO3, copy_to_low_precision, is_a
 from .conversion import convert
 from .reading import read
 
@@ -144,10 +144,7 @@ def load_universal(wrapper: Any, optimizer: BlockwiseOptimizer, folder: str) -> 
     finally:
         if is_stage3:
             wrapper._clear_fp32_optimizer_param_groups()
-    if is_stage3:
-        wrapper.load_module_checkpoint_state_from_checkpoint_dir_stage3(folder, True)
-    else:
-        _load_weights(source, optimizer)
+    load_weights(wrapper, optimizer, source)
     if hasattr(wrapper, "loss_scaler") and wrapper.dynamic_loss_scale == source.common.get("dynamic_loss_scale"):
         for key in _SCALER:
             setattr(wrapper, key, source.common[key])
@@ -198,13 +195,16 @@ def _state_dict(
 
 
 @torch.no_grad()
-def _load_weights(source: UniversalFolder, optimizer: BlockwiseOptimizer) -> None:
+def load_weights(wrapper: Any, optimizer: BlockwiseOptimizer, source: UniversalFolder) -> None:
+    """Loads the weights alone. (For ZeRO-1 and 2 DeepSpeed copies them to the model itself, once all is loaded.)"""
     for flat, fragments in optimizer.attached_shards.flats:
         for fragment in fragments:
             values = source.values(fragment.name, "fp32", optimizer.block_map[fragment.name].numel)
             flat.view(-1)[fragment.offset : fragment.offset + fragment.numel] = values[
                 fragment.start : fragment.start + fragment.numel
             ].to(flat.device)
+    if is_a(wrapper, ZERO3):
+        copy_to_low_precision(wrapper)
 
 
 def model_state_files(found: list[str], pattern: str) -> list[str]:

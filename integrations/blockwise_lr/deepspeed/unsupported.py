@@ -9,6 +9,8 @@ import torch
 from ..blocks import BlockError
 from ..blocks.marks import marks_of
 from ..optim import CLASSES
+from ..patches.deepspeed_variants import OFFLOADED_MICRO_BATCHES, PACKAGE, PRECISION
+from ..patches.symbols import installed_version
 from .stages import map_engine_module
 
 
@@ -31,18 +33,20 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             "blockwise optimizers do not support elastic_checkpoint; remove it, and use universal "
             "checkpoints to change the number of ranks"
         )
-    if zero.zenflow is not None:
+    if getattr(zero, "zenflow", None) is not None:
         raise BlockError(
             "blockwise optimizers do not support zero_optimization.zenflow, which steps parts of the "
             "parameters with an AdamW of its own; remove it"
         )
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
-    for section, settings, key in (
-        ("fp16", config.float16_config, "fp16_master_weights_and_grads"),
-        ("bf16", config.bfloat16_config, "bf16_master_weights_and_grads"),
-        ("bf16", config.bfloat16_config, "bf16_optimizer_states"),
+    _refuse_lost_gradients(config)
+    precision = PRECISION.here(config)
+    for section, key in (
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
     ):
-        if getattr(settings, key, False):
+        if precision[section].get(key):
             raise BlockError(
                 f"blockwise optimizers step float32 master weights and do not support {section}.{key}; remove it"
             )
@@ -73,7 +77,7 @@ def _refuse_offload(offload: Any) -> None:
         return
     if str(getattr(offload.device, "value", offload.device)) == "nvme":
         raise BlockError('blockwise optimizers do not support offload_optimizer to nvme; use "device": "cpu"')
-    if offload.super_offload:
+    if getattr(offload, "super_offload", False):
         raise BlockError(
             "blockwise optimizers do not support offload_optimizer.super_offload, which steps with an "
             "AdamW of its own; remove it"
@@ -82,6 +86,18 @@ def _refuse_offload(offload: Any) -> None:
         raise BlockError(
             "blockwise optimizers do not support a partial offload_optimizer (ratio below 1), which steps "
             'the rest with another optimizer; set "ratio": 1.0'
+        )
+
+
+def _refuse_lost_gradients(config: Any) -> None:
+    """What DeepSpeed before 0.19 trains wrongly with any optimizer: it loses gradients of micro batches on their way to the
+    CPU, in ZeRO-1 and 2."""
+    most, asked = OFFLOADED_MICRO_BATCHES.here, config.gradient_accumulation_steps
+    if config.zero_config.stage in (1, 2) and config.zero_config.offload_optimizer and most and asked > most:
+        raise BlockError(
+            f"DeepSpeed {installed_version(PACKAGE)} loses gradients where offload_optimizer in ZeRO stage 1 or 2 goes with "
+            f"more than {most} gradient_accumulation_steps, and {asked} are asked for; install deepspeed>=0.19, use stage 3, "
+            f"or larger micro batches"
         )
 
 
