@@ -16,8 +16,17 @@ from .dims import HeadCounts, config_values, head_counts
 from .rules import Rule
 from .types import BlockType
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase) + (
-    (nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
 )
 _ATTENTION = re.compile(r"Attention(V\d|Subsample)?\Z|Attn\Z|Indexer\Z|MLA\Z")
 # spellings of one number in attention modules; the first that is set is used

@@ -27,6 +27,7 @@ from ..optim.base import BlockwiseOptimizer
 from ..patches.deepspeed_variants import PRECISION
 from ..patches.upstream_deepspeed import UPSTREAM
 from .build import OPTIMIZER_TYPES
+from .names import check_names, is_misspelt
 from .unsupported import refuse_unsupported
 
 FIX = "give every rank the same ds_config and optimizer"
@@ -53,6 +54,7 @@ def compare_ranks(
         settings = {**_settings_of(optimizer, config), **_scheduler_of(lr_scheduler, config), **_run_of(config)}
         peers = _peers(model, mpu)
         if ours:
+            check_names(config)
             _check_config(config)
             refuse_unsupported(config, model, optimizer, mesh_device)
     except Exception as problem:  # the other ranks wait for this one's answer
@@ -109,7 +111,7 @@ def is_callable(optimizer: Any) -> bool:
 
 def _is_ours(optimizer: Any, config: Any) -> bool:
     if optimizer is None:
-        return config.optimizer_name in OPTIMIZER_TYPES
+        return config.optimizer_name in OPTIMIZER_TYPES or is_misspelt(config)
     return isinstance(optimizer, BlockwiseOptimizer)
 
 

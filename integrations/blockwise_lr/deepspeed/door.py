@@ -14,11 +14,11 @@ from ..patches import (
     deepspeed_timeouts,
     deepspeed_types,
 )
-from ..schedules import BlockwiseWarmupCosine
 from .agreement import compare_made, compare_ranks, is_callable
 from .build import OPTIMIZER_TYPES, build_optimizer
 from .checkpoint import is_ours, load, save
 from .engine import attach, check_built
+from .names import SCHEDULER_TYPES
 from .universal import model_state_files
 
 
@@ -76,7 +76,7 @@ def _configure_scheduler(engine: Any, configure: Callable[[], None]) -> None:
 
 _TYPES = deepspeed_types.Hooks(
     optimizer_types=OPTIMIZER_TYPES,
-    scheduler_types={"BlockwiseWarmupCosine": BlockwiseWarmupCosine},
+    scheduler_types=SCHEDULER_TYPES,
     is_callable=is_callable,
     build=_build,
     make=_make,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.utils import log_dist
 
 from ..blocks import BlockError
 from ..checkpoint.target import SavePolicy
@@ -74,6 +75,7 @@ def attach(engine: Any) -> None:
         run_on_all_ranks(lambda: prereduce_once_per_step(wrapper, optimizer), "attaching the optimizer")
     _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
+    log_dist(f"{optimizer.describe()}; get_lr() is the base rate, block_lrs(engine) has all", ranks=[0])
 
 
 def check_built(engine: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ..blocks import BlockMap, BlockType
-from ..collective.errors import run_on_all_ranks
+from ..collective.errors import is_rank_zero, run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
 from ..patches.megatron_optimizer import in_place_of_adam as _in_place_of_adam
@@ -22,6 +23,8 @@ from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
 from .settings import KINDS, BlockSettings
 from .shard_maps import shard_map
+
+logger = logging.getLogger(__name__)
 
 
 def build(
@@ -124,6 +127,8 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
         for tensor in group["params"]:
             optimizer.init_state(tensor)
     save_for_any_layout(wrapper, optimizer)
+    if is_rank_zero():
+        logger.warning(optimizer.describe())  # of this stage's and slice's parameters; Megatron shows warnings only
 
 
 def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:

@@ -1,0 +1,64 @@
+"""Types and scheduler parameters of a ds_config: misspelt ones are told with the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from ..blocks import BlockError
+from ..schedules import BlockwiseWarmupCosine
+from .build import OPTIMIZER_TYPES
+
+SCHEDULER_TYPES = {"BlockwiseWarmupCosine": BlockwiseWarmupCosine}
+_OF_THE_ENGINE = ("self", "optimizer")  # what DeepSpeed fills in
+
+
+def meant(name: Any, known: Iterable[str]) -> str | None:
+    """The one of our names that another name is a misspelling of; None for a name that is right, or somebody else's."""
+    known = list(known)
+    if not isinstance(name, str) or name in known:
+        return None
+    lowered = {own.lower(): own for own in known}
+    close = difflib.get_close_matches(
+        name.lower(), lowered, 1, cutoff=0.0 if name.lower().startswith("blockwise") else 0.8
+    )
+    return lowered[close[0]] if close else None
+
+
+def is_misspelt(config: Any) -> bool:
+    """Whether a DeepSpeedConfig names an optimizer that is nearly one of ours."""
+    return meant(config.optimizer_name, OPTIMIZER_TYPES) is not None
+
+
+def check_names(config: Any) -> None:
+    """Refuses misspelt types, and parameters that our schedulers do not have.
+
+    Raises:
+        BlockError: with the key, its value and what to write.
+    """
+    for key, name, known in (
+        ("optimizer.type", config.optimizer_name, OPTIMIZER_TYPES),
+        ("scheduler.type", config.scheduler_name, SCHEDULER_TYPES),
+    ):
+        right = meant(name, known)
+        if right is not None:
+            raise BlockError(f"{key} is {name!r}; did you mean {right!r}? Types of blockwise_lr: {', '.join(known)}")
+    if config.scheduler_name in SCHEDULER_TYPES:
+        _check_parameters(config.scheduler_name, config.scheduler_params or {})
+
+
+def _check_parameters(name: str, given: Any) -> None:
+    parameters = inspect.signature(SCHEDULER_TYPES[name]).parameters.values()
+    valid = [one.name for one in parameters if one.name not in _OF_THE_ENGINE]
+    needed = [one.name for one in parameters if one.name in valid and one.default is inspect.Parameter.empty]
+    said = f"valid ones are {', '.join(valid)}"
+    for key in given:
+        if key not in valid:
+            close = difflib.get_close_matches(key, valid, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise BlockError(f"scheduler.params: {name} has no parameter {key!r}{hint}; {said}")
+    for key in needed:
+        if key not in given:
+            raise BlockError(f"scheduler.params: {name} needs {key}; {said}")
