@@ -14,6 +14,10 @@ def refused(change, model="llama"):
     settings["optimizer"]["params"].update(change.get("optimizer", {}))
     settings["scheduler"]["params"].update(change.get("scheduler", {}))
     settings["zero_optimization"].update(change.get("zero", {}))
+    for section, name in change.get("types", {}).items():
+        settings[section]["type"] = name
+    for key in change.get("without", ()):
+        del settings["scheduler"]["params"][key]
     network = make(model)
     if change.get("unknown"):
         import torch
@@ -43,6 +47,17 @@ def refused(change, model="llama"):
         ({"optimizer": {"block_rules": [{"match": "*"}]}}, ['give either "block" or "split"']),
         ({"scheduler": {"min_lr": 1.0}}, ["min_lr is 1.0", "up to lr"]),
         ({"scheduler": {"warmup_num_steps": 11}}, ["warm up in fewer steps"]),
+        (
+            {"types": {"optimizer": "BlockwiseAdam"}},
+            ["optimizer.type is 'BlockwiseAdam'", "did you mean 'BlockwiseAdamW'"],
+        ),
+        ({"types": {"optimizer": "blockwise_adam_mini"}}, ["did you mean 'BlockwiseAdamMini'", "BlockwiseLion"]),
+        ({"types": {"scheduler": "BlockwiseCosine"}}, ["scheduler.type is", "did you mean 'BlockwiseWarmupCosine'"]),
+        (
+            {"scheduler": {"warmup_steps": 5}},
+            ["no parameter 'warmup_steps' (did you mean 'warmup_num_steps'?)", "min_lr"],
+        ),
+        ({"without": ["total_num_steps"]}, ["BlockwiseWarmupCosine needs total_num_steps", "valid ones are"]),
         (
             {"unknown": True},
             [
@@ -79,3 +94,40 @@ def test_an_unsupported_deepspeed_is_refused():
     errors = pool(2).run(on_version, "0.14.0", errors=True)
     for error in errors:
         assert "deepspeed >=0.19.8,<0.20, and 0.14.0 is installed" in str(error)
+
+
+def test_names_of_others_are_left_alone():
+    from blockwise_lr.deepspeed.names import meant
+    from blockwise_lr.optim import CLASSES
+
+    for name in ("AdamW", "Adam", "Lamb", "OneBitAdam", "Muon", "Lion", None, *CLASSES):
+        assert meant(name, CLASSES) is None
+    assert meant("BlockWiseAdamW", CLASSES) == "BlockwiseAdamW"
+
+
+def started_line():
+    import logging
+
+    import deepspeed
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    deepspeed.utils.logger.addHandler(handler)
+    level = deepspeed.utils.logger.level
+    try:
+        import blockwise_lr.deepspeed  # noqa: F401
+
+        deepspeed.init_distributed("gloo")
+        deepspeed.utils.logger.setLevel(logging.INFO)
+        deepspeed.initialize(model=make("llama"), config=config("BlockwiseAdamW", 2))[0].destroy()
+    finally:
+        deepspeed.utils.logger.removeHandler(handler)
+        deepspeed.utils.logger.setLevel(level)
+    return [line for line in said if "peak learning rates" in line]
+
+
+def test_a_right_start_says_so_once():
+    first, second = pool(2).run(started_line)
+    assert len(first) == 1 and not second
+    assert f"norm 160 at {LR:g}" in first[0] and "block_lrs(engine)" in first[0]
