@@ -93,7 +93,7 @@ fuzz: setup
 support: setup
 	@$(RUN) -m pytest tests --full $(SIDE_BY_SIDE) --support integrations/blockwise_lr/SUPPORT.md
 
-# every version of tests/matrix/smoke.py in an overlay over the environments; MATRIX="deepspeed 0.19.5" for one
+# every version of tests/matrix/smoke.py in an overlay over the environments; MATRIX="megatron-core 0.15.3" for one
 matrix: setup
 	@PYTHON312=$(abspath $(VENV312))/bin/python $(RUN) tests/matrix/run.py $(MATRIX)
 

@@ -1,6 +1,6 @@
 """Runs the smoke set on upstream versions, each in an overlay over the common environment, and writes the table of them.
 
-``python tests/matrix/run.py`` runs all versions of smoke.py; ``… deepspeed 0.19.5`` one; ``--table`` only writes the table
+``python tests/matrix/run.py`` runs all versions of smoke.py; ``… megatron-core 0.15.3`` one; ``--table`` only writes the table
 in README.md from the rows. Versions that another Python needs are left out where it is not named in $PYTHON312.
 """
 
