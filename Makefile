@@ -1,5 +1,6 @@
-# make demo and make test set up what they need: a virtual environment in .venv with Python 3.10 or 3.11 and PyTorch's
-# CPU build. Name another interpreter with PYTHON=..., an environment of your own with VENV=...
+# make demo and make test set up what they need: a virtual environment in .venv with Python 3.11, 3.12 or 3.13 and PyTorch's
+# CPU build where the index has one (3.13 is let through, untested). Name another interpreter with PYTHON=..., an
+# environment of your own with VENV=...
 # make test312 does the same in .venv312 with Python 3.12 (PYTHON312=...), the one that megatron-core 0.19 runs on.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 EXTRAS = deepspeed,megatron,transformers,tune,examples,test,dev
 
-.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support figures bench setup setup312 clean help
+.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
@@ -25,6 +26,7 @@ help:
 	@echo "make lint           check formatting, lint rules (ruff) and types (mypy)"
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
 	@echo "make support        run the tests and write the table of what is supported"
+	@echo "make matrix         run a part of the tests on every supported version of DeepSpeed and Megatron (tests/matrix)"
 	@echo "make figures        redraw the tables and pictures of examples/reproduce from its rows"
 	@echo "make bench          measure optimizer steps, and saving and loading, side by side"
 	@echo "make clean          remove the environments, what was built and what the demo wrote"
@@ -34,7 +36,7 @@ setup: $(VENV)/.stamp
 setup312: $(VENV312)/.stamp
 
 $(VENV)/.stamp: INTERPRETER = $(PYTHON)
-$(VENV)/.stamp: VERSIONS = 3.10 3.11 3.12
+$(VENV)/.stamp: VERSIONS = 3.11 3.12 3.13
 $(VENV)/.stamp: MEND = name one with make PYTHON=...
 $(VENV312)/.stamp: INTERPRETER = $(PYTHON312)
 $(VENV312)/.stamp: VERSIONS = 3.12
@@ -90,6 +92,10 @@ fuzz: setup
 # writes integrations/blockwise_lr/SUPPORT.md from what the suite passes
 support: setup
 	@$(RUN) -m pytest tests --full $(SIDE_BY_SIDE) --support integrations/blockwise_lr/SUPPORT.md
+
+# every version of tests/matrix/smoke.py in an overlay over the environments; MATRIX="megatron-core 0.15.3" for one
+matrix: setup
+	@PYTHON312=$(abspath $(VENV312))/bin/python $(RUN) tests/matrix/run.py $(MATRIX)
 
 # redraws the evidence page's tables and pictures from its rows
 figures: setup

@@ -15,7 +15,7 @@ import torch
 from .symbols import Attributes, PatchError, Symbol, symbols
 from .upstream import Upstream
 
-PACKAGE, VERSIONS = "megatron-core", ">=0.16,<0.20"
+PACKAGE, VERSIONS = "megatron-core", ">=0.15,<0.20"
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 FLOAT16 = "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params"
 FLOAT32 = "megatron.core.optimizer.optimizer:FP32Optimizer"

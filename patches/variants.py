@@ -1,4 +1,4 @@
-"""What differs between the supported versions of a package: one way per range, side by side.
+"""What differs between the versions of a package: one way per range, side by side.
 
 Ranges decide, and not what happens to be there: where a version of a range lacks what its way needs, that is drift, which
 the declarations refuse by name, and never a reason to try another way.
@@ -22,7 +22,7 @@ class Variants(Generic[Way]):
 
     Attributes:
         package: the distribution whose version counts.
-        ways: PEP 440 range -> way. Every supported version lies in exactly one of them.
+        ways: PEP 440 range -> way. Every version that was read lies in exactly one of them.
     """
 
     package: str

@@ -37,8 +37,8 @@ def objects_of(engine: Any) -> dict[str, Any]:
         "config": config,
         "zero": config.zero_config,
         "offload": config.zero_config.offload_optimizer,
-        "fp16": config.float16_config,
-        "bf16": config.bfloat16_config,
+        "fp16": getattr(config, "float16_config", None),  # DeepSpeed 0.17 and later
+        "bf16": getattr(config, "bfloat16_config", None),
         "tensor parallel": config.tensor_parallel_config,
     }
 

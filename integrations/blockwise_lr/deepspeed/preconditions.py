@@ -38,7 +38,7 @@ _COUNTERS = (
     "loaded_checkpoint_dp_world_size",
     "_curr_ckpt_path",
 )
-# of ZeRO's optimizers; the last three of the unfused one before DeepSpeed 0.18, which then keeps them in loss_scale_config
+# of ZeRO's optimizers; the last three of the unfused one before DeepSpeed 0.18.6, which then keeps them in loss_scale_config
 _SCALING = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "cur_scale", "cur_iter", "last_overflow_iter")
 
 

@@ -9,7 +9,7 @@ import torch
 from ..blocks import BlockError
 from ..blocks.marks import marks_of
 from ..optim import CLASSES
-from ..patches.deepspeed_variants import OFFLOADED_MICRO_BATCHES, PACKAGE, PRECISION
+from ..patches.deepspeed_variants import LOADS_BF16_WITHOUT_ZERO, OFFLOADED_MICRO_BATCHES, PACKAGE, PRECISION
 from ..patches.symbols import installed_version
 from .stages import map_engine_module
 
@@ -40,6 +40,7 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
         )
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
     _refuse_lost_gradients(config)
+    _refuse_lost_states(config)
     precision = PRECISION.here(config)
     for section, key in (
         ("fp16", "fp16_master_weights_and_grads"),
@@ -98,6 +99,15 @@ def _refuse_lost_gradients(config: Any) -> None:
             f"DeepSpeed {installed_version(PACKAGE)} loses gradients where offload_optimizer in ZeRO stage 1 or 2 goes with "
             f"more than {most} gradient_accumulation_steps, and {asked} are asked for; install deepspeed>=0.19, use stage 3, "
             f"or larger micro batches"
+        )
+
+
+def _refuse_lost_states(config: Any) -> None:
+    """bf16 without ZeRO in DeepSpeed 0.18.0 to 0.18.5, which saves an optimizer's state and does not load it again."""
+    if PRECISION.here(config)["bf16"]["enabled"] and not config.zero_config.stage and not LOADS_BF16_WITHOUT_ZERO.here:
+        raise BlockError(
+            f"DeepSpeed {installed_version(PACKAGE)} does not load the optimizer's state of a checkpoint in bf16 without "
+            f"ZeRO; set zero_optimization.stage to 1, or install deepspeed>=0.18.6"
         )
 
 
