@@ -75,6 +75,8 @@ ARMS = {
     "auto-paper": Arm("BlockwiseAdamW", -2, auto_at=AUTO_AT),
     # what AutoRatios finds at 95 steps of 2k, rounded, and kept
     "found": Arm("BlockwiseAdamW", 2, _ratios(embedding=12, head=3, qk=10, vo=1, ffn=1, norm=30)),
+    # what `blockwise-lr tune` has found at 95 steps of 2k (tune/), over the FFN's
+    "tuned": Arm("BlockwiseAdamW", 3, _ratios(embedding=27, head=13, qk=5, vo=1.3, ffn=1, norm=1.3)),
     "embedding-norm": Arm("BlockwiseAdamW", 2, _ratios(embedding=10, norm=30)),
     # does a rate of their own do more for embeddings than a start at the scale of the norms' outputs?
     "adamw-embedding-1": Arm("AdamW", 4, embedding_std=1.0),

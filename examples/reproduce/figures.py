@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -170,6 +171,19 @@ def order_table(rows: Rows) -> str:
     return order.order_table(order.load(HERE / "order"))
 
 
+def tune_table(rows: Rows) -> str:
+    """What `blockwise-lr tune` has found with short.py; of tune/, which has no rows of the plan's."""
+    found = json.loads((HERE / "tune" / "result.json").read_text())
+    blocks = list(found["best"]["block_lr_ratios"])
+    lines = [
+        [name, f"{one['lr']:g}", *(f"{one['block_lr_ratios'][of]:g}" for of in blocks), f"{one['loss']:.3f}"]
+        for name, one in (("one rate", found["adamw"]), ("best ratios", found["best"]))
+    ]
+    gain = f"{found['gain'][0]:+.3f} ± {found['gain'][1]:.3f}"
+    lines.append([f"gain, 2 further seeds, of {len(found['runs'])} runs", *[""] * (len(blocks) + 1), gain])
+    return _markdown(["", "lr", *blocks, "loss"], lines)
+
+
 TABLES = {
     "final": final_table,
     "gain": gain_table,
@@ -178,6 +192,7 @@ TABLES = {
     "cost": cost_table,
     "ratios": ratio_table,
     "order": order_table,
+    "tune": tune_table,
 }
 
 

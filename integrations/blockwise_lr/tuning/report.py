@@ -87,7 +87,7 @@ def draw(search: Search, losses: Losses, file: Path) -> None:
     panels = len(search.blocks) + 1
     columns = min(panels, 4)
     rows = -(-panels // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), squeeze=False)
     flat = list(axes.flat)
     for axis in flat[panels:]:
         axis.remove()
@@ -105,6 +105,10 @@ def draw(search: Search, losses: Losses, file: Path) -> None:
         _line(flat[number + 1], near, block.value, "s")
         flat[number + 1].axvline(found.best.ratios[number], color="0.8", zorder=0)
         flat[number + 1].set_xlabel(f"ratio of {block.value}")
+    low = min(axis.get_ylim()[0] for axis in flat[1:panels])
+    high = max(axis.get_ylim()[1] for axis in flat[1:panels])
+    for axis in flat[1:panels]:  # so that a ratio that matters looks as if
+        axis.set_ylim(low, high)
     for row in axes:
         row[0].set_ylabel("loss (nats)")
     figure.tight_layout()
