@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,16 @@ def test_steps_to_a_loss_are_interpolated():
 
     run = {"steps": [10, 20, 30], "losses": [3.0, 2.0, 1.0]}
     assert steps_to(run, 1.5) == 25 and steps_to(run, 3.5) == 10 and steps_to(run, 0.5) is None
+
+
+def test_the_page_says_what_the_kept_results_say():
+    from report import with_tables
+
+    page = EXAMPLES.parent / "README.md"
+    text = page.read_text()
+    assert "<!-- demo: demo/results/" in text and text == with_tables(text, page.parent), "run make figures"
+    losses = {number for number in re.findall(r"\d\.\d{3}\b", text)}
+    kept = json.loads((EXAMPLES / "results" / "python-3.11.2.json").read_text())
+    assert len({run["seed"] for run in kept["runs"]}) == 2 and len(kept["sweep"]) == 6
+    table = text[text.index("<!-- demo:") : text.index("<!-- end -->")]
+    assert losses and all(number in table for number in losses)
