@@ -174,6 +174,25 @@ def test_sharded_equals_whole(kind, how):
             assert found.parts[key].traces == pytest.approx(traces, rel=1e-5), key
 
 
+def without_tokens_on_one(measure):
+    import torch.distributed as dist
+
+    model, second = make("llama"), dist.get_rank() == 1
+    batch = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)} if second else IDS
+    if measure == "sharpness":
+        measure_sharpness(model, [batch], draws=1)
+    else:
+        measure_updates(
+            model, {name: p.detach().clone() for name, p in model.named_parameters()}, [] if second else [batch]
+        )
+
+
+@pytest.mark.parametrize("measure, words", [("sharpness", "predicts no token"), ("updates", "no batch to measure on")])
+def test_what_one_rank_lacks_stops_all(measure, words):
+    for error in pool(2).run(without_tokens_on_one, measure, errors=True):
+        assert "failed on rank 1 of 2" in str(error) and words in str(error)
+
+
 def sliced():
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 

@@ -1,7 +1,7 @@
 """Measurements of a model in training: sharpness, what each block type's updates do, and ratios from it."""
 
 from .auto import AutoRatios, rebalanced
-from .probe import causal_lm, read_batches
+from .parts import causal_lm, read_batches
 from .sharpness import Estimate, Sharpness, measure_sharpness
 from .updates import Updates, measure_updates, snapshot
 

@@ -12,7 +12,7 @@ import torch
 from ..blocks import BlockError, BlockType
 from ..collective.errors import is_rank_zero
 from ..optim.base import BlockwiseOptimizer
-from .probe import Predictions, causal_lm
+from .parts import Predictions, causal_lm
 from .updates import Updates, measure_updates, snapshot
 
 log = logging.getLogger("blockwise_lr")

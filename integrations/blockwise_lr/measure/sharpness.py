@@ -18,8 +18,9 @@ import torch
 
 from ..blocks import BlockError, BlockMap, BlockType, map_blocks
 from ..collective.agreement import gathered
+from ..collective.errors import run_on_all_ranks
 from .gradients import Gradients
-from .probe import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
+from .parts import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,21 @@ def measure_sharpness(
     Raises:
         BlockError: parameters that tensor parallelism slices, no batch, or no predicted token in one.
     """
-    block_map = map_blocks(model) if block_map is None else block_map
-    parts = BlockParts(model, block_map, gathered_in_use=True)
-    if draws < 1:
-        raise BlockError(f"draws is {draws}; give at least 1, and 8 or more for errors that mean something")
-    traces: dict[tuple[str, BlockType], list[float]] = {}
-    tokens = 0
-    with as_it_was(model):
-        for number, batch in enumerate(batches):
-            tokens += _measure(model, batch, predictions, parts, traces, draws, _generator_seed(seed, number))
+
+    def measured() -> tuple[BlockParts, dict[tuple[str, BlockType], list[float]], int]:
+        parts = BlockParts(model, map_blocks(model) if block_map is None else block_map, gathered_in_use=True)
+        if draws < 1:
+            raise BlockError(f"draws is {draws}; give at least 1, and 8 or more for errors that mean something")
+        traces: dict[tuple[str, BlockType], list[float]] = {}
+        tokens = 0
+        with as_it_was(model):
+            for number, batch in enumerate(batches):
+                tokens += _measure(model, batch, predictions, parts, traces, draws, _generator_seed(seed, number))
+        if not tokens:
+            raise BlockError("there is no batch to measure on; give at least one on every rank")
+        return parts, traces, tokens
+
+    parts, traces, tokens = run_on_all_ranks(measured, "measuring the sharpness")
     return _over_ranks(traces, tokens, parts)
 
 
@@ -201,8 +208,6 @@ def _measure(
 def _over_ranks(traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, parts: BlockParts) -> Sharpness:
     """All ranks' draws together. Collective."""
     answers = gathered((dict(traces), tokens))
-    if not all(found for found, _ in answers):
-        raise BlockError("there is no batch to measure on; give at least one on every rank")
     estimates = {
         key: Estimate(parts.numel(*key), tuple(x for found, _ in answers for x in found[key])) for key in traces
     }

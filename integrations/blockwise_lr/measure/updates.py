@@ -28,7 +28,10 @@ import torch
 
 from ..blocks import BlockError, BlockMap, BlockType, map_blocks
 from ..collective.agreement import gathered
-from .probe import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
+from ..collective.errors import run_on_all_ranks
+from .parts import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
+
+OfBatch = tuple[np.ndarray, np.ndarray, int]  # slopes, curvatures, predicted tokens
 
 
 @dataclass(frozen=True)
@@ -114,17 +117,22 @@ def measure_updates(
         BlockError: parameters that are sharded, sliced or not float32 or float64, a snapshot of another model, no batch,
             or no target in one.
     """
-    parts = BlockParts(model, map_blocks(model) if block_map is None else block_map)
-    _check(parts, before)
-    after = snapshot(model)
-    measured: list[tuple[np.ndarray, np.ndarray, int]] = []
-    try:
-        with as_it_was(model), torch.no_grad():
-            for batch in batches:
-                measured.append(_of_batch(model, batch, predictions, parts, before, after))
-    finally:
-        _place(parts, after)
-    return _over_ranks(measured, parts, before, after)
+
+    def measured() -> tuple[BlockParts, dict[str, torch.Tensor], list[OfBatch]]:
+        parts = BlockParts(model, map_blocks(model) if block_map is None else block_map)
+        _check(parts, before)
+        after = snapshot(model)
+        try:
+            with as_it_was(model), torch.no_grad():
+                found = [_of_batch(model, batch, predictions, parts, before, after) for batch in batches]
+        finally:
+            _place(parts, after)
+        if not found:
+            raise BlockError("there is no batch to measure on; give at least one on every rank")
+        return parts, after, found
+
+    parts, after, found = run_on_all_ranks(measured, "measuring the updates")
+    return _over_ranks(found, parts, before, after)
 
 
 def _check(parts: BlockParts, before: Mapping[str, torch.Tensor]) -> None:
@@ -161,7 +169,7 @@ def _of_batch(
     parts: BlockParts,
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> OfBatch:
     """Slopes (blocks,), curvatures (blocks, blocks) and predicted tokens of one batch."""
     _place(parts, before)
     logits, targets = predictions(model, batch)
@@ -183,16 +191,13 @@ def _of_batch(
 
 
 def _over_ranks(
-    measured: Sequence[tuple[np.ndarray, np.ndarray, int]],
+    measured: Sequence[OfBatch],
     parts: BlockParts,
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
 ) -> Updates:
     """All ranks' batches together. Collective."""
-    answers = gathered(list(measured))
-    if not all(answers):
-        raise BlockError("there is no batch to measure on; give at least one on every rank")
-    everything = [one for answer in answers for one in answer]
+    everything = [one for answer in gathered(list(measured)) for one in answer]
     numel = dict.fromkeys(parts.blocks, 0)
     moved, weights = dict.fromkeys(parts.blocks, 0.0), dict.fromkeys(parts.blocks, 0.0)
     for name, _ in parts.named:
