@@ -19,10 +19,11 @@ from arms import ARMS
 from matplotlib.ticker import LogLocator, NullFormatter
 from model import RUNGS
 from plan import Rows, load_rows
-from results import Result, crossings, gains, interval, results, step_shares, steps_to
+from results import Result, crossings, gains, results, step_shares, steps_to
 from training import Run
 
 from blockwise_lr.blocks import BlockType, lr_ratios
+from blockwise_lr.tuning.statistics import interval
 
 HERE = Path(__file__).parent
 BASE = "adamw"

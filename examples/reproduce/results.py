@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,6 @@ from arms import learning_rate
 from model import RUNGS
 from plan import Rows, final_loss
 from training import Run
-
-# two-sided 95% quantiles of Student's t, by degrees of freedom
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass
@@ -75,13 +72,6 @@ def steps_to(row: Mapping[str, Any], loss: float) -> float:
         if value <= loss:
             return float(steps[0] if i == 0 else np.interp(loss, [value, losses[i - 1]], [steps[i], steps[i - 1]]))
     return math.inf
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half of the 95% interval by Student's t); the half is nan for a single value."""
-    if len(values) < 2:
-        return float(np.mean(values)), math.nan
-    return float(np.mean(values)), T95[len(values) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def pairs(base: Result, other: Result) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

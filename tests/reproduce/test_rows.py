@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from blockwise_lr.tuning.statistics import interval
+
 REPRODUCE = Path(__file__).resolve().parents[2] / "examples" / "reproduce"
 ROWS = REPRODUCE / "rows"
 MODULES = ("model", "data", "arms", "training", "plan", "results", "figures", "runner")
@@ -121,7 +123,7 @@ def test_gains_and_steps_are_paired_by_seed(ladder):
             rows[run.key] = row_of(run, final, [7.0, 6.0, middle, final])
     base, other = results.results(rows)["tiny-5tpp-2k"].values()
     assert results.gains(base, other) == pytest.approx([0.1, 0.2, 0.3])
-    mean, half = results.interval(results.gains(base, other))
+    mean, half = interval(results.gains(base, other))
     assert mean == pytest.approx(0.2) and half == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert results.step_shares(base, other)[0] == pytest.approx((30 + 10 * 1.5 / 1.6) / 40)
     assert results.crossings(base, other) == [1.0] * 3 and results.crossings(other, base) == [float("inf")] * 3

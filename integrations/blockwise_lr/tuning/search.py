@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from ..blocks.presets import lr_ratios
 from ..blocks.types import BlockError, BlockType
+from .statistics import interval
 
-# half of the width of a 95% interval of a mean of n, in standard errors: Student's t for n - 1 degrees of freedom
-_STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 _FARTHEST = 20  # factors of 2 from the first learning rate, in either direction
 
 
@@ -52,13 +51,7 @@ class Found:
     @property
     def gain(self) -> tuple[float, float] | None:
         """Mean over seeds, and half of its 95% interval (nan for one seed); None without further seeds."""
-        if not self.gains:
-            return None
-        count, mean = len(self.gains), sum(self.gains) / len(self.gains)
-        if count < 2:
-            return mean, math.nan
-        error = math.sqrt(sum((gain - mean) ** 2 for gain in self.gains) / (count - 1) / count)
-        return mean, _STUDENT.get(count, 1.96) * error
+        return interval(self.gains) if self.gains else None
 
 
 @dataclass(frozen=True)
