@@ -46,9 +46,8 @@ def _install(undo: Undo, hooks: Hooks) -> None:
             ratios = hooks.ratios(group)
             if ratios:
                 peak, low = group.get("max_lr", self.max_lr), group.get("min_lr", self.min_lr)
-                scale = group.get(
-                    "lr_mult", 1.0
-                )  # of 0.15's scale_lr_cond, with which its step multiplies; later always 1
+                # of 0.15's scale_lr_cond, with which its step multiplies; later always 1
+                scale = group.get("lr_mult", 1.0)
                 peaks = {block: ratio * peak for block, ratio in ratios.items()}
                 hooks.state_rates(
                     group,

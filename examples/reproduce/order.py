@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from arms import learning_rate
 from data import Text
+from model import body_parameters
 from training import Place, Run, Training, commit, machine, predictions, versions
 
 from blockwise_lr import map_blocks
@@ -47,8 +48,6 @@ COLORS = {
 
 def measure(rung: str, k: int, batch: int, seed: int, text: Text) -> dict[str, Any]:
     """Trains until step max(AT), half of its schedule, and measures on the way."""
-    from model import body_parameters
-
     tokens = 2 * max(AT) * batch / body_parameters(rung)
     run = Run(rung, tokens, batch, "adamw", k, seed)
     training = Training(run, text, Place("cpu"))

@@ -14,12 +14,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from arms import BETAS, CLIP, EPS, WARMUP, WEIGHT_DECAY
+from arms import CLIP, WARMUP, Arm, build_optimizer
 from data import Text
 from model import RUNGS, build_model
 from training import FINAL, Place
 
-from blockwise_lr import BlockwiseAdamW, map_blocks
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 
@@ -35,16 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     place, text = Place("cpu"), Text(args.text, args.rung)
     model = build_model(args.rung, args.seed)
-    optimizer = BlockwiseAdamW(
-        model.named_parameters(),
-        lr=args.lr,
-        betas=BETAS,
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
-        block_map=map_blocks(model),
-        block_lr_ratios=args.ratios,
-        min_lr=args.lr / 20,
-    )
+    optimizer = build_optimizer(Arm("BlockwiseAdamW", 0, {"block_lr_ratios": args.ratios}), model, args.lr)
     schedule = BlockwiseWarmupCosine(optimizer, args.steps, max(round(WARMUP * args.steps), 1))
     for step in range(args.steps):
         for part in (parts := place.parts(text.batch(args.seed, step, args.batch // text.length))):

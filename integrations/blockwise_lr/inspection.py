@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,26 @@ def load_model(target: str, vocabulary: int | None = None) -> torch.nn.Module:
         return _hugging_face_model(path) if path.suffix == ".json" else megatron_model(path, vocabulary)
     if ":" not in target:
         raise BlockError(f"{target!r} is no file, no folder with a config.json, and no package.module:factory")
-    module, _, factory = target.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        build = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise BlockError(f"cannot find {target!r}: {error}") from error
+    build = find_factory(target)
     with torch.device("meta"):
         model = build()
     if not isinstance(model, torch.nn.Module):
         raise BlockError(f"{target!r} returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def find_factory(target: str) -> Callable[[], Any]:
+    """The function that ``package.module:factory`` names, from the current folder or what is installed.
+
+    Raises:
+        BlockError: there is none.
+    """
+    module, _, factory = target.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise BlockError(f"cannot find {target!r}: {error}") from error
 
 
 def _hugging_face_model(path: Path) -> torch.nn.Module:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 
 from .blocks import BlockError, map_blocks
-from .inspection import load_model
+from .inspection import find_factory, load_model
 from .probe import Contradiction, contradictions, probe
 
 _LAYERS, _TOKENS, _VOCABULARY = 2, 8, 512
@@ -61,9 +59,7 @@ def verify(target: str, *, rules: Iterable[dict] | None = None) -> Verified:
 
 def _real(target: str) -> torch.nn.Module:
     if ":" in target and not os.path.exists(target):
-        module, _, factory = target.partition(":")
-        sys.path.insert(0, os.getcwd())
-        return getattr(importlib.import_module(module), factory)()
+        return find_factory(target)()
     if os.path.isfile(target) and not target.endswith(".json"):
         raise BlockError(_NEEDS)
     model = load_model(target)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -100,6 +101,12 @@ def shown(value: object) -> str:
         return short.repr(value)
     except ValueError:  # Python shows no integer of more than 4,300 digits
         return f"a {type(value).__name__} too long to be shown"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the known name that is nearest to another one; "" where none is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def finite(value: object) -> float | None:

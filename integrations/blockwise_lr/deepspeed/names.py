@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..blocks import BlockError
+from ..blocks.types import did_you_mean
 from ..schedules import BlockwiseWarmupCosine
 from .build import OPTIMIZER_TYPES
 
@@ -56,9 +57,7 @@ def _check_parameters(name: str, given: Any) -> None:
     said = f"valid ones are {', '.join(valid)}"
     for key in given:
         if key not in valid:
-            close = difflib.get_close_matches(key, valid, 1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise BlockError(f"scheduler.params: {name} has no parameter {key!r}{hint}; {said}")
+            raise BlockError(f"scheduler.params: {name} has no parameter {key!r}{did_you_mean(key, valid)}; {said}")
     for key in needed:
         if key not in given:
             raise BlockError(f"scheduler.params: {name} needs {key}; {said}")

@@ -56,13 +56,18 @@ class Updates:
     weights: tuple[float, ...]
     tokens: int
 
+    @property
+    def own_curvatures(self) -> np.ndarray:
+        """(batches, blocks): each block type's curvature along its own move."""
+        return np.diagonal(self.curvatures, axis1=1, axis2=2)
+
     def multipliers(self) -> dict[BlockType, tuple[float, float]]:
         """Block type -> its multiplier, and the standard error over batches by the jackknife (nan for one batch).
 
         Negative where the move goes up the slope; infinite or nan for a block that did not move.
         """
         count = len(self.slopes)
-        curvatures = np.diagonal(self.curvatures, axis1=1, axis2=2)
+        curvatures = self.own_curvatures
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = -self.slopes.sum(0) / curvatures.sum(0)
             without = -(self.slopes.sum(0) - self.slopes) / (curvatures.sum(0) - curvatures)
@@ -72,7 +77,7 @@ class Updates:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values per block type: parameters, slope, curvature, multiplier and its error, and root mean squares."""
-        slopes, curvatures = self.slopes.mean(0), np.diagonal(self.curvatures, axis1=1, axis2=2).mean(0)
+        slopes, curvatures = self.slopes.mean(0), self.own_curvatures.mean(0)
         found = {}
         for number, (block, (multiplier, error)) in enumerate(self.multipliers().items()):
             found[block.value] = {

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..blocks.presets import lr_ratios
 from ..blocks.rules import user_rules
-from ..blocks.types import BlockError, BlockType, block_values, finite, shown
+from ..blocks.types import BlockError, BlockType, block_values, did_you_mean, finite, shown
 
 KERNELS = ("auto", "reference", "cpp", "triton")
 # Options of torch's Adams that change the update; a param group that asks for one of them must not train without it.
@@ -132,10 +132,9 @@ class _Checked(BaseModel):
         """
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
-            close = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
             raise BlockError(
-                f"{where}unknown parameter {unknown[0]!r}{f' (did you mean {close[0]!r}?)' if close else ''}"
-                f"; the valid ones are {', '.join(cls.names())}"
+                f"{where}unknown parameter {unknown[0]!r}{did_you_mean(unknown[0], cls.model_fields)}; "
+                f"the valid ones are {', '.join(cls.names())}"
             )
         try:
             return cls.model_validate(dict(values))
