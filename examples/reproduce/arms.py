@@ -32,6 +32,7 @@ class Arm:
         length: steps of this arm, over those of the others (its schedule is as long).
         embedding_std: standard deviation of the input embedding at the start.
         auto_at: the shares of a run after which AutoRatios measures, and rebalances the ratios that are set in ``options``.
+        rate_of: an arm whose best learning rate this one takes over, in place of a search of its own.
     """
 
     optimizer: str
@@ -42,6 +43,7 @@ class Arm:
     length: int = 1
     embedding_std: float = 0.02
     auto_at: tuple[float, ...] = ()
+    rate_of: str = ""
 
 
 def _ratios(**ratios: float) -> dict[str, Any]:
@@ -52,6 +54,8 @@ ARMS = {
     "adamw": Arm("AdamW", 4),
     "blockwise": Arm("BlockwiseAdamW", -2),  # the paper's ratios: embedding and head 10, QK 8, FFN 6, VO 4, norm 1
     "mini": Arm("BlockwiseAdamMini", -2),
+    # as if one only added ratios to a run of AdamW's and kept its learning rate
+    "blockwise-adamw-lr": Arm("BlockwiseAdamW", 4, rate_of="adamw"),
     # Lion with one rate, and with the paper's ratios
     "lion": Arm("BlockwiseLion", -3, {"block_lr_ratios": "uniform"}),
     "blockwise-lion": Arm("BlockwiseLion", -9),

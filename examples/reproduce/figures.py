@@ -49,7 +49,9 @@ def final_table(rows: Rows) -> str:
         for arm, result in arms.items():
             finals = result.finals()
             spread = f"{max(finals) - min(finals):.3f}" if len(finals) > 1 else ""
-            tried = f"{len(result.losses)}, best {'inside' if result.inside else '**at the edge so far**'}"
+            of = ARMS[arm].rate_of
+            best = f"{of}'s" if of else "best inside" if result.inside else "best **at the edge so far**"
+            tried = f"{len(result.losses)}, {best}"
             lines.append(
                 [
                     cell,
@@ -119,7 +121,8 @@ def base_table(rows: Rows) -> str:
     lines = []
     for cell, arms in results(rows).items():
         for arm, result in arms.items():
-            if BASE not in arms or ARMS[arm].optimizer not in ("BlockwiseAdamW", "BlockwiseAdamMini"):
+            tuned = ARMS[arm].optimizer in ("BlockwiseAdamW", "BlockwiseAdamMini") and not ARMS[arm].rate_of
+            if BASE not in arms or not tuned:
                 continue
             rule = arms[BASE].lr / lr_ratios(ARMS[arm].options.get("block_lr_ratios"))[BlockType.FFN]
             found = f"{result.lr:g}" + ("" if result.inside else " at the edge so far")

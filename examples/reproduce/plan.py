@@ -81,6 +81,8 @@ def final_loss(row: Mapping[str, Any]) -> float:
 
 def wanted(entry: Entry, arm: str, rows: Rows) -> list[Run]:
     """The runs of an arm that the rows so far call for; none when it is finished."""
+    if ARMS[arm].rate_of:
+        return _at_the_rate_of(entry, arm, rows)
     losses = {k: final_loss(rows[entry.run(arm, k).key]) for k in range(-40, 41) if entry.run(arm, k).key in rows}
     center = (entry.center or {}).get(arm, ARMS[arm].center)
     grid = [center - 2, center, center + 2]
@@ -102,6 +104,16 @@ def wanted(entry: Entry, arm: str, rows: Rows) -> list[Run]:
     best = min(grid, key=lambda k: losses[k])
     seeds = [entry.run(arm, best, seed) for seed in range(1, entry.seeds)]
     return [run for run in seeds if run.key not in rows]
+
+
+def _at_the_rate_of(entry: Entry, arm: str, rows: Rows) -> list[Run]:
+    """The runs of an arm at another's best learning rate, once that is known."""
+    other = ARMS[arm].rate_of
+    if any(run.seed == 0 for run in wanted(entry, other, rows)):
+        return []
+    losses = {k: final_loss(rows[entry.run(other, k).key]) for k in range(-40, 41) if entry.run(other, k).key in rows}
+    best = min(losses, key=lambda k: losses[k])
+    return [run for seed in range(entry.seeds) if (run := entry.run(arm, best, seed)).key not in rows]
 
 
 def next_runs(entries: Iterable[Entry], rows: Rows) -> list[Run]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from arms import learning_rate
+from arms import ARMS, learning_rate
 from model import RUNGS
 from plan import Rows, final_loss
 from training import Run
@@ -37,8 +37,8 @@ class Result:
 
     @property
     def inside(self) -> bool:
-        """Whether the best learning rate has a worse one on both sides."""
-        return min(self.losses) < self.k < max(self.losses)
+        """Whether the best learning rate has a worse one on both sides, or is another arm's."""
+        return bool(ARMS[self.arm].rate_of) or min(self.losses) < self.k < max(self.losses)
 
     @property
     def steps(self) -> int:

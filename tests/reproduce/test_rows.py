@@ -114,6 +114,21 @@ def test_a_grid_goes_on_until_the_best_is_inside_and_then_the_seeds_come(ladder,
     assert found.k == best and found.inside and list(found.seeds) == [0, 1, 2]
 
 
+def test_an_arm_at_anothers_rate_waits_for_it_and_then_takes_it(ladder):
+    plan = ladder["plan"]
+    entries = [
+        plan.Entry("tiny", 5, 2048, ("adamw",), "?", seeds=1),
+        plan.Entry("tiny", 5, 2048, ("blockwise-adamw-lr",), "?"),
+    ]
+    rows, order = {}, []
+    while runs := plan.next_runs(entries, rows):
+        order.append((runs[0].arm, runs[0].k, runs[0].seed))
+        rows[runs[0].key] = row_of(runs[0], 3 + (runs[0].k - 8) ** 2 / 100)
+    assert order[-3:] == [("blockwise-adamw-lr", 8, seed) for seed in range(3)]
+    assert {k for arm, k, _ in order if arm == "adamw"} == {2, 4, 6, 8, 10}
+    assert ladder["results"].results(rows)["tiny-5tpp-2k"]["blockwise-adamw-lr"].inside
+
+
 def test_gains_and_steps_are_paired_by_seed(ladder):
     Run, results = ladder["training"].Run, ladder["results"]
     rows = {}
