@@ -12,7 +12,7 @@ export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 # tests run in so many processes side by side, a file in one of them; JOBS=0 for one after another
 JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
-EXTRAS = deepspeed,megatron,transformers,tune,examples,test,dev
+EXTRAS = deepspeed,megatron,transformers,tune,plan,examples,test,dev
 
 .PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix figures bench setup setup312 clean help
 

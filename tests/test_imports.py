@@ -22,6 +22,7 @@ LAYERS = (
     ("schedules",),
     ("measure",),
     ("tuning",),
+    ("planning",),
     ("patches",),
     ("deepspeed", "megatron", "transformers"),
 )

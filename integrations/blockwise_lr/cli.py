@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect``, ``sharpness``, ``tune``, ``families`` and ``doctor``."""
+"""The command line: ``blockwise-lr inspect``, ``plan``, ``sharpness``, ``tune``, ``families`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
 from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
+from .planning.command import made_with
 from .tuning.command import tune
 
 app = typer.Typer(
@@ -226,6 +227,15 @@ def sharpness(
 
 
 app.command()(tune)
+
+
+def _activation_bytes(*arguments: Any, **options: Any) -> int:
+    from .transformers.activations import activation_bytes
+
+    return activation_bytes(*arguments, **options)
+
+
+app.command()(made_with(load_model, _activation_bytes))
 
 
 @app.command()

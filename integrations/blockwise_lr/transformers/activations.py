@@ -1,0 +1,86 @@
+"""Bytes that a forward pass keeps for the backward pass, counted on the real module without memory.
+
+The model is built and run with fake tensors, which have shapes and no contents; every tensor that autograd saves is counted
+once, parameters are not. Attention is PyTorch's causal scaled_dot_product_attention, which keeps no scores, as flash
+attention on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..blocks import BlockError
+
+_NAME = "blockwise_lr_counted"
+
+
+def activation_bytes(
+    config: Any, sequences: int, length: int, *, dtype: torch.dtype = torch.bfloat16, checkpointing: bool = False
+) -> int:
+    """What a Hugging Face causal language model saves in one forward pass with a loss, on one device without parallelism.
+
+    Args:
+        config: a transformers config.
+        sequences: of a micro-batch.
+        length: tokens of each.
+        dtype: of parameters and activations.
+        checkpointing: recompute every layer in the backward pass; its input alone is kept then.
+
+    Raises:
+        BlockError: sizes below 1, or a model that does not run without contents (its shapes depend on values).
+        ImportError: transformers is not installed.
+    """
+    import transformers
+
+    if sequences < 1 or length < 1:
+        raise BlockError(f"{sequences} sequences of {length} tokens; give at least 1 of each")
+    transformers.AttentionInterface.register(_NAME, _attention)
+    transformers.AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    try:
+        with FakeTensorMode():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation=_NAME, dtype=dtype
+            ).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            return _saved(model, torch.zeros(sequences, length, dtype=torch.long))
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise BlockError(
+            f"{type(config).__name__} does not run without contents, so its activations cannot be counted: {error}"
+        ) from None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of (sequences, heads, length, size), as transformers' attention functions."""
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _saved(model: torch.nn.Module, ids: torch.Tensor) -> int:
+    """Bytes of all storages that autograd keeps, without the parameters'."""
+    mine = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # the storage is held, so that its id stays its own
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in mine:
+            kept[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    return sum(size for size, _ in kept.values())

@@ -1,0 +1,86 @@
+"""`blockwise-lr plan`."""
+
+import json
+import math
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from blockwise_lr.cli import app
+
+LLAMA = "configs/models/llama-0.25b.json"
+
+
+def plan(*words):
+    return CliRunner(env={"COLUMNS": "100"}).invoke(app, ["plan", *map(str, words)])
+
+
+def test_a_budget_in_devices_and_days_fits_one_screen():
+    done = plan("--gpus", 64, "--days", 7, "--gpu", "a100", "--mfu", 0.5)
+    assert done.exit_code == 0, done.output
+    compute = 64 * 312e12 * 0.5 * 7 * 86400
+    assert f"{compute:.3g} FLOPs, 7 days" in done.stdout and "Extrapolation" in done.stdout
+    assert len(done.stdout.splitlines()) < 40
+    for law in ("Porian", "Step Law", "DeepSeek", "Bjorck"):
+        assert law in done.stdout
+
+
+def test_a_model_brings_its_size_its_operations_and_its_memory():
+    done = plan(LLAMA, "--tokens", 5e9, "--ranks", 8, "--zero", 1, "--optimizer", "adam_mini", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["tokens"] == 5e9 and found["parameters"] == found["size"]["active"]
+    assert found["flops"] == pytest.approx(5e9 * (6 * found["size"]["active"] + 6 * 2048 * found["size"]["attended"]))
+    mini, adamw = found["memory"]["states"], found["memory"]["with_adamw"]
+    assert adamw["moments"] == pytest.approx(found["size"]["parameters"], rel=1e-4)  # 8 bytes over 8 ranks
+    assert 0.5 < mini["moments"] / adamw["moments"] < 0.51 and found["memory"]["activations"] > 1e9
+    assert plan(LLAMA, "--tokens", 5e9, "--ranks", 8).exit_code == 0
+
+
+def test_it_writes_what_it_recommends(tmp_path):
+    done = plan("--parameters", 1e9, "--tokens", 2e10, "--ranks", 16, "--write", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out" / "ds_config.json").read_text())
+    flags = dict(
+        line.split(maxsplit=1) for line in (tmp_path / "out" / "megatron.args").read_text().splitlines() if " " in line
+    )
+    assert config["train_batch_size"] == int(flags["--global-batch-size"]) and config["train_batch_size"] % 16 == 0
+    assert config["scheduler"]["params"]["total_num_steps"] == int(flags["--train-iters"])
+    assert config["optimizer"]["params"]["adamw_lr"] / 6 == pytest.approx(float(flags["--lr"]), rel=1e-2)
+
+
+def test_a_law_of_ones_own_runs_is_said_beside(tmp_path):
+    file = tmp_path / "runs.csv"
+    rows = [
+        (flops, size, 2 + 0.05 * math.log(size / (0.3 * flops**0.5)) ** 2)
+        for flops in (1e17, 1e18, 1e19)
+        for size in (0.3 * flops**0.5 * 2**k for k in (-2, -1, 0, 1, 2))
+    ]
+    file.write_text("flops,parameters,loss\n" + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    done = plan("--flops", 1e18, "--runs", file)
+    assert done.exit_code == 0, done.output
+    own = re.search(r"optimal by your own runs: 30[01]M \(3 budgets, exponent 0.50\d;", done.stdout)
+    assert own, done.stdout
+    file.write_text("flops,loss\n1,2\n")
+    bad = plan("--flops", 1e18, "--runs", file)
+    assert bad.exit_code == 2 and "without the numbers" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "none of flops, parameters and tokens"),
+        (("--days", 3), "--days needs --gpus"),
+        (("--gpus", 8, "--days", 3, "--flops", 1e20), "give one of them"),
+        (("--flops", 1e20, "--gpu", "h1000"), "--gpu is 'h1000'"),
+        (("--flops", 1e20, "--mfu", 2), "--mfu is 2"),
+        ((LLAMA, "--parameters", 1e9), "says its own"),
+        ((LLAMA, "--zero", 5, "--tokens", 1e9), "stage is 5"),
+        (("--flops", 1e20, "--optimizer", "lion", "--write", "x"), "no learning rate for lion"),
+        (("nowhere.json", "--tokens", 1e9), "no file"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch):
+    done = plan(*words)
+    assert done.exit_code == 2 and said in done.output and done.output.count("blockwise-lr plan:") == 1
