@@ -88,3 +88,14 @@ INSTANCE_PATCHES = (
     SEGMENT_SUMS,
     LEARNING_RATES,
 )
+STEPS = InstancePatch(
+    name="deepspeed-steps",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(
+        Symbol(ENGINE + ".step", ("self", "lr_kwargs")),
+        Symbol("deepspeed.runtime.pipe.engine:PipelineEngine.train_batch", ("self", "data_iter")),
+    ),
+    why="a run that is to end saves after a step, which no hook of the engine follows",
+    until="DeepSpeed calls something of the user's after each optimizer step",
+)

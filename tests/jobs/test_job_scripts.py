@@ -22,11 +22,16 @@ def test_shellcheck(script):
 
 
 def run(script, arguments, folder):
-    """What the script gives to srun, as a list of words."""
+    """What the script has srun start on the second node, a word a line."""
     tools = folder / "bin"
     tools.mkdir()
-    for name, body in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "printf 'n1\\nn2\\n'"), ("blockwise-lr", "true")):
-        (tools / name).write_text(f"#!/bin/sh\n{body}\n")
+    for name, body in (
+        ("srun", '[[ $1 == --kill-on-bad-exit=1 ]] && shift && exec "$@"'),
+        ("torchrun", 'printf "%s\\n" "$@"'),
+        ("scontrol", "printf 'n1\\nn2\\n'"),
+        ("blockwise-lr", "true"),
+    ):
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     environment = {
         "PATH": f"{tools}:/usr/bin:/bin",
@@ -34,6 +39,9 @@ def run(script, arguments, folder):
         "SLURM_JOB_ID": "20007",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_RESTART_COUNT": "1",
+        "SLURMD_NODENAME": "n2",
+        "SLURM_NODEID": "1",
         "VENV": str(folder / "venv"),
     }
     (folder / "venv" / "bin").mkdir(parents=True)
@@ -45,17 +53,20 @@ def test_deepspeed_starts_the_users_script_on_every_node(tmp_path):
     done = run(ROOT / "examples/slurm/deepspeed.sbatch", ["train.py", "--deepspeed_config", "a b.json"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
-        "torchrun",
+        "--local_addr",
+        "n2",
+        "--rdzv_conf",
+        "is_host=0",
         "--nnodes",
         "2",
         "--nproc_per_node",
         "8",
         "--rdzv_id",
-        "20007",
+        "20007-1",
         "--rdzv_backend",
         "c10d",
         "--rdzv_endpoint",
-        "n1:20007",
+        "n1:27926",
         "train.py",
         "--deepspeed_config",
         "a b.json",

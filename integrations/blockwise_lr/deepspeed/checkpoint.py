@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -47,6 +48,10 @@ def is_ours(engine: Any) -> bool:
     return isinstance(getattr(engine, "basic_optimizer", None), BlockwiseOptimizer)
 
 
+# engine -> what raises where its folder belongs to another run (see .preemption)
+owners: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+
 # ---- saving
 
 
@@ -58,8 +63,8 @@ def save(
     The ds_config's ``"checkpoint": {"checksums": false}`` leaves file sizes as the only check.
 
     Raises:
-        CheckpointError: a rank cannot write, or ranks do not see the same folder; all ranks raise, the folder stays
-            incomplete and ``latest`` as it was.
+        CheckpointError: a rank cannot write, ranks do not see the same folder, or it belongs to another run; all ranks
+            raise, the folder stays incomplete and ``latest`` as it was.
     """
     tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
     if not save_dir or WRITES_LATER.here(engine.checkpoint_engine) or engine.use_node_local_storage():
@@ -72,6 +77,8 @@ def save(
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
+    if engine in owners:
+        run_on_all_ranks(owners[engine], saving)
     layouts, records = zip(*gathered(run_on_all_ranks(lambda: _to_join(engine), saving)))
     joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..blocks import BlockError
 
@@ -72,15 +73,17 @@ def _attention(
 
 def _saved(model: torch.nn.Module, ids: torch.Tensor) -> int:
     """Bytes of all storages that autograd keeps, without the parameters'."""
-    mine = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # the storage is held, so that its id stays its own
+    mine = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    kept: dict[StorageWeakRef, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in mine:
-            kept[storage._cdata] = (storage.nbytes(), storage)
+        if (known := StorageWeakRef(storage)) not in mine:
+            kept[known] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return sum(size for size, _ in kept.values())
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    found = sum(kept.values())
+    del out  # held until now, so that no storage was given to another tensor
+    return found

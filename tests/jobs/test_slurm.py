@@ -1,0 +1,147 @@
+"""examples/slurm/deepspeed.sbatch on a real Slurm: preempted, requeued, gone on with to the bit; and a node that is lost."""
+
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from extensions import build_once
+from jobs.slurm import Slurm, why_not
+
+from blockwise_lr.checkpoint import newest_complete, verify
+
+ROOT = Path(__file__).resolve().parents[2]
+SBATCH, SCRIPT = ROOT / "examples" / "slurm" / "deepspeed.sbatch", Path(__file__).with_name("train_on_slurm.py")
+TOTAL, SECONDS = 12, 240
+
+pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    build_once()
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    cluster = Slurm(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(slurm, folder, environment=None):
+    """The job of the example's file, of two nodes with a rank each, on the CPU."""
+    (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+    (folder / "venv" / "bin" / "activate").write_text(f'export PATH="{os.path.dirname(sys.executable)}:$PATH"\n')
+    environment = {
+        **(environment or {}),
+        "VENV": str(folder / "venv"),
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    return slurm.submit(
+        "--nodes=2",
+        "--gpus-per-node=1",
+        "--cpus-per-task=1",
+        f"--output={folder}/log",
+        str(SBATCH),
+        str(SCRIPT),
+        str(folder),
+        environment=environment,
+    )
+
+
+def lines(folder, rank=0):
+    file = folder / f"losses-{rank}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def steps(folder):
+    """Rank and step -> its losses; each step's are the same however often it was run."""
+    found = {}
+    for rank in (0, 1):
+        for line in lines(folder, rank):
+            if "step" in line:
+                assert found.setdefault((rank, line["step"]), line["losses"]) == line["losses"]
+    return found
+
+
+def starts(folder):
+    return [line["start"] for line in lines(folder) if "start" in line]
+
+
+def is_done(folder):
+    return all(any("done" in line for line in lines(folder, rank)) for rank in (0, 1))
+
+
+def wait_for(slurm, folder, job, condition, seconds=SECONDS):
+    try:
+        slurm.until(condition, seconds)
+    except AssertionError as error:
+        log = folder / "log"
+        raise AssertionError(f"{error}\n{log.read_text()[-4000:] if log.exists() else 'no log'}") from None
+
+
+@pytest.fixture(scope="module")
+def whole(slurm, tmp_path_factory):
+    """The losses of a job that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = submit(slurm, folder)
+    wait_for(slurm, folder, job, lambda: is_done(folder))
+    assert starts(folder) == [0] and len(steps(folder)) == 2 * TOTAL
+    return steps(folder)
+
+
+def test_a_preempted_job_is_requeued_and_goes_on_to_the_bit(slurm, whole, tmp_path):
+    job, at = submit(slurm, tmp_path), random.Random(job_seed()).randrange(1, 6)
+    wait_for(slurm, tmp_path, job, lambda: (0, at) in steps(tmp_path))
+    slurm.run("scancel", "--signal=USR1", job)  # as --signal=USR1@300 does before the time limit
+    wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["Restarts"] == "1")
+    assert newest_complete(tmp_path / "checkpoints") is not None
+    wait_for(slurm, tmp_path, job, lambda: is_done(tmp_path))
+    first, second = starts(tmp_path)
+    assert first == 0 and at < second <= at + 3
+    # the update at whose end the ranks leave is saved, and its line is not printed any more
+    assert {key: value for key, value in whole.items() if key[1] != second - 1} == {
+        key: value for key, value in steps(tmp_path).items() if key[1] != second - 1
+    }
+    assert (tmp_path / "log").read_text().count(
+        "usable"
+    ) >= 2  # doctor's table of kernels: both starts write to one log
+
+
+@pytest.mark.full  # Slurm takes half a minute to give a node up
+def test_a_job_whose_node_is_lost_goes_on_elsewhere(slurm, whole, tmp_path):
+    job = submit(slurm, tmp_path, environment={"PAUSE": "8", "SAVE_EVERY": "2"})
+    wait_for(slurm, tmp_path, job, lambda: (0, 3) in steps(tmp_path))
+    lost = next(line["node"] for line in lines(tmp_path, 1) if "node" in line)
+    slurm.kill_node(lost)
+    try:
+        wait_for(slurm, tmp_path, job, lambda: len(starts(tmp_path)) == 2)
+        wait_for(slurm, tmp_path, job, lambda: is_done(tmp_path))
+    finally:
+        slurm.start_node(lost)
+        slurm.until(lambda: slurm.states() == ["idle"] * 3, 60)
+    assert slurm.job(job)["Restarts"] == "1" and starts(tmp_path)[1] in range(2, TOTAL, 2)
+    assert lost not in [line["node"] for rank in (0, 1) for line in lines(tmp_path, rank)[-TOTAL:] if "node" in line]
+    assert steps(tmp_path) == whole
+    verify(tmp_path / "checkpoints" / newest_complete(tmp_path / "checkpoints"))
+
+
+def test_an_array_of_three_runs_a_sweep(slurm, tmp_path):
+    script = tmp_path / "sweep.sh"
+    script.write_text('#!/bin/bash\necho "$SLURM_ARRAY_TASK_ID" > "$1/$SLURM_ARRAY_TASK_ID"\n')
+    slurm.submit("--array=0-2", f"--output={tmp_path}/log-%a", str(script), str(tmp_path))
+    slurm.until(lambda: all((tmp_path / str(number)).exists() for number in range(3)), 60)
+
+
+def job_seed():
+    """Another moment each time, and the same for one run of the tests."""
+    return os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
