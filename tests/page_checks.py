@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 
 import blockwise_lr
 from blockwise_lr.blocks import BlockType
-from blockwise_lr.blocks.rules import UserRule
+from blockwise_lr.blocks.rules import ROLES
+from blockwise_lr.blocks.user_rules import UserRule
 from blockwise_lr.cli import app
 from blockwise_lr.optim import CLASSES
 from blockwise_lr.schedules import BlockwiseWarmupCosine
@@ -50,6 +51,7 @@ MEGATRON_FLAGS = FLAG.findall("""
 """)
 # keys of a ds_config that are ours, or that DeepSpeed has no constant for
 OTHER_KEYS = {"checksums"}
+OWN_BLOCKS = {"vision"}  # names that our pages give to blocks of a reader's own
 # names in code of others that is not installed
 OTHER_WORDS = {"build_llama_models"}
 
@@ -131,7 +133,7 @@ def known_keys():
     return {
         *known_options(),
         *map(str, BlockType),
-        *(*UserRule.model_fields, *schedule, *OTHER_KEYS, "preset"),
+        *(*UserRule.model_fields, *ROLES, *schedule, *OTHER_KEYS, *OWN_BLOCKS, "preset"),
         *(ZERO_OPTIMIZATION, *in_ds_config, *DeepSpeedZeroConfig.model_fields),
     }
 

@@ -48,7 +48,9 @@ def inspect(
             help="A Hugging Face config folder or config.json, a Megatron argument file, or package.module:factory."
         ),
     ],
-    rules: Annotated[Path | None, typer.Option(help="JSON file with a list of block rules of your own.")] = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of block rules of your own, for blocks and rates.")
+    ] = None,
     lr: Annotated[float, typer.Option(help="Base learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.")] = 0.1,
     ratio: Annotated[
@@ -73,6 +75,8 @@ def inspect(
         typer.echo(f"blockwise-lr inspect: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     _write(rows, form, output, every)
+    if verify:
+        _verify(target, own)
     if UNMAPPED in totals(rows):
         typer.echo(
             "blockwise-lr inspect: parameters marked UNMAPPED match no rule; add rules with --rules, for example "
@@ -80,8 +84,6 @@ def inspect(
             err=True,
         )
         raise typer.Exit(EXIT_UNMAPPED)
-    if verify:
-        _verify(target, own)
 
 
 def _verify(target: str, rules: list[dict] | None) -> None:
@@ -98,6 +100,8 @@ def _verify(target: str, rules: list[dict] | None) -> None:
             f"contradicted: {wrong.parameter}, {wrong.where}: mapped as {wrong.block}, feeds the {wrong.feeds}",
             err=True,
         )
+    for rule in found.proposed:
+        typer.echo(f"unmapped, and by what it feeds: {json.dumps(rule)}", err=True)
     if found.contradicted:
         raise typer.Exit(EXIT_CONTRADICTED)
 

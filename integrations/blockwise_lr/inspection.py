@@ -29,7 +29,7 @@ class Row:
         parameter: its name.
         shape: its shape.
         where: the rows or columns, or "all" for the whole parameter.
-        block: the block type, or "UNMAPPED".
+        block: the block type, the block of the user's own whose ratio it has in its place, or "UNMAPPED".
         ratio: peak learning rate over the base learning rate.
         peak_lr: ratio * lr.
         weight_decay: the weight decay that the optimizer applies.
@@ -124,23 +124,24 @@ def inspect_model(
         BlockError: a bad rule, setting or ratio, or head counts that do not fit the shapes.
     """
     block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
-    group = OptimizerOptions.checked(dict(lr=lr, weight_decay=weight_decay, block_lr_ratios=ratios)).group_defaults()
+    options = dict(lr=lr, weight_decay=weight_decay, block_lr_ratios=ratios)
+    group = OptimizerOptions.checked(options, own=block_map.own_blocks).group_defaults()
     return [row for name in block_map for row in _rows(name, block_map, group)]
 
 
 def _rows(name: str, block_map: BlockMap, group: dict[str, Any]) -> list[Row]:
     layout, rows = block_map[name], []
     for block, numel in layout.block_numel().items():
-        of = StepClass(block, layout.kind)
+        of, rate = StepClass(block, layout.kind, layout.own, layout.lr_scale), layout.rate(block)
         where = "all" if len(layout.blocks) == 1 else _where(layout, block)
         rows.append(
             Row(
                 name,
                 layout.shape,
                 where,
-                UNMAPPED if name in block_map.unmapped else block.value,
-                group["block_lr_ratios"][block.value],
-                group_lr(group, block),
+                UNMAPPED if name in block_map.unmapped else rate.block,
+                group["block_lr_ratios"][rate.block] * rate.scale,
+                group_lr(group, rate),
                 class_decay(group, of),
                 numel,
             )

@@ -20,6 +20,7 @@ COLORS = {
     "ssm": "#c97b63",
     "UNMAPPED": "#d7263d",
 }
+_OWN = ("#2a9d8f", "#e76f51", "#264653", "#f4a261", "#9d4edd", "#6a994e")  # blocks of the user's own, in turn
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 
@@ -49,17 +50,21 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     modules, sizes = bars(rows), totals(list(rows))
-    lrs = {row.block: row.peak_lr for row in rows}
+    lrs: dict[str, float] = {}
+    for row in rows:  # rules may scale a block by layer
+        lrs[row.block] = max(row.peak_lr, lrs.get(row.block, 0.0))
+    own = [block for block in sizes if block not in COLORS]
+    colors = {**COLORS, **{block: _OWN[number % len(_OWN)] for number, block in enumerate(own)}}
     figure = Figure(figsize=(9, 1.6 + 0.22 * len(modules)), layout="constrained")
     axes = figure.subplots()
     order = sorted(sizes, key=lambda block: -lrs[block])
     for position, counts in enumerate(modules.values()):
         left = 0
         for block in order:
-            axes.barh(position, counts.get(block, 0) / 1e6, left=left / 1e6, height=0.8, color=COLORS[block])
+            axes.barh(position, counts.get(block, 0) / 1e6, left=left / 1e6, height=0.8, color=colors[block])
             left += counts.get(block, 0)
     for block in order:
-        axes.barh(0, 0, color=COLORS[block], label=f"{block}: lr {lrs[block]:.3g}, {sizes[block] / 1e6:,.1f}M")
+        axes.barh(0, 0, color=colors[block], label=f"{block}: lr {lrs[block]:.3g}, {sizes[block] / 1e6:,.1f}M")
     axes.set_yticks(range(len(modules)), list(modules), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("million parameters")

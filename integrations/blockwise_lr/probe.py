@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,39 +193,40 @@ def probe(model: nn.Module, run: Callable[[], Any]) -> dict[str, Use]:
 
 def _uses(model: nn.Module, sighting: _Sighting) -> dict[str, Use]:
     prefix = f"{sighting.module}." if sighting.module else ""
-    return {
-        prefix + name: Use(_fed(p, sighting.scores), _fed(p, sighting.values))
-        for name, p in model.get_submodule(sighting.module).named_parameters()
-        if p.requires_grad
-    }
+    named = [(n, p) for n, p in model.get_submodule(sighting.module).named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    flags = zip(_fed(parameters, sighting.scores), _fed(parameters, sighting.values))
+    return {prefix + name: Use(*of) for (name, _), of in zip(named, flags)}
 
 
-def _fed(parameter: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
-    """The elements of a parameter that any of these tensors depends on, as flags of its shape; one flag on meta."""
-    if parameter.is_meta:
-        return torch.tensor([any(_reaches(t.grad_fn, parameter) for t in outputs)])
-    fed = torch.zeros(parameter.shape, dtype=torch.bool)
+def _fed(parameters: Sequence[torch.Tensor], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The elements of each parameter that any of these tensors depends on, as flags of its shape; one flag on meta."""
+    if any(p.is_meta for p in parameters):
+        reached = set().union(*(_leaves(t.grad_fn) for t in outputs))
+        return [torch.tensor([id(p) in reached]) for p in parameters]
+    fed = [torch.zeros(p.shape, dtype=torch.bool) for p in parameters]
     for tensor in outputs:
-        if tensor.grad_fn is not None:
+        if tensor.grad_fn is not None and parameters:
             weights = torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            (gradient,) = torch.autograd.grad(tensor, parameter, weights, retain_graph=True, allow_unused=True)
-            if gradient is not None:
-                fed |= (gradient != 0).cpu()
+            found = torch.autograd.grad(tensor, parameters, weights, retain_graph=True, allow_unused=True)
+            for flags, gradient in zip(fed, found):
+                if gradient is not None:
+                    flags |= (gradient != 0).cpu()
     return fed
 
 
-def _reaches(node: Any, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is among the leaves of an autograd graph."""
-    found, queue = set(), [node]
+def _leaves(node: Any) -> set[int]:
+    """The ids of the tensors that an autograd graph starts from."""
+    found, leaves, queue = {node}, set(), [node]
     while queue:
         node = queue.pop()
-        if node is None or node in found:
+        if node is None:
             continue
-        found.add(node)
-        if getattr(node, "variable", None) is parameter:
-            return True
-        queue += [following for following, _ in node.next_functions]
-    return False
+        leaves.add(id(getattr(node, "variable", None)))
+        following = {inner for inner, _ in node.next_functions} - found
+        found |= following
+        queue += following
+    return leaves
 
 
 def contradictions(block_map: BlockMap, uses: dict[str, Use]) -> list[Contradiction]:

@@ -9,7 +9,8 @@ from twins import llama
 
 from blockwise_lr import BlockError, map_blocks
 from blockwise_lr.blocks.globs import matches
-from blockwise_lr.blocks.rules import Rule, user_rules
+from blockwise_lr.blocks.rules import Rule
+from blockwise_lr.blocks.user_rules import user_rules
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,51 @@ def test_a_wrong_rule_ends_with_its_rows(tmp_path):
     assert "layers.1.self_attn.v_proj.weight, rows 0–31: mapped as qk, feeds the values" in result.output
 
 
+ODD = """
+import torch
+from torch import nn
+
+class Mixer(nn.Module):  # [q, v, k] for each of two groups of heads, under a name that no table has
+    def __init__(self):
+        super().__init__()
+        self.everything = nn.Linear(24, 72)
+        self.out_proj = nn.Linear(24, 24)
+
+    def forward(self, x):
+        groups = self.everything(x).unflatten(-1, (2, 3, 12))
+        q, v, k = (groups[..., i, :].transpose(1, 2) for i in range(3))
+        return x + self.out_proj((torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2))
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(20, 24)
+        self.layers = nn.ModuleList([Mixer(), Mixer()])
+
+    def forward(self, ids):
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+"""
+
+
+def test_rules_for_what_is_unmapped_follow_from_what_it_feeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd_model.py").write_text(ODD)
+    result = CliRunner().invoke(app, ["inspect", "odd_model:Odd", "--verify"])
+    said = [
+        json.loads(line.partition("feeds: ")[2]) for line in result.output.splitlines() if "by what it feeds" in line
+    ]
+    assert result.exit_code == 3 and [rule["match"] for rule in said] == [
+        f"layers.*.everything.{p}" for p in ("weight", "bias")
+    ]
+    assert said[0]["split"] == {"q": 1, "v": 1, "k": 1} and said[0]["interleave"] == 2
+    (tmp_path / "rules.json").write_text(json.dumps([*said, {"match": "*.out_proj.*", "block": "vo"}]))
+    result = CliRunner().invoke(app, ["inspect", "odd_model:Odd", "--verify", "--rules", "rules.json"])
+    assert result.exit_code == 0 and "verified: 4 parameters" in result.output
+
+
 def test_what_cannot_be_run_is_said(tmp_path):
     arguments = tmp_path / "model.args"
     arguments.write_text(

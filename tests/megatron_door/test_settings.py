@@ -108,6 +108,21 @@ def test_bad_rules_files_stop_with_argparses_usage(parse, capsys, tmp_path, text
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_blocks_of_ones_own_come_from_a_rules_file_before_them(parse, capsys, tmp_path):
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps([{"match": "*.vision_model.*", "name": "vision"}]))
+    rules, values = ["--block-rules", str(path)], ["--block-lr-ratios", "vision=0.1", "qk=4"]
+    found = parse(*rules, *values, "--block-weight-decay", "vision=0.2")
+    assert found.block_lr_ratios == {"vision": 0.1, "qk": 4.0} and found.block_weight_decay == {"vision": 0.2}
+    made = BlockSettings(block_lr_ratios=found.block_lr_ratios, block_rules=found.block_rules)
+    assert made.block_rules[0].rate.own == "vision"
+    with pytest.raises(BlockError, match="the block 'vision' of block_rules has no ratio"):
+        BlockSettings(block_rules=found.block_rules)
+    with pytest.raises(SystemExit):
+        parse(*values, *rules)
+    assert "unknown block type 'vision'" in (said := capsys.readouterr().err) and "a --block-rules before it" in said
+
+
 def config(optimizer="adam"):
     return types.SimpleNamespace(optimizer=optimizer)
 

@@ -19,8 +19,9 @@ def layers(model):
     return getattr(inner, "layers", None) or inner.h
 
 
-def optimizer_of(model, kind: str):
-    return KINDS[kind].optimizer(model.named_parameters(), block_map=map_blocks(model), **options_of(kind, SETTINGS))
+def optimizer_of(model, kind: str, rules=None):
+    block_map = map_blocks(model, rules=rules)
+    return KINDS[kind].optimizer(model.named_parameters(), block_map=block_map, **options_of(kind, SETTINGS))
 
 
 def step(model, optimizer, batch):

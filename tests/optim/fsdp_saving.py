@@ -24,7 +24,7 @@ from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 STEPS = 3
 
 
-def build(family: str, kind: str, seed: int = 0, replicas: int = 1):
+def build(family: str, kind: str, seed: int = 0, replicas: int = 1, rules=None):
     """Model and optimizer; sharded wherever there are several ranks, also over replicas (HSDP)."""
     model = make(family, seed=seed)
     ranks = dist.get_world_size()
@@ -39,7 +39,7 @@ def build(family: str, kind: str, seed: int = 0, replicas: int = 1):
         fully_shard(model, mesh=mesh)
     if kind == "AdamW":
         return model, torch.optim.AdamW(model.named_parameters(), lr=2e-3, eps=1e-5)
-    return model, optimizer_of(model, kind)
+    return model, optimizer_of(model, kind, rules)
 
 
 def train(model, optimizer, batches):
@@ -65,9 +65,9 @@ def own(batches):
     return batches if ranks == 1 else batches[:, :ranks]
 
 
-def save_and_go_on(family: str, kind: str, folder: str, flat: bool, replicas: int = 1):
+def save_and_go_on(family: str, kind: str, folder: str, flat: bool, replicas: int = 1, rules=None):
     """Weights at the save and at the end of an uninterrupted run."""
-    model, optimizer = build(family, kind, replicas=replicas)
+    model, optimizer = build(family, kind, replicas=replicas, rules=rules)
     train(model, optimizer, own(batches())[:STEPS])
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     dcp.save(
@@ -82,9 +82,9 @@ def save_and_go_on(family: str, kind: str, folder: str, flat: bool, replicas: in
     return saved, whole(model)
 
 
-def load_and_go_on(family: str, kind: str, folder: str, flat: bool, steps: bool = True, replicas: int = 1):
+def load_and_go_on(family: str, kind: str, folder: str, flat: bool, steps: bool = True, replicas: int = 1, rules=None):
     """The loaded states, and weights at the end, of a run that goes on from the checkpoint."""
-    model, optimizer = build(family, kind, seed=1, replicas=replicas)
+    model, optimizer = build(family, kind, seed=1, replicas=replicas, rules=rules)
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     state = {
         "model": get_model_state_dict(model),

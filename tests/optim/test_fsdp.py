@@ -5,6 +5,7 @@ import itertools
 import pytest
 from kinds import KINDS
 from optim import fsdp, fsdp_saving
+from own_rates import RULES
 from ranks import pool
 from twins import worst_difference
 
@@ -44,6 +45,17 @@ def test_checkpoints_resume_and_reshard(kind, family, flat, tmp_path):
     for ranks in (1, 3):
         loaded, _ = pool(ranks).run(fsdp_saving.load_and_go_on, family, kind, folder, flat, False)[0]
         assert loaded.keys() == saved.keys() and difference(loaded, saved) == 0
+
+
+def test_rates_of_rules_train_as_on_one_process_and_are_saved(tmp_path):
+    folder = str(tmp_path / "saved")
+    whole, _ = pool(1).run(fsdp_saving.save_and_go_on, "gpt2", ADAMW, str(tmp_path / "whole"), True, 1, RULES)[0]
+    saved, end = pool(2).run(fsdp_saving.save_and_go_on, "gpt2", ADAMW, folder, True, 1, RULES)[0]
+    assert whole.keys() == saved.keys()
+    for loaded, again in pool(2).run(fsdp_saving.load_and_go_on, "gpt2", ADAMW, folder, True, True, 1, RULES):
+        assert difference(loaded, saved) == 0 and difference(again, end) == 0
+    loaded, _ = pool(1).run(fsdp_saving.load_and_go_on, "gpt2", ADAMW, folder, True, False, 1, RULES)[0]
+    assert difference(loaded, saved) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .advice import advice, suggested_rules
+from .depth import Depths
 from .dims import HeadCounts
 from .families import family_rules
-from .layout import MATRIX, ParamLayout, Piece
+from .layout import MATRIX, ParamLayout, Piece, Rate
+from .lookup import alias_layout, depths_of
 from .marks import marks_of
-from .rules import Rule, user_rules
+from .names import plain_name
+from .rates import with_rates
+from .rules import Rule
 from .structure import Context, Structure, read_structure
 from .types import BlockError, BlockType
-
-# Prefixes that wrappers add to names: torch.compile, DDP and DeepSpeed, FSDP, PEFT.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|"
-    r"base_model\.model|base_layer|modules_to_save\.[^.]+|original_module)\."
-)
-# PEFT's low-rank factors of a weight W = B A: B has W's output rows, A has `rank` rows
-_LOW_RANK = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.[^.]+?)?(?:\.weight)?\Z")
-
-
-# torch.nn.utils.parametrizations: the tensors that make a weight stand for it
-_PARAMETRIZED = re.compile(r"\.parametrizations\.([^.]+)\.original\d*\Z")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+from .user_rules import own_blocks, user_rules
 
 
 class UnmappedParameterError(BlockError):
@@ -62,7 +51,11 @@ class BlockMap(Mapping[str, ParamLayout]):
         heads: the head counts the map was made with, or None.
         unmapped: names that no rule matches; they have the base learning rate. Empty unless made with strict=False.
         frozen: layouts of the parameters without gradients, for :meth:`unfreeze`; None where no rule matches.
+        own_blocks: the blocks of the user's own that its rules make: name -> the ratio they state, None where they state none.
+        unused_rules: the user's rules that match nothing in a part of a model.
     """
+
+    unused_rules: tuple[Rule, ...] = ()
 
     def __init__(
         self,
@@ -70,11 +63,13 @@ class BlockMap(Mapping[str, ParamLayout]):
         heads: HeadCounts | None = None,
         unmapped: Iterable[str] = (),
         frozen: Mapping[str, ParamLayout | None] | None = None,
+        own_blocks: Mapping[str, float | None] | None = None,
     ) -> None:
         self._layouts = {layout.name: layout for layout in layouts}
         self.heads = heads
         self.unmapped = frozenset(unmapped)
         self.frozen: dict[str, ParamLayout | None] = dict(frozen or {})
+        self.own_blocks: dict[str, float | None] = dict(own_blocks or {})
         # weak references, because id() values are reused once a tensor is freed
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -82,7 +77,7 @@ class BlockMap(Mapping[str, ParamLayout]):
         return {**vars(self), "_names": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({"own_blocks": {}, **state})  # earlier versions had none
         self._names = WeakIdKeyDictionary()
 
     def __getitem__(self, name: str) -> ParamLayout:
@@ -123,6 +118,7 @@ class BlockMap(Mapping[str, ParamLayout]):
         self._layouts.update(other)
         self.frozen = {**self.frozen, **other.frozen}
         self.unmapped |= other.unmapped
+        self.own_blocks |= other.own_blocks
         self._names.update(other._names)
 
     def unfreeze(self, name: str) -> None:
@@ -148,6 +144,16 @@ class BlockMap(Mapping[str, ParamLayout]):
                 counts[block] += numel
         return {block: numel for block, numel in counts.items() if numel}
 
+    def rate_numel(self) -> dict[Rate, int]:
+        """Elements by what their learning rates follow from: block types in their order, then the user's own blocks."""
+        counts: dict[Rate, int] = {}
+        for layout in self.values():
+            for block, numel in layout.block_numel().items():
+                rate = layout.rate(block)
+                counts[rate] = counts.get(rate, 0) + numel
+        order = {name: number for number, name in enumerate([*(block.value for block in BlockType), *self.own_blocks])}
+        return {rate: counts[rate] for rate in sorted(counts, key=lambda rate: (order[rate.block], rate.scale))}
+
     def fingerprint(self) -> str:
         """A SHA-256 prefix of names, shapes and layouts; the same in every process and version of Python."""
         entries = [
@@ -159,15 +165,11 @@ class BlockMap(Mapping[str, ParamLayout]):
                 p.batch_dims,
                 p.kind,
                 [(piece.block.value, piece.size, piece.unit) for piece in p.pieces],
+                *([p.own, p.lr_scale] if p.has_own_rate else ()),
             )
             for p in self.values()
         ]
         return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
-
-
-def plain_name(name: str) -> str:
-    """The name without the prefixes of torch.compile, DDP, FSDP, DeepSpeed and PEFT."""
-    return _WRAPPERS.sub("", name)
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -196,6 +198,7 @@ def map_blocks(
     strict: bool = True,
     config: Any = None,
     family: str | None = None,
+    elsewhere: Iterable[str] | None = None,
 ) -> BlockMap:
     """Maps every trainable parameter of a model to block types.
 
@@ -205,6 +208,8 @@ def map_blocks(
         strict: refuse parameters that no rule matches; otherwise they get the base learning rate (block type ``norm``).
         config: where to read the numbers of heads; ``model.config`` by default.
         family: the naming table to use; the config's ``model_type`` by default.
+        elsewhere: names of the model's parameters that are not in this module (those of other pipeline stages): they count
+            as layers, and rules that match nothing here are not refused but in the map's ``unused_rules``.
 
     Returns:
         The map, with the model's parameters bound to their names.
@@ -219,8 +224,11 @@ def map_blocks(
     frozen = [(name, p) for name, p in everything if not p.requires_grad]
     own = user_rules(rules)
     shapes = {name: full_shape(p) for name, p in named}
-    block_map = _map(shapes, own, strict, structure, _aliases(named), embedding_copies(named))
-    block_map.frozen = _frozen_layouts(frozen, own, structure)
+    aliases, names = _aliases(named), [*(name for name, _ in everything), *(elsewhere or ())]
+    depths = depths_of(shapes, own, structure, aliases, names)
+    copies, whole = embedding_copies(named), elsewhere is None
+    block_map = _map(shapes, own, strict, structure, aliases, copies, depths=depths, whole=whole)
+    block_map.frozen = _frozen_layouts(frozen, own, structure, depths)
     block_map.bind(everything)
     return block_map
 
@@ -237,6 +245,7 @@ def _frozen_layouts(
     frozen: Sequence[tuple[str, torch.Tensor]],
     own: tuple[Rule, ...],
     structure: Structure,
+    depths: Depths | None,
 ) -> dict[str, ParamLayout | None]:
     """The layouts of frozen parameters, in case they are trained later; None instead of an error."""
     found: dict[str, ParamLayout | None] = {}
@@ -245,7 +254,7 @@ def _frozen_layouts(
     for names in _aliases(frozen):
         shapes = {name: full_shape(tensors[name]) for name in names}
         try:
-            mapped = _map(shapes, (), True, structure, [names], extra=rules)
+            mapped = _map(shapes, (), True, structure, [names], extra=rules, depths=depths)
         except BlockError:
             found[names[0]] = None
         else:
@@ -278,14 +287,10 @@ def map_names(
     Raises:
         UnmappedParameterError, BlockError: as for :func:`map_blocks`.
     """
-    return _map(
-        shapes,
-        user_rules(rules),
-        strict,
-        Structure({"": Context(family, heads)}, transposed=frozenset(transposed)),
-        aliases if aliases is not None else [[name] for name in shapes],
-        copies,
-    )
+    own, structure = user_rules(rules), Structure({"": Context(family, heads)}, transposed=frozenset(transposed))
+    same = [[name] for name in shapes] if aliases is None else list(aliases)
+    depths = depths_of(shapes, own, structure, same, shapes)
+    return _map(shapes, own, strict, structure, same, copies, depths=depths)
 
 
 def map_named(
@@ -293,12 +298,15 @@ def map_named(
     *,
     rules: Iterable[Rule | dict] | None = None,
     heads: HeadCounts | None = None,
+    elsewhere: Iterable[str] | None = None,
 ) -> BlockMap:
     """:func:`map_names` for named parameters, which are bound to the map; frozen ones become its ``frozen``."""
-    named = list(named)
+    named, own, structure = list(named), user_rules(rules), Structure({"": Context(None, heads)})
     trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
-    block_map = map_names({name: full_shape(p) for name, p in trained}, rules=rules, heads=heads)
-    block_map.frozen = _frozen_layouts(frozen, user_rules(rules), Structure({"": Context(None, heads)}))
+    shapes, aliases = {name: full_shape(p) for name, p in trained}, [[name] for name, _ in trained]
+    depths = depths_of(shapes, own, structure, aliases, [*(name for name, _ in named), *(elsewhere or ())])
+    block_map = _map(shapes, own, True, structure, aliases, depths=depths, whole=elsewhere is None)
+    block_map.frozen = _frozen_layouts(frozen, own, structure, depths)
     block_map.bind(named)
     return block_map
 
@@ -308,95 +316,42 @@ def _map(
     own: tuple[Rule, ...],
     strict: bool,
     structure: Structure,
-    aliases: Iterable[list[str]],
+    aliases: Sequence[list[str]],
     copies: Iterable[str] = (),
     extra: tuple[Rule, ...] = (),
+    depths: Depths | None = None,
+    whole: bool = True,
 ) -> BlockMap:
-    """Maps every alias group. Each of the ``own`` rules must match something; ``extra`` ones need not."""
+    """Maps every alias group. Of a whole model, each of the ``own`` rules must match something; ``extra`` ones need not."""
+    copies = list(copies)
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     used: set[Rule] = set()
-    layouts, unmapped = [], []
-    for names in aliases:
-        candidates = [_layout(name, shapes[name], own, structure, used) for name in names]
-        known = [layout for layout in candidates if layout is not None]
-        tied = next((layout for layout in known if BlockType.EMBEDDING in layout.blocks), None)
-        layout = tied or (known[0] if known else None)
-        if layout is None:
-            unmapped.append((names[0], shapes[names[0]]))
-            layout = _base_layout(names[0], shapes[names[0]])
-        layouts.append(replace(layout, name=names[0]))
-    _refuse_unused(given, used, shapes)
+    found = [alias_layout(names, shapes, own, structure, depths, used) for names in aliases]
+    unmapped = [(names[0], shapes[names[0]]) for names, layout in zip(aliases, found) if layout is None]
+    layouts = [layout or _base_layout(names[0], shapes[names[0]]) for names, layout in zip(aliases, found)]
+    layouts = with_rates(layouts, aliases, own, copies, depths, used)
+    unused = [rule for rule in given if rule not in used]
+    if whole and unused:
+        raise _unused_error(unused[0], shapes, depths)
     if unmapped and strict:
         raise _unmapped_error(unmapped, layouts, own + family_rules(structure.contexts[""].family))
-    return BlockMap(layouts, structure.contexts[""].heads, (name for name, _ in unmapped))
-
-
-def _layout(
-    name: str, shape: tuple[int, ...], own: tuple[Rule, ...], structure: Structure, used: set[Rule]
-) -> ParamLayout | None:
-    plain = _PARAMETRIZED.sub(r".\1", plain_name(name))
-    factor = _LOW_RANK.search(plain)
-    if factor is not None:
-        plain = plain[: factor.start()] + ".weight"
-    context = structure.context(name)
-    rule = _rule(name, plain, shape, own, structure, context.family)
-    if rule is None:
-        return None
-    used.add(rule)
-    if factor is not None and factor.group(1) == "A":
-        # A feeds all output rows of W; for a fused QKV that is vo, whose learning rate is the smallest
-        return Rule(rule.match, rule.block or BlockType.VO).layout(name, shape, context.heads)
-    if name in structure.transposed and not rule.transposed:
-        rule = replace(rule, transposed=True)
-    elif rule.split and not rule.transposed and len(shape) == 2 and shape[1] == 3 * shape[0]:
-        raise BlockError(
-            f"{name}: a fused weight of shape {shape} looks transposed (Conv1D), which its name alone does "
-            f"not tell; pass block_map=map_blocks(model)"
-        )
-    return rule.layout(name, shape, context.heads)
-
-
-def _rule(
-    name: str,
-    plain: str,
-    shape: tuple[int, ...],
-    own: tuple[Rule, ...],
-    structure: Structure,
-    family: str | None,
-) -> Rule | None:
-    """The rule for a parameter: the user's, what its module says of itself, the family's, or a general one."""
-    for rule in own:
-        if rule.matches(plain, shape) or rule.matches(name, shape):
-            return rule
-    known = structure.known.get(name)
-    if known is not None and known.matches(name, shape):
-        return known
-    classes = structure.classes_of(name)
-    # layers differ in their numbers only, which no rule of a table names
-    names = tuple(dict.fromkeys(_NUMBER.sub("0", text) for text in (plain, name)))
-    return _table_rule(family, names, len(shape), classes)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _table_rule(family: str | None, names: tuple[str, ...], dims: int, classes: str) -> Rule | None:
-    shape = (1,) * dims
-    return next(
-        (rule for rule in family_rules(family) if any(rule.matches(name, shape, classes) for name in names)), None
-    )
+    heads = structure.contexts[""].heads
+    found_map = BlockMap(layouts, heads, (name for name, _ in unmapped), own_blocks=own_blocks(own))
+    found_map.unused_rules = tuple(unused)
+    return found_map
 
 
 def _base_layout(name: str, shape: tuple[int, ...]) -> ParamLayout:
     return ParamLayout(name, shape, (Piece(BlockType.NORM, shape[0] if shape else 1),), kind=MATRIX)
 
 
-def _refuse_unused(own: tuple[Rule, ...], used: set[Rule], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for rule in own:
-        if rule not in used:
-            close = difflib.get_close_matches(rule.match.strip("*."), shapes, n=1, cutoff=0.0)
-            raise BlockError(
-                f"block rule {rule.match!r} matches no trainable parameter (nearest name: "
-                f"{close[0] if close else 'none'}); correct it or remove it"
-            )
+def _unused_error(rule: Rule, names: Iterable[str], depths: Depths | None) -> BlockError:
+    close = difflib.get_close_matches(rule.match.strip("*."), names, n=1, cutoff=0.0)
+    layers = "" if rule.layers is None else f" in the layers {rule.layers.text!r} (layers: {depths})"
+    return BlockError(
+        f"block rule {rule.match!r} matches no trainable parameter{layers} (nearest name: {close[0] if close else 'none'}), "
+        f"or only those of a rule before it; correct it or remove it"
+    )
 
 
 def _unmapped_error(

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .types import BlockError, BlockType
 
 MATRIX, BIAS, NORM = "matrix", "bias", "norm"
+
+
+class Rate(NamedTuple):
+    """What a learning rate follows from: the ratio of a block type, or of a block of the user's own, times a factor.
+
+    Attributes:
+        block: the block type's value, or the own block's name: a key of ``block_lr_ratios``.
+        scale: the factor that rules put on it (``lr_scale``, ``layer_decay``).
+    """
+
+    block: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class ParamLayout:
         transposed: the output axis is the last one (Conv1D; y = x W) and not the first.
         batch_dims: leading dimensions that count independent matrices (stacked experts).
         kind: ``matrix``, ``bias`` or ``norm``; the last two have no weight decay by default.
+        own: the block of the user's own whose ratio it trains at, in place of its block types'; "": at theirs.
+        lr_scale: a factor on these ratios.
 
     Raises:
         BlockError: the pieces do not cover the output units, or do not divide into their units.
@@ -55,6 +70,8 @@ class ParamLayout:
     transposed: bool = False
     batch_dims: int = 0
     kind: str = MATRIX
+    own: str = ""
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.period * self.repeat != self.outputs:
@@ -114,6 +131,15 @@ class ParamLayout:
                 spans.append((start, start + piece.size, piece))
                 start += piece.size
         return spans
+
+    @property
+    def has_own_rate(self) -> bool:
+        """Whether a rule of the user's gives it another rate than its block types'."""
+        return bool(self.own) or self.lr_scale != 1
+
+    def rate(self, block: BlockType) -> Rate:
+        """What the learning rate of its elements of a block type follows from."""
+        return Rate(self.own or block.value, self.lr_scale)
 
     def block_numel(self) -> dict[BlockType, int]:
         """Elements per block type."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from .types import DEFAULT_RATIO_OF, PAPER_RATIOS, BlockError, BlockType, block_values, shown
@@ -35,16 +36,19 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def lr_ratios(values: str | Mapping[str, Any] | None = None) -> dict[BlockType, float]:
+def lr_ratios(
+    values: str | Mapping[str, Any] | None = None, own: Mapping[str, float | None] = MappingProxyType({})
+) -> dict[BlockType | str, float]:
     """The ratio of every block type: the given one, else the preset's (the paper's where none is named), else that of a
-    similar block type.
+    similar block type. Behind them, that of every block of the user's own: the given one, else its rule's.
 
     Args:
         values: a preset's name, or ratios by block type, among them perhaps ``preset`` with such a name.
+        own: name of a block of the user's own -> the ratio that its rule states, None where it states none.
 
     Raises:
-        BlockError: an unknown name, a ratio that is negative, not finite or not a number, or a ratio of 0 (to freeze a
-            block, set requires_grad=False).
+        BlockError: an unknown name, a ratio that is negative, not finite or not a number, a ratio of 0 (to freeze a
+            block, set requires_grad=False), or none for a block of the user's own.
     """
     given: Any = {"preset": values} if isinstance(values, str) else values
     name: Any = "paper"
@@ -54,5 +58,16 @@ def lr_ratios(values: str | Mapping[str, Any] | None = None) -> dict[BlockType, 
             raise BlockError(
                 f"block_lr_ratios names the preset {shown(name)}; use one of {', '.join(PRESETS)}, or ratios by block type"
             )
-    ratios = {**PRESETS[name].ratios, **block_values(given, "block_lr_ratios", positive=True)}
-    return {block: ratios[block] if block in ratios else ratios[DEFAULT_RATIO_OF[block]] for block in BlockType}
+    said = block_values(given, "block_lr_ratios", positive=True, own=own)
+    ratios: dict[BlockType | str, float] = dict(PRESETS[name].ratios) | said
+    found: dict[BlockType | str, float] = {
+        block: ratios[block] if block in ratios else ratios[DEFAULT_RATIO_OF[block]] for block in BlockType
+    }
+    for block, ratio in own.items():
+        stated = said.get(block, ratio)
+        if stated is None:
+            raise BlockError(
+                f"the block {block!r} of block_rules has no ratio; add lr_ratio to its rule, or name it in block_lr_ratios"
+            )
+        found[block] = stated
+    return found

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
+from .depth import Layers
 from .dims import HeadCounts
-from .globs import checked_glob, matches
+from .globs import matches
 from .layout import BIAS, MATRIX, NORM, ParamLayout, Piece
-from .types import BlockError, BlockType, block_type, shown
+from .types import BlockError, BlockType
 
 # role -> (block type, HeadCounts field with its number of heads)
 ROLES: dict[str, tuple[BlockType, str | None]] = {
@@ -27,8 +26,26 @@ LayoutFn = Callable[[tuple[int, ...], HeadCounts], tuple[tuple[Piece, ...], int]
 
 
 @dataclass(frozen=True)
+class OwnRate:
+    """The rate that a user's rule gives its parameters.
+
+    Attributes:
+        own: the block of the user's own that they are; "": they stay at their block types' rates.
+        ratio: that block's peak learning rate over ``lr``; None: block_lr_ratios states it.
+        scale: a factor on the rate.
+        layer_decay: a further factor for every layer that they are below what is behind the last one, see
+            :attr:`~blockwise_lr.blocks.depth.Place.from_top`.
+    """
+
+    own: str = ""
+    ratio: float | None = None
+    scale: float = 1.0
+    layer_decay: float | None = None
+
+
+@dataclass(frozen=True)
 class Rule:
-    """One line of a family's table.
+    """One line of a family's table, or a rule of the user's own.
 
     Attributes:
         match: glob over the whole dotted name; see :mod:`~blockwise_lr.blocks.globs`.
@@ -47,6 +64,11 @@ class Rule:
         undecayed: no weight decay by default, for any shape (a state-space model's time scales).
         view: a function that returns the shape in the model's forward pass, if it differs from the stored one.
         role: what to call a whole parameter, where "q" and "k" do not fit.
+        shares: of ``split``: how many parts of equal size each role has in one repeat; (): as many as heads.
+        repeats: how often the pattern of ``split`` repeats, in place of ``interleave``; 0: as that says.
+        head_counts: of q and kv, in place of the model's; None: the model's.
+        layers: only parameters in these layers; None: any.
+        rate: what rate the parameters train at; a rule of a rate alone has neither block, split nor special.
     """
 
     match: str
@@ -63,6 +85,16 @@ class Rule:
     role: str = ""
     tail: int = 0
     within: str = ""
+    shares: tuple[int, ...] = ()
+    repeats: int = 0
+    head_counts: tuple[int | None, int | None] = (None, None)
+    layers: Layers | None = None
+    rate: OwnRate | None = None
+
+    @property
+    def is_layout(self) -> bool:
+        """Whether it says what its parameters are, and not their rate alone."""
+        return self.rate is None or self.block is not None or bool(self.split) or self.special is not None
 
     def matches(self, name: str, shape: tuple[int, ...], classes: str = "") -> bool:
         """Whether the rule applies to a parameter of that name and shape inside modules of those classes."""
@@ -86,6 +118,7 @@ class Rule:
             ) from None
 
     def _layout(self, name: str, shape: tuple[int, ...], heads: HeadCounts | None) -> ParamLayout:
+        heads = self._own_heads(heads)
         if self.view is not None:
             shape = self.view(shape, required_heads(heads))
         batch_dims = max(0, len(shape) - 2) if self.batch_dims is None else self.batch_dims
@@ -129,17 +162,65 @@ class Rule:
             return heads.head_dim
         return _divide(base, getattr(heads, self.heads))
 
+    def _own_heads(self, heads: HeadCounts | None) -> HeadCounts | None:
+        """The model's head counts, with the rule's own in their place; of one tensor-parallel rank."""
+        if self.head_counts == (None, None):
+            return heads
+        parts = _parts(heads)
+        q, kv = (None if count is None else _whole(count, parts, "heads") for count in self.head_counts)
+        q = q or (heads.q if heads is not None else kv)
+        kv = kv or (heads.kv if heads is not None else q)
+        assert q is not None and kv is not None  # one of both is given
+        return HeadCounts(q, kv, {}) if heads is None else replace(heads, q=q, kv=kv, head_dim=None)
+
     def _fused(self, base: ParamLayout, heads: HeadCounts | None) -> tuple[tuple[Piece, ...], int]:
-        if heads is None and self.interleave == "none" and set(self.split) == {"q", "k", "v"}:
+        if self.shares:
+            return self._shared_out(base, heads)
+        if heads is None and self.interleave == "none" and not self.repeats and set(self.split) == {"q", "k", "v"}:
             # without head counts, assume equal thirds; the head size that Adam-mini needs is unknown
             third = _divide(base, len(self.split))
             return tuple(Piece(ROLES[r][0], third, None if ROLES[r][1] else 1, r) for r in self.split), 1
         counts = required_heads(heads)
-        return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split)
+        repeats = self.repeats and _whole(self.repeats, _parts(heads), "repeats")
+        return qkv_pieces(base.outputs, counts.q, counts.kv, self.interleave, self.split, repeats)
+
+    def _shared_out(self, base: ParamLayout, heads: HeadCounts | None) -> tuple[tuple[Piece, ...], int]:
+        """The pieces of a pattern whose roles have stated shares of the output units."""
+        repeats = _whole(self.repeats, _parts(heads), "repeats") if self.repeats else 1
+        parts = sum(self.shares) * repeats
+        if base.outputs % parts:
+            raise BlockError(f"{base.outputs} rows do not divide into {parts} equal parts; correct split or interleave")
+        pieces = []
+        for role, share in zip(self.split, self.shares):
+            block, kind = ROLES.get(role) or (BlockType(role), None)
+            size = share * base.outputs // parts
+            count = None if kind is None else 0 if heads is None else getattr(heads, kind)
+            # a head's rows; not known without head counts, which Adam-mini then asks for
+            unit = 1 if count is None else None if not count or size * repeats % count else size * repeats // count
+            pieces.append(Piece(block, size, unit, role))
+        return tuple(pieces), repeats
+
+
+def _parts(heads: HeadCounts | None) -> int:
+    """Tensor-parallel ranks that hold slices of the parameters that these head counts are for."""
+    return (heads.config.get("tensor_model_parallel_size") if heads is not None else None) or 1
+
+
+def _whole(count: int, parts: int, what: str) -> int:
+    if count % parts:
+        raise BlockError(
+            f"its {count} {what} do not divide over {parts} tensor-parallel ranks; use a size that divides them"
+        )
+    return count // parts
 
 
 def qkv_pieces(
-    outputs: int, q: int, kv: int, interleave: Interleave = "none", split: tuple[str, ...] = ("q", "k", "v")
+    outputs: int,
+    q: int,
+    kv: int,
+    interleave: Interleave = "none",
+    split: tuple[str, ...] = ("q", "k", "v"),
+    repeats: int = 0,
 ) -> tuple[tuple[Piece, ...], int]:
     """The pieces of a fused attention weight, and how often the pattern repeats.
 
@@ -147,6 +228,7 @@ def qkv_pieces(
         outputs: output units of the weight.
         q, kv: query heads, and key and value heads.
         interleave, split: as in :class:`Rule`.
+        repeats: in place of ``interleave``; 0: as that says.
 
     Raises:
         BlockError: the counts contradict each other or the number of output units.
@@ -159,10 +241,11 @@ def qkv_pieces(
             f"{outputs} rows do not divide into {parts} heads; correct the head counts of the model's "
             f"config or the rule"
         )
-    head, groups = outputs // parts, {"none": 1, "head": q, "group": kv}[interleave]
+    head, groups = outputs // parts, repeats or {"none": 1, "head": q, "group": kv}[interleave]
     if any(per[role] % groups for role in split):
+        how = f"in {repeats} repeats" if repeats else f"per {interleave}"
         raise BlockError(
-            f"{q} query and {kv} key heads cannot be interleaved per {interleave}; correct the head counts or the rule"
+            f"{q} query and {kv} key heads cannot be interleaved {how}; correct the head counts or the rule"
         )
     return tuple(Piece(ROLES[r][0], per[r] // groups * head, head if ROLES[r][1] else 1, r) for r in split), groups
 
@@ -202,110 +285,3 @@ def required_heads(heads: HeadCounts | None) -> HeadCounts:
             "pass map_blocks(model, config={'num_attention_heads': …})"
         )
     return heads
-
-
-_BLOCKS = ", ".join(block.value for block in BlockType)
-_MOST_DIMS = 64  # no tensor has more
-# how to write the value of each key of a user rule, for error messages
-_WANTED = {
-    "match": 'give a glob over parameter names, as in "*.adapter.*"',
-    "block": f"use one of {_BLOCKS}",
-    "heads": 'use "q" or "kv"',
-    "split": 'give a list of roles in their order, as in ["q", "k", "v"]',
-    "interleave": 'use "none", "head" or "group"',
-    "transposed": "write true or false, without quotes",
-    "batch_dims": f"give a whole number from 0 to {_MOST_DIMS}, without quotes",
-}
-_EXAMPLE = '{"match": "*.adapter.*", "block": "ffn"}'
-
-
-class UserRule(BaseModel):
-    """A rule in JSON: ``{"match": "*.adapter.*", "block": "ffn"}``, or with ``split`` for a fused weight.
-
-    Validation is strict: values of other types are refused and not converted, so that ``"false"`` is not true.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    match: str
-    block: str | None = None
-    heads: Literal["q", "kv"] | None = None
-    split: tuple[str, ...] = Field((), strict=False)
-    interleave: Interleave = "none"
-    transposed: bool = False
-    batch_dims: int = Field(0, ge=0, le=_MOST_DIMS)
-
-    @field_validator("match")
-    @classmethod
-    def _glob(cls, value: str) -> str:
-        return checked_glob(value)
-
-    @field_validator("block", mode="before")
-    @classmethod
-    def _known_block(cls, value: object) -> object:
-        return block_type(value).value if isinstance(value, str) else value
-
-    @field_validator("split")
-    @classmethod
-    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [role for role in value if role not in ("q", "k", "v", "gate")]
-        if unknown:
-            raise BlockError(f"unknown role {unknown[0]!r} in split; use q, k, v, gate")
-        if len(set(value)) < len(value):
-            raise BlockError(f"split names a role twice: {', '.join(value)}; name each part of the fused weight once")
-        return value
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> UserRule:
-        if (self.block is None) == (not self.split):
-            raise BlockError('give either "block" or "split"')
-        if self.heads is not None and self.split:
-            raise BlockError('"heads" goes with "block"; leave it out beside "split", whose roles say it')
-        if self.interleave != "none" and not self.split:
-            raise BlockError('"interleave" goes with "split"; leave it out beside "block"')
-        return self
-
-    def rule(self) -> Rule:
-        """The rule that this JSON object describes."""
-        block = None if self.block is None else block_type(self.block)
-        return Rule(self.match, block, self.heads, self.split, self.interleave, self.transposed, self.batch_dims)
-
-
-def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule, ...]:
-    """Validates user rules.
-
-    Args:
-        entries: rules, or mappings in the form of :class:`UserRule`; None: none.
-
-    Raises:
-        BlockError: an entry with an unknown key or a value that its key does not accept; the message names both.
-    """
-    if entries is None:
-        return ()
-    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
-        raise BlockError(f"block_rules must be a list of rules like {_EXAMPLE}, got {shown(entries)}")
-    return tuple(_checked(entry) for entry in entries)
-
-
-def _checked(entry: object) -> Rule:
-    if isinstance(entry, Rule):
-        return entry
-    if not isinstance(entry, Mapping):
-        raise BlockError(f"block rule {shown(entry)} is no object; write it like {_EXAMPLE}")
-    try:
-        return UserRule.model_validate(dict(entry)).rule()
-    except ValidationError as error:
-        raise BlockError(f"block rule {shown(dict(entry))}: {_problem(error.errors(include_url=False)[0])}") from None
-
-
-def _problem(problem: Mapping[str, Any]) -> str:
-    """A pydantic error of a user rule as a sentence: the key, its value, and the values it accepts."""
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; use {', '.join(_WANTED)}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; {_WANTED[key]}"
-    own = problem.get("ctx", {}).get("error")
-    if own is None:
-        return f"{key} is {shown(problem['input'])}; {_WANTED[key]}"
-    return f"match {shown(problem['input'])} {own}" if key == "match" else f"{key}: {own}" if key else str(own)

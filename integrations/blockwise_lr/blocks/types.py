@@ -52,36 +52,40 @@ class BlockError(ValueError):
     """A block type, ratio, rule or parameter name that cannot be used; the message says how to fix it."""
 
 
-def block_type(name: str | BlockType) -> BlockType:
+def block_type(name: str | BlockType, own: Iterable[str] = ()) -> BlockType:
     """The block type of that name.
 
     Raises:
-        BlockError: there is none; the message lists the known ones.
+        BlockError: there is none; the message lists the known ones, and the ``own`` names beside them.
     """
     try:
         return BlockType(name)
     except ValueError:
-        known = ", ".join(b.value for b in BlockType)
+        known = ", ".join([*(b.value for b in BlockType), *own])
         raise BlockError(f"unknown block type {name!r}; use one of {known}") from None
 
 
-def block_values(values: Mapping[str, Any] | None, what: str, *, positive: bool) -> dict[BlockType, float]:
+def block_values(
+    values: Mapping[str, Any] | None, what: str, *, positive: bool, own: Iterable[str] = ()
+) -> dict[BlockType | str, float]:
     """Checks a mapping from block type names to numbers, as in ``block_lr_ratios``.
 
     Args:
-        values: block type name -> finite number; None: empty.
+        values: name of a block type, or of a block of the user's own -> finite number; None: empty.
         what: the option's name, for error messages.
         positive: refuse 0 as well as negative numbers.
+        own: the names of the user's own blocks.
 
     Raises:
         BlockError: an unknown name, or a value that is negative, not finite or not a number.
     """
-    checked = {}
+    checked: dict[BlockType | str, float] = {}
+    own = tuple(own)
     if values is not None and not isinstance(values, Mapping):
         raise BlockError(f"{what} must map block types to numbers, got {shown(values)}")
     for name, value in (values or {}).items():
         try:
-            block = block_type(name)
+            block = name if name in own else block_type(name, own)
         except BlockError as error:
             raise BlockError(f"{what}: {error}") from None
         number = finite(value)

@@ -25,8 +25,9 @@ log = logging.getLogger("blockwise_lr")
 # groups along.
 KEY = "blockwise_lr"
 # Raised when an older package could misread what a newer one wrote. 2: the record is a packed string, and says what lies
-# in each tensor; second moments per output unit.
-FORMAT = 2
+# in each tensor; second moments per output unit. 3: blocks and factors of the user's own; without such, 2 is written.
+FORMAT = 3
+_WITHOUT_OWN_RATES = 2
 # the forms in which exp_avg_sq is saved: a value per element, per segment of the tensor's plan, or per output unit of the
 # parameter (a row, or a column of a transposed weight), which needs no plan to be read
 ELEMENTS, SEGMENTS, UNITS = "elements", "segments", "units"
@@ -101,6 +102,7 @@ class Record:
                 p.batch_dims,
                 p.kind,
                 [[piece.block.value, piece.size, piece.unit, piece.role] for piece in p.pieces],
+                *([p.own, p.lr_scale] if p.has_own_rate else ()),
             ]
             for name, p in self.layouts.items()
         }
@@ -111,7 +113,7 @@ class Record:
             else [[[list(fragment) for fragment in contents] for contents in group] for group in self.tensors]
         )
         return {
-            "format": self.format,
+            "format": FORMAT if any(p.has_own_rate for p in self.layouts.values()) else _WITHOUT_OWN_RATES,
             "version": self.version,
             "optimizer": self.optimizer,
             "fingerprint": self.fingerprint,
@@ -168,8 +170,9 @@ class Record:
                     transposed,
                     batch_dims,
                     kind,
+                    *own_rate,
                 )
-                for name, (shape, repeat, transposed, batch_dims, kind, pieces) in saved["layouts"].items()
+                for name, (shape, repeat, transposed, batch_dims, kind, pieces, *own_rate) in saved["layouts"].items()
             }
             return cls(
                 saved["optimizer"],
@@ -269,7 +272,21 @@ def _map_differences(saved: Record, now: Record) -> list[Difference]:
         found.append(Difference(None, f"model: {'; '.join(parts)}"))
     if rules:
         found.append(Difference("block_map", f"block_map: {_some(rules)}"))
+    rates = [
+        f"{name} {_rate_shown(saved.layouts[name])} -> {_rate_shown(now.layouts[name])}"
+        for name in shared
+        if (saved.layouts[name].own, saved.layouts[name].lr_scale)
+        != (now.layouts[name].own, now.layouts[name].lr_scale)
+    ]
+    if rates:  # what they are is the same, and so is what is kept of them
+        found.append(Difference("block_lr_ratios", f"block_lr_ratios: by block_rules, {_some(rates)}"))
     return found
+
+
+def _rate_shown(layout: ParamLayout) -> str:
+    """Whose ratio a parameter trains at, and times what."""
+    whose = layout.own or "/".join(block.value for block in layout.blocks)
+    return whose if layout.lr_scale == 1 else f"{whose} x {layout.lr_scale:.4g}"
 
 
 def same_segments(saved: Record | None, now: Record) -> bool:
@@ -279,8 +296,12 @@ def same_segments(saved: Record | None, now: Record) -> bool:
         and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
         and saved.bias_segments == now.bias_segments
         and saved.row_parts == now.row_parts
-        and saved.layouts == now.layouts
+        and _without_rates(saved) == _without_rates(now)
     )
+
+
+def _without_rates(record: Record) -> dict[str, ParamLayout]:
+    return {name: replace(layout, own="", lr_scale=1.0) for name, layout in record.layouts.items()}
 
 
 def _meaning(layout: ParamLayout, with_heads: bool) -> tuple:

@@ -19,8 +19,8 @@ log = logging.getLogger("blockwise_lr")
 
 
 def rebalanced(
-    ratios: Mapping[BlockType, float], updates: Updates, *, power: float = 0.5, most: float = 4.0
-) -> dict[BlockType, float]:
+    ratios: Mapping[BlockType | str, float], updates: Updates, *, power: float = 0.5, most: float = 4.0
+) -> dict[BlockType | str, float]:
     """Ratios moved towards those at which all block types' multipliers are equal (see :mod:`.updates`).
 
     ratio_b *= (multiplier_b / their mean) ** power, where the mean is geometric and weighted by the block types' elements:
@@ -33,12 +33,12 @@ def rebalanced(
     """
     numel = dict(zip(updates.blocks, updates.numel))
     lowest = -2 * math.log(most)
-    wanted = {
+    wanted: dict[BlockType | str, float] = {
         block: power * math.log(value) if value > 0 and math.isfinite(value) else lowest
         for block, (value, _) in updates.multipliers().items()
     }
     for _ in range(2):  # clipping moves the mean
-        mean = sum(wanted[block] * numel[block] for block in wanted) / sum(numel.values())
+        mean = sum(wanted[block] * size for block, size in numel.items()) / sum(numel.values())
         wanted = {block: min(max(value - mean, -math.log(most)), math.log(most)) for block, value in wanted.items()}
     return {block: ratio * math.exp(wanted.get(block, 0.0)) for block, ratio in ratios.items()}
 
@@ -83,11 +83,16 @@ class AutoRatios:
     ) -> None:
         if not isinstance(optimizer, BlockwiseOptimizer):
             raise BlockError(f"AutoRatios needs a blockwise optimizer, not {type(optimizer).__name__}")
+        if optimizer.block_map.own_blocks:
+            raise BlockError(
+                f"block_rules make blocks of your own ({', '.join(optimizer.block_map.own_blocks)}), and AutoRatios measures "
+                f"block types; leave out name and lr_ratio in these rules (lr_scale goes along)"
+            )
         if not 0 < power <= 1 or not most > 1:
             raise BlockError(f"power is {power} and most is {most}; give a power above 0, up to 1, and most above 1")
         self.model, self.optimizer, self.batches, self.at = model, optimizer, batches, frozenset(at)
         self.power, self.most, self.predictions = power, most, predictions
-        self.history: list[tuple[int, Updates, dict[BlockType, float]]] = []
+        self.history: list[tuple[int, Updates, dict[BlockType | str, float]]] = []
 
     def steps_done(self) -> int:
         """Optimizer steps, counting those before a resume."""
@@ -108,7 +113,7 @@ class AutoRatios:
             self.model, before, self.batches(), block_map=self.optimizer.block_map, predictions=self.predictions
         )
         ratios = rebalanced(self.optimizer.block_lr_ratios, updates, power=self.power, most=self.most)
-        self.optimizer.set_block_lr_ratios({block.value: ratio for block, ratio in ratios.items()})
+        self.optimizer.set_block_lr_ratios({str(block): ratio for block, ratio in ratios.items()})
         self.history.append((number, updates, ratios))
         if is_rank_zero():
             said = ", ".join(f"{block.value} {ratios[block]:.3g}" for block in updates.blocks)

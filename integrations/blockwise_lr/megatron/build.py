@@ -12,12 +12,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ..blocks import BlockMap, BlockType
+from ..blocks.layout import Rate
 from ..collective.errors import is_rank_zero, run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
 from ..patches.megatron_optimizer import in_place_of_adam as _in_place_of_adam
 from ..rules.base import UpdateRule
-from ..rules.param_groups import group_lr
+from ..rules.param_groups import LOWEST, block_lrs
 from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
@@ -53,23 +54,23 @@ def build(
         config.optimizer = "adam"
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
     refuse_cut_heads(settings, maps.ours)
-    blocks = _blocks_of_groups(param_groups, maps.ours)
+    rates = _rates_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
-    _attach(wrapper, maps, settings, blocks)
+    _attach(wrapper, maps, settings, rates)
     return wrapper
 
 
-def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
-    """The block types in each param group on any pipeline stage; Megatron makes the same groups on all of them."""
-    here = [
-        {block for p in group["params"] for block in block_map[block_map.require_name(p)].blocks}
-        for group in param_groups
-    ]
+def _rates_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[Rate, ...]]:
+    """What rates the parameters of each param group on any pipeline stage have; Megatron makes the same groups on all."""
+    here = []
+    for of in param_groups:
+        layouts = [block_map[block_map.require_name(p)] for p in of["params"]]
+        here.append({layout.rate(block) for layout in layouts for block in layout.blocks})
     group = parallel_state.get_pipeline_model_parallel_group()
-    stages: list[list[set[BlockType]]] = [[]] * dist.get_world_size(group)
+    stages: list[list[set[Rate]]] = [[]] * dist.get_world_size(group)
     dist.all_gather_object(stages, here, group=group)
-    return [tuple(block for block in BlockType if any(block in found for found in same)) for same in zip(*stages)]
+    return [tuple(sorted(set().union(*same))) for same in zip(*stages)]
 
 
 def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Callable[..., BlockwiseOptimizer]:
@@ -104,7 +105,7 @@ def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> di
     return found if None in betas else {**found, "betas": tuple(betas)}
 
 
-def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list[tuple[BlockType, ...]]) -> None:
+def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, rates: list[tuple[Rate, ...]]) -> None:
     """Tells the optimizer what Megatron's wrapper has put into it, and makes its state.
 
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
@@ -121,7 +122,7 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
     if optimizer is None:
         return
     policy = save_policy(wrapper, maps.recorded, settings.row_parallel_sums)
-    optimizer.attach(Attachment(shards, policy, blocks))
+    optimizer.attach(Attachment(shards, policy, rates))
     for group in optimizer.param_groups:
         _set_decay(group, settings.block_weight_decay or {})
         for tensor in group["params"]:
@@ -138,10 +139,10 @@ def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:
     none decays but those of q and k under --apply-wd-to-qk-layernorm.
     """
     multiplier = float(group.get("wd_mult", 1.0))
-    decays = {BlockType(block): value for block, value in stated.items()}
+    decays = {str(block): value for block, value in stated.items()}
     if not multiplier:
-        decays = {block: value for block, value in decays.items() if block is BlockType.NORM}
-    group["block_weight_decay"] = {block.value: value * (multiplier or 1.0) for block, value in decays.items()}
+        decays = {block: value for block, value in decays.items() if block == BlockType.NORM.value}
+    group["block_weight_decay"] = {block: value * (multiplier or 1.0) for block, value in decays.items()}
     group["decay_norms_and_biases"], group["group_decay"] = multiplier > 0, False
 
 
@@ -152,16 +153,17 @@ def current_block_lrs(optimizer: Any) -> dict[str, list[float]]:
         optimizer: what ``get_megatron_optimizer`` returned.
 
     Returns:
-        Block type -> its rates, one for each schedule that param groups with such parameters follow, in the order of the
-        groups: one as a rule, two where --use-mup or config_overrides give some of them another peak. Empty where no
-        optimizer is ours.
+        Block type or own block -> its rates, one for each schedule that param groups with such parameters follow, in the
+        order of the groups: one as a rule, two where --use-mup or config_overrides give some of them another peak. Where
+        block rules scale them by layer, as for :meth:`BlockwiseOptimizer.block_lrs`. Empty where no optimizer is ours.
     """
     found: dict[str, dict[tuple, float]] = {block.value: {} for block in BlockType}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, BlockwiseOptimizer):
-            for group, blocks in zip(inner.param_groups, inner.blocks_of_groups or ()):
-                for block in blocks:
-                    schedule = group.get("max_lr"), group.get("min_lr"), group["block_lr_ratios"][block.value]
-                    found[block.value].setdefault(schedule, group_lr(group, block))
+            for group, rates in zip(inner.param_groups, inner.rates_of_groups or ()):
+                for block, lr in block_lrs(group, rates).items():
+                    ratio = group["block_lr_ratios"][block.removesuffix(LOWEST)]
+                    schedule = group.get("max_lr"), group.get("min_lr"), ratio
+                    found.setdefault(block, {}).setdefault(schedule, lr)
     return {block: list(rates.values()) for block, rates in found.items() if rates}

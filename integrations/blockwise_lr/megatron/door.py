@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..blocks import BlockType
 from ..optim.base import BlockwiseOptimizer
 from ..patches import megatron_arguments, megatron_log, megatron_optimizer, megatron_schedule, upstream_megatron
 from ..patches.symbols import has_module
@@ -106,7 +105,7 @@ def apply_patches() -> Callable[[], None]:
 
 def _ratios(group: Mapping[str, Any]) -> dict[str, float] | None:
     ratios = group.get("block_lr_ratios")
-    return {block: ratio_now(group, BlockType(block)) for block in ratios} if ratios else None
+    return {block: ratio_now(group, block) for block in ratios} if ratios else None
 
 
 _OPTIMIZER = megatron_optimizer.Hooks(

@@ -83,7 +83,8 @@ def map_chunks(
     stages = map_names(
         {name: shape for name, (shape, _, _) in everywhere.items()}, heads=head_counts(config), **arguments
     )
-    ours = BlockMap((stages[name] for name in here), stages.heads, stages.unmapped & here.keys())
+    mine = (stages[name] for name in here)
+    ours = BlockMap(mine, stages.heads, stages.unmapped & here.keys(), own_blocks=stages.own_blocks)
     ours.bind(named)
     undivided = head_counts({**config, "tensor_model_parallel_size": 1})
     whole = map_names({name: shape for name, (_, shape, _) in everywhere.items()}, heads=undivided, **arguments)
@@ -122,4 +123,4 @@ def _recorded(whole: BlockMap, copies: Iterable[str]) -> BlockMap:
         if layout.batch_dims:  # experts stacked in one parameter
             layout = replace(layout, shape=(1, *layout.shape[1:]))
         layouts[name] = replace(layout, name=name)
-    return BlockMap((layouts[name] for name in sorted(layouts)), whole.heads)
+    return BlockMap((layouts[name] for name in sorted(layouts)), whole.heads, own_blocks=whole.own_blocks)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..blocks import PRESETS, BlockError, lr_ratios
-from ..blocks.rules import user_rules
-from ..blocks.types import block_values, shown
+from ..blocks import PRESETS, BlockError
+from ..blocks.types import shown
+from ..blocks.user_rules import own_blocks, user_rules
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
@@ -38,7 +38,7 @@ class BlockSettings:
         block_lr_ratios: peak learning rate of block types over --lr, or a preset's name.
         block_weight_decay: weight decay of block types, in place of --weight-decay. What decays stays Megatron's own
             rule, but that norms decay where they are named.
-        block_rules: naming rules of the user's own.
+        block_rules: rules of the user's own, for blocks and rates.
         block_strict: refuse parameters that no rule maps.
         row_parallel_sums: Adam-mini sums a row's squares over tensor-parallel ranks where these hold parts of it, so that
             the result does not depend on their number. False keeps each rank's part a segment of its own: no all-reduce
@@ -170,7 +170,7 @@ class ChooseOptimizer(argparse.Action):
 
 
 class BlockValues(argparse.Action):
-    """``BLOCK=NUMBER …``, each block type once."""
+    """``BLOCK=NUMBER …``, each block type once; own blocks are those of a --block-rules before it."""
 
     def __call__(
         self,
@@ -183,6 +183,16 @@ class BlockValues(argparse.Action):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise argparse.ArgumentError(self, f"{twice} is given twice; give each block type, and a preset, once")
+        own = own_blocks(user_rules(getattr(namespace, "block_rules", None)))
+        option = {self.dest: dict(values)}
+        try:
+            # a ratio that is still to come may be missing
+            OptimizerOptions.checked(option, own={name: 1.0 if ratio is None else ratio for name, ratio in own.items()})
+        except BlockError as error:
+            hint = (
+                "; blocks of your own come from a --block-rules before it" if "unknown block type" in str(error) else ""
+            )
+            raise argparse.ArgumentError(self, f"{error}{hint}") from None
         setattr(namespace, self.dest, dict(values))
 
 
@@ -208,7 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--block-weight-decay",
         nargs="+",
-        type=_decay,
+        type=_pair,
         action=BlockValues,
         metavar="BLOCK=DECAY",
         help="Weight decay of block types, in what decays by Megatron's rule, and of norms where they are "
@@ -218,7 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--block-rules",
         type=_rules_file,
         metavar="FILE",
-        help='JSON file with naming rules of your own: [{"match": "*.adapter.*", "block": "ffn"}].',
+        help='JSON file with rules of your own: [{"match": "*.adapter.*", "block": "ffn"}], or of rates: '
+        '[{"match": "*.vision_model.*", "lr_ratio": 0.1}].',
     )
     group.add_argument(
         "--block-strict",
@@ -270,13 +281,7 @@ def _pair(text: str) -> tuple[str, float]:
 
 
 def _ratio(text: str) -> tuple[str, float | str]:
-    pair = ("preset", text) if text in PRESETS else _pair(text)
-    return _checked(pair, lambda: lr_ratios(dict([pair])))
-
-
-def _decay(text: str) -> tuple[str, float]:
-    pair = _pair(text)
-    return _checked(pair, lambda: block_values(dict([pair]), "block_weight_decay", positive=False))
+    return ("preset", text) if text in PRESETS else _pair(text)
 
 
 def _steps(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..blocks import BlockType
+from ..blocks.layout import Rate
 from ..checkpoint.target import SavePolicy
 from ..plan.shards import ShardMap
 
@@ -21,10 +21,10 @@ class Attachment:
         shards: which part of which parameter lies where in the tensors that the framework has put into the param groups;
             None where these are the model's own parameters.
         saving: how the framework saves and loads optimizer states.
-        blocks_of_groups: per param group, the block types in it on any pipeline stage, where the framework makes groups of
-            its own; for reports of learning rates.
+        rates_of_groups: per param group, what rates are in it on any pipeline stage, where the framework makes groups of its
+            own; for reports of learning rates.
     """
 
     shards: ShardMap | None = None
     saving: SavePolicy = field(default_factory=SavePolicy)
-    blocks_of_groups: Sequence[tuple[BlockType, ...]] | None = None
+    rates_of_groups: Sequence[tuple[Rate, ...]] | None = None

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
+from ..blocks.layout import Rate
 from ..blocks.presets import lr_ratios
 from ..collective.agreement import same_on_all_ranks
 from ..collective.errors import is_rank_zero
@@ -25,8 +28,8 @@ from ..plan.dtensor import dtensor_shards, groups_of, local
 from ..plan.shards import Fragment, ShardMap
 from ..plan.step_plan import StepPlan
 from ..rules.base import State, UpdateRule
-from ..rules.options import OptimizerOptions
-from ..rules.param_groups import advance_fade, change_ratios, class_decay, group_lr
+from ..rules.options import OptimizerOptions, own_of_rules
+from ..rules.param_groups import advance_fade, block_lrs, change_ratios, class_decay, group_lr, rates_by_block
 from .attachment import Attachment
 from .groups import listed, names_of, settings_of, tensors_of
 from .saving import Saving
@@ -41,6 +44,7 @@ _KEPT = (
     "ratio_fade_steps",
     "initial_settings",
     "_block_rules",
+    "own_blocks",
     "bias_segments",
 )
 
@@ -76,6 +80,7 @@ class BlockwiseOptimizer(Saving):
 
     rule: ClassVar[UpdateRule]
     Options: ClassVar[type[OptimizerOptions]]
+    own_blocks: Mapping[str, float | None] = MappingProxyType({})  # the user's, and the ratios that their rules state
 
     @staticmethod
     @contextmanager
@@ -118,13 +123,15 @@ class BlockwiseOptimizer(Saving):
         )
 
     def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
-        options = self.rule.Options.checked(given)
+        own = None if block_map is None else {**block_map.own_blocks, **own_of_rules(given.get("block_rules"))}
+        options = self.rule.Options.checked(given, own=own)
+        self.own_blocks = own_of_rules(options.block_rules) if own is None else own
         self.kernel_name, self.bias_segments = options.kernel, getattr(options, "bias_segments", None)
         self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
         self._block_rules, self._map_given = options.block_rules, block_map is not None
         if block_map is not None:
             self.block_map = block_map
-        self.blocks_of_groups: Sequence[tuple[BlockType, ...]] | None = None  # an adapter's, see Attachment
+        self.rates_of_groups: Sequence[tuple[Rate, ...]] | None = None  # an adapter's, see Attachment
         self.initial_settings: list[dict[str, Any]] = []
         self._forget_tensors()
         self._set_saving()
@@ -136,7 +143,7 @@ class BlockwiseOptimizer(Saving):
         """AdamW's learning rate as ``lr`` is the likeliest mistake: the FFN would train at six times it."""
         high = self.rule.highest_usual_lr
         for group in self.param_groups:
-            lr, rate = float(group["lr"]), group_lr(group, BlockType.FFN)
+            lr, rate = float(group["lr"]), group_lr(group, Rate(BlockType.FFN.value))
             if rate > high and rate > lr and is_rank_zero():
                 cure = f"give adamw_lr={lr:g} in place of lr" if self.Options.FOLLOWS_ADAMW else "give a lower lr"
                 logger.warning(
@@ -173,7 +180,9 @@ class BlockwiseOptimizer(Saving):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         number = len(self.param_groups)
-        said = self.rule.Options.checked_group(param_group, self.defaults["lr"], f"param group {number}: ")
+        said = self.rule.Options.checked_group(
+            param_group, self.defaults["lr"], f"param group {number}: ", self.own_blocks
+        )
         # a group taken from another optimizer of ours knows whether its weight_decay was the user's own
         group = {"group_decay": "weight_decay" in said, **param_group, **said}
         if "min_lr" in said:
@@ -219,7 +228,8 @@ class BlockwiseOptimizer(Saving):
                 f"so make the map from the model that holds it"
             )
         if new:
-            known.add(map_named([(str(name), p) for name, p in new], rules=self._block_rules, heads=known.heads))
+            added = [(str(name), p) for name, p in new]
+            known.add(map_named(added, rules=self._block_rules, heads=known.heads, elsewhere=known))
 
     def _check_layout(self, name: str, tensor: torch.Tensor) -> None:
         """Refuses a parameter that is not as the map says, or cannot be stepped, before the first step."""
@@ -266,7 +276,7 @@ class BlockwiseOptimizer(Saving):
         if attachment.shards is not None:
             self.attach_shards(attachment.shards)
         self.saving = attachment.saving
-        self.blocks_of_groups = attachment.blocks_of_groups
+        self.rates_of_groups = attachment.rates_of_groups
         self._note_record()
 
     def _check_fragments(self, size: int, fragments: Iterable[Fragment]) -> None:
@@ -387,10 +397,17 @@ class BlockwiseOptimizer(Saving):
         tensors = [p for p in self.all_tensors() if p.requires_grad]
         kernels = dict.fromkeys(self._kernel(p).name for p in tensors)
         plans = sum(self.plan_of(p).nbytes for p in tensors)
-        said = []
-        for block, numel in self.block_map.block_numel().items():
-            peaks = sorted({of["lr"] * of["block_lr_ratios"][block.value] for of in self.initial_settings})
-            said.append(f"{block.value} {numel:,} at {' and '.join(f'{peak:.3g}' for peak in peaks)}")
+        rates = self.block_map.rate_numel()
+        numels: dict[str, int] = {}
+        for rate, numel in rates.items():
+            numels[rate.block] = numels.get(rate.block, 0) + numel
+        peaks: dict[str, set[tuple[float, float]]] = {block: set() for block in numels}
+        for of in self.initial_settings:
+            for block, ends in rates_by_block(rates, partial(_peak, of)).items():
+                peaks[block].add(ends)
+        said = [
+            f"{block} {numel:,} at {' and '.join(map(_shown, sorted(peaks[block])))}" for block, numel in numels.items()
+        ]
         return (
             f"{type(self).__name__} ({', '.join(kernels) or 'no'} kernel, {plans / 1024:,.0f} KiB of step plans), elements and "
             f"peak learning rates: {', '.join(said)}"
@@ -404,14 +421,16 @@ class BlockwiseOptimizer(Saving):
         return [settings["lr"] for settings in self.initial_settings] if self.was_loaded else None
 
     def block_lrs(self) -> list[dict[str, float]]:
-        """Per param group: block type -> its learning rate now, for the block types of the model."""
-        blocks = self.block_map.block_numel()
-        return [{block.value: group_lr(group, block) for block in blocks} for group in self.param_groups]
+        """Per param group: block type, or own block -> its learning rate now, for those of the model. Where rules scale it
+        differently (by layer), its highest, and its lowest as ``<block>.lowest``."""
+        rates = self.block_map.rate_numel()
+        return [block_lrs(group, rates) for group in self.param_groups]
 
     @property
-    def block_lr_ratios(self) -> dict[BlockType, float]:
-        """The ratios that hold now; where param groups differ, those of the first."""
-        return {BlockType(block): ratio for block, ratio in self.param_groups[0]["block_lr_ratios"].items()}
+    def block_lr_ratios(self) -> dict[BlockType | str, float]:
+        """The ratios that hold now, of block types and own blocks; where param groups differ, those of the first."""
+        types = {block.value: block for block in BlockType}
+        return {types.get(block, block): ratio for block, ratio in self.param_groups[0]["block_lr_ratios"].items()}
 
     def set_block_lr_ratios(self, ratios: str | Mapping[str, Any]) -> None:
         """Changes the ratios of every param group from the next step on; a schedule that knows blocks follows at its next
@@ -423,13 +442,13 @@ class BlockwiseOptimizer(Saving):
         Raises:
             BlockError: as the option; nothing has been changed then.
         """
-        new = {block.value: ratio for block, ratio in lr_ratios(ratios).items()}
+        new = {str(block): ratio for block, ratio in lr_ratios(ratios, self.own_blocks).items()}
         for group in self.param_groups:
             change_ratios(group, new)
 
     def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
         return StepValues(
-            tuple(group_lr(group, of.block) for of in plan.classes),
+            tuple(group_lr(group, of.rate) for of in plan.classes),
             tuple(class_decay(group, of) for of in plan.classes),
             self.rule.scalars(group, step),
         )
@@ -575,3 +594,12 @@ class BlockwiseOptimizer(Saving):
                 for group, value in zip(self.param_groups, values):
                     if value is not None:
                         group[key] = value
+
+
+def _peak(settings: Mapping[str, Any], rate: Rate) -> float:
+    return settings["lr"] * settings["block_lr_ratios"][rate.block] * rate.scale
+
+
+def _shown(ends: tuple[float, float]) -> str:
+    lowest, highest = ends
+    return f"{lowest:.3g} to {highest:.3g}" if lowest < highest else f"{highest:.3g}"

@@ -8,12 +8,12 @@ three. A plan's size is linear in the number of parameters and shard boundaries,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from ..blocks.layout import BIAS, ParamLayout, Piece
+from ..blocks.layout import BIAS, ParamLayout, Piece, Rate
 from ..blocks.types import BlockError, BlockType
 from .shards import Fragment
 
@@ -23,10 +23,17 @@ OFFSET, OUTER, STRIDE, INNER, CLASS, SLOT, SLOT_STEP, UNIT = range(8)
 
 @dataclass(frozen=True)
 class StepClass:
-    """Elements that share learning rate and weight decay."""
+    """Elements that share learning rate and weight decay; the fields are as in ParamLayout."""
 
     block: BlockType
-    kind: str  # "matrix", "bias" or "norm", as in ParamLayout.kind
+    kind: str  # "matrix", "bias" or "norm"
+    own: str = ""
+    lr_scale: float = 1.0
+
+    @property
+    def rate(self) -> Rate:
+        """What their learning rate follows from."""
+        return Rate(self.own or self.block.value, self.lr_scale)
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: kernels cache what they derive from a table in weak references
@@ -173,9 +180,7 @@ def element_biases(layout: ParamLayout) -> ParamLayout:
     if layout.kind != BIAS:
         return layout
     pieces = tuple(Piece(piece.block, piece.size, 1, piece.role) for piece in layout.pieces)
-    return ParamLayout(
-        layout.name, layout.shape, pieces, layout.repeat, layout.transposed, layout.batch_dims, layout.kind
-    )
+    return replace(layout, pieces=pieces)
 
 
 def segments_per_repeat(piece: Piece) -> int:
@@ -247,10 +252,9 @@ def _by_block(layout: ParamLayout) -> ParamLayout:
         else:
             merged.append(Piece(piece.block, piece.size))
     if len(merged) == 1:  # one block type: contiguous memory for any axis and repeat
-        return ParamLayout(layout.name, (layout.numel,), (Piece(merged[0].block, layout.numel),), kind=layout.kind)
-    return ParamLayout(
-        layout.name, layout.shape, tuple(merged), layout.repeat, layout.transposed, layout.batch_dims, layout.kind
-    )
+        whole = (Piece(merged[0].block, layout.numel),)
+        return replace(layout, shape=(layout.numel,), pieces=whole, repeat=1, transposed=False, batch_dims=0)
+    return replace(layout, pieces=tuple(merged))
 
 
 Row = tuple[tuple[int, ...], bool]  # (table columns, with the segment's index for SLOT; whether it spans shards)
@@ -261,7 +265,8 @@ def _piece_rows(layout: ParamLayout, fragment: Fragment, classes: dict[StepClass
     build = _columns if layout.transposed else _chunks
     pieces, start = [], 0
     for piece in layout.pieces:
-        number = classes.setdefault(StepClass(piece.block, layout.kind), len(classes))
+        of = StepClass(piece.block, layout.kind, layout.own, layout.lr_scale)
+        number = classes.setdefault(of, len(classes))
         pieces.append(build(layout, piece, start, fragment, number) if fragment.numel else [])
         start += piece.size
     return pieces

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..blocks.presets import lr_ratios
-from ..blocks.rules import user_rules
 from ..blocks.types import BlockError, BlockType, block_values, did_you_mean, finite, shown
+from ..blocks.user_rules import own_blocks, user_rules
 
 KERNELS = ("auto", "reference", "cpp", "triton")
 # Options of torch's Adams that change the update; a param group that asks for one of them must not train without it.
@@ -84,12 +94,17 @@ def one_of(*names: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _ratios(value: Any) -> dict[str, float]:
-    return {block.value: ratio for block, ratio in lr_ratios(value).items()}
+def _own(info: ValidationInfo) -> Mapping[str, float | None]:
+    return info.context["own"] if info.context else {}
 
 
-def _decays(value: Any) -> dict[str, float]:
-    return {block.value: decay for block, decay in block_values(value, "block_weight_decay", positive=False).items()}
+def _ratios(value: Any, info: ValidationInfo) -> dict[str, float]:
+    return {str(block): ratio for block, ratio in lr_ratios(value, _own(info)).items()}
+
+
+def _decays(value: Any, info: ValidationInfo) -> dict[str, float]:
+    found = block_values(value, "block_weight_decay", positive=False, own=_own(info))
+    return {str(block): decay for block, decay in found.items()}
 
 
 def _rules(value: Any) -> Any:
@@ -100,6 +115,21 @@ def _rules(value: Any) -> Any:
     rules = None if value is None else tuple(value)
     user_rules(rules)
     return rules
+
+
+def _read(rules: Any) -> Any:
+    """Rules that are read more than once."""
+    return (
+        rules if rules is None or isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable) else tuple(rules)
+    )
+
+
+def own_of_rules(rules: Any) -> dict[str, float | None]:
+    """The own blocks of block_rules; none of rules that are refused for what they say."""
+    try:
+        return own_blocks(user_rules(rules))
+    except BlockError:
+        return {}
 
 
 Rate = Annotated[Any, BeforeValidator(_rate)]
@@ -120,12 +150,13 @@ class _Checked(BaseModel):
         return tuple(cls.model_fields)
 
     @classmethod
-    def checked(cls, values: Mapping[str, Any], where: str = "") -> Any:
+    def checked(cls, values: Mapping[str, Any], where: str = "", own: Mapping[str, float | None] | None = None) -> Any:
         """The model of some options.
 
         Args:
             values: option -> value, as the user gave them.
             where: what they are the options of, for the error ("optimizer BlockwiseAdamW: ").
+            own: the blocks of the user's own and the ratios that their rules state; None: those of ``block_rules``.
 
         Raises:
             BlockError: an unknown option, or a bad value.
@@ -137,7 +168,11 @@ class _Checked(BaseModel):
                 f"the valid ones are {', '.join(cls.names())}"
             )
         try:
-            return cls.model_validate(dict(values))
+            values = (
+                {**values, "block_rules": _read(values["block_rules"])} if "block_rules" in values else dict(values)
+            )
+            made = own_of_rules(values.get("block_rules")) if own is None else own
+            return cls.model_validate(values, context={"own": made})
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             raised = problem.get("ctx", {}).get("error")
@@ -160,14 +195,14 @@ class GroupOptions(_Checked):
         BeforeValidator(_ratios),
         Field(
             description="peak learning rate of block types over ``lr``; those not named keep the paper's (embedding 10, qk 8, "
-            "ffn 6, vo 4, norm 1; the head follows the embedding). Or a name: paper, uniform, embedding (see "
-            ":mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
+            "ffn 6, vo 4, norm 1; the head follows the embedding), own blocks their rule's. Or a name: paper, uniform, "
+            "embedding (see :mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
         ),
     ] = {}
     block_weight_decay: Annotated[
         dict[str, float],
         BeforeValidator(_decays),
-        Field(description="weight decay of block types, in place of ``weight_decay``"),
+        Field(description="weight decay of block types and own blocks, in place of ``weight_decay``"),
     ] = {}
     decay_norms_and_biases: Annotated[Truth, Field(description="decay everything, as the paper's experiments do")] = (
         False
@@ -204,7 +239,9 @@ class OptimizerOptions(GroupOptions):
     FOLLOWS_ADAMW: ClassVar[bool] = True
 
     block_rules: Annotated[
-        Any, BeforeValidator(_rules), Field(description="naming rules of your own, where no block_map is given")
+        Any,
+        BeforeValidator(_rules),
+        Field(description="rules of your own for blocks and rates, where no block_map is given"),
     ] = None
     block_strict: Annotated[
         Truth, Field(description="refuse parameters that no rule maps, where a framework's integration makes the map")
@@ -239,12 +276,12 @@ class OptimizerOptions(GroupOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _lr_from_adamw(cls, values: Any) -> Any:
+    def _lr_from_adamw(cls, values: Any, info: ValidationInfo) -> Any:
         if not cls.FOLLOWS_ADAMW and values.get("adamw_lr") is not None:
             raise BlockError(
                 f"adamw_lr is {shown(values['adamw_lr'])}, and the rates of this optimizer do not follow from AdamW's; give lr"
             )
-        return with_base_lr(values)
+        return with_base_lr(values, _own(info))
 
     @field_validator("accept_mismatch", mode="before")
     @classmethod
@@ -277,13 +314,16 @@ class OptimizerOptions(GroupOptions):
         return {**found, "block_min_lr": self.min_lr, "group_decay": False}
 
     @classmethod
-    def checked_group(cls, group: Mapping[str, Any], lr: Any, where: str) -> dict[str, Any]:
+    def checked_group(
+        cls, group: Mapping[str, Any], lr: Any, where: str, own: Mapping[str, float | None] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """What a param group says for itself, checked as the optimizer's own options are; ratios are filled up.
 
         Args:
             group: a param group; keys that are no options (frameworks add their own) are passed over.
             lr: the rate that holds where the group has none.
             where: which group, for the error.
+            own: as for :meth:`checked`.
 
         Raises:
             BlockError: a bad value, an option of torch's Adam that is not offered here, or a misspelt name of one that
@@ -302,14 +342,16 @@ class OptimizerOptions(GroupOptions):
                     f"{where}unknown parameter {name!r} (did you mean {close[0]!r}?); the valid ones are {', '.join(names)}"
                 )
         said = {name: group[name] for name in names if name in group}
-        checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where)
+        if "block_lr_ratios" not in said:  # which are the optimizer's then, and complete
+            own = {name: 1.0 for name in own}
+        checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where, own)
         return {name: getattr(checked, name) for name in said}
 
 
 FROM_ADAMW = "from_adamw"
 
 
-def with_base_lr(values: Mapping[str, Any]) -> dict[str, Any]:
+def with_base_lr(values: Mapping[str, Any], own: Mapping[str, float | None] = MappingProxyType({})) -> dict[str, Any]:
     """Options with the ``lr`` that follows from ``adamw_lr``, where that is given.
 
     The rate of the FFN, which has most of the weights, is AdamW's. Where that was right and where not is tabled in
@@ -334,7 +376,7 @@ def with_base_lr(values: Mapping[str, Any]) -> dict[str, Any]:
         rate = _at_least_0(given)
     except ValueError as error:
         raise BlockError(f"adamw_lr is {shown(given)}; {error}") from None
-    return {**values, "lr": rate / lr_ratios(values.get("block_lr_ratios"))[BlockType.FFN]}
+    return {**values, "lr": rate / lr_ratios(values.get("block_lr_ratios"), own)[BlockType.FFN]}
 
 
 def checked_accepts(given: Any, known: Iterable[str]) -> tuple[str, ...]:

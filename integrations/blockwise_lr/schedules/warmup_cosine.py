@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..blocks.types import BlockError, BlockType, shown
+from ..blocks.types import BlockError, shown
 from ..rules.options import as_number
 from ..rules.param_groups import ratio_now, set_lr, state_block_lrs
 
@@ -122,7 +122,7 @@ class BlockwiseWarmupCosine(LRScheduler):
         weight, floor = self._weights()
         for group, peak, low in zip(self.optimizer.param_groups, self.peaks, self.min_lrs):
             if "block_lr_ratios" in group:
-                tops = {block: ratio_now(group, BlockType(block)) * peak for block in group["block_lr_ratios"]}
+                tops = {block: ratio_now(group, block) * peak for block in group["block_lr_ratios"]}
                 state_block_lrs(group, {block: weight * top + floor * min(low, top) for block, top in tops.items()})
 
     def state_dict(self) -> dict[str, Any]:
