@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect``, ``sharpness``, ``tune``, ``families`` and ``doctor``."""
+"""The commands: ``inspect``, ``sharpness``, ``tune``, ``schedule``, ``diagnose``, ``families`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
+from .diagnosis import diagnose
 from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
+from .schedule_view import ratio_of, schedule
 from .tuning.command import tune
 
 app = typer.Typer(
@@ -65,7 +67,7 @@ def inspect(
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
     contradicts the map; 2: bad input."""
     try:
-        ratios = dict(_ratio(item) for item in ratio or ())
+        ratios = dict(ratio_of(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
         rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
@@ -99,18 +101,6 @@ def _verify(target: str, rules: list[dict] | None) -> None:
         )
     if found.contradicted:
         raise typer.Exit(EXIT_CONTRADICTED)
-
-
-def _ratio(item: str) -> tuple[str, float | str]:
-    name, _, value = item.partition("=")
-    if name in PRESETS and not value:
-        return "preset", name
-    try:
-        return name, float(value)
-    except ValueError:
-        raise BlockError(
-            f"--ratio {item} is not BLOCK=NUMBER, as in qk=4, and no preset ({', '.join(PRESETS)})"
-        ) from None
 
 
 def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> None:
@@ -226,6 +216,8 @@ def sharpness(
 
 
 app.command()(tune)
+app.command()(schedule)
+app.command()(diagnose)
 
 
 @app.command()

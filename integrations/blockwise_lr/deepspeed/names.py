@@ -9,10 +9,10 @@ from typing import Any
 
 from ..blocks import BlockError
 from ..blocks.types import did_you_mean
-from ..schedules import BlockwiseWarmupCosine
+from ..schedules import SCHEDULES
 from .build import OPTIMIZER_TYPES
 
-SCHEDULER_TYPES = {"BlockwiseWarmupCosine": BlockwiseWarmupCosine}
+SCHEDULER_TYPES = SCHEDULES
 _OF_THE_ENGINE = ("self", "optimizer")  # what DeepSpeed fills in
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ..blocks import BlockMap, BlockType
+from ..blocks import BlockError, BlockMap, BlockType
 from ..collective.errors import is_rank_zero, run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
@@ -21,7 +21,8 @@ from ..rules.param_groups import group_lr
 from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
-from .settings import KINDS, BlockSettings
+from .schedule import BlockSchedule
+from .settings import KINDS, BlockSettings, megatron_arguments
 from .shard_maps import shard_map
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,26 @@ def build(
         config.optimizer = "adam"
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
     refuse_cut_heads(settings, maps.ours)
+    if settings.block_clip:
+        _refuse_split_experts(model_chunks)
     blocks = _blocks_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
     _attach(wrapper, maps, settings, blocks)
     return wrapper
+
+
+def _refuse_split_experts(model_chunks: Sequence[torch.nn.Module]) -> None:
+    """Raises BlockError on all ranks where Megatron steps experts by an optimizer of their own, which norms would lack."""
+
+    def check() -> None:
+        if any(not getattr(p, "allreduce", True) for chunk in model_chunks for p in chunk.parameters()):
+            raise BlockError(
+                "block_clip takes a block type's gradients of one optimizer, and expert parallelism gives experts one of their "
+                "own; leave --block-clip out, and use --clip-grad"
+            )
+
+    run_on_all_ranks(check, "building the optimizer")
 
 
 def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
@@ -87,6 +103,7 @@ def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Calla
             kernel=settings.kernel,
             accept_mismatch=settings.accept_mismatch,
             ratio_fade_steps=settings.ratio_fade_steps,
+            block_clip=settings.block_clip or {},
             **own,
         )
 
@@ -120,6 +137,8 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
     optimizer, shards = run_on_all_ranks(checked, "building the optimizer")
     if optimizer is None:
         return
+    schedule = BlockSchedule.checked(settings.block_schedule)
+    optimizer.block_schedule = None if schedule is None else schedule.fitted(optimizer, megatron_arguments())
     policy = save_policy(wrapper, maps.recorded, settings.row_parallel_sums)
     optimizer.attach(Attachment(shards, policy, blocks))
     for group in optimizer.param_groups:

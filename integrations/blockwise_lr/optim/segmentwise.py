@@ -84,7 +84,7 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
             grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
                 gradient may have another shape or dtype than the tensor, but its elements in the same order.
         """
-        self._prereduced = self.all_reduce_shared(self._partial_sums(grads))
+        self._prereduced = self.all_reduce_shared(self._partial_sums(grads, applied=False))
         for p, _, _ in grads:  # each is waited for, with sums or without
             self._prereduced.setdefault(id(p), torch.empty(0))
 
@@ -93,7 +93,10 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
         """Whether prereduce_segment_sums's sums wait for tensors that are still to be stepped."""
         return bool(self._prereduced)
 
-    def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
+    def _partial_sums(
+        self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]], *, applied: bool = True
+    ) -> dict[int, torch.Tensor]:
+        """Sums per segment; ``applied``: the gradients are clipped already, where they are to be."""
         sums = {}
         for p, grad, factor in grads:
             plan = self.plan_of(p)
@@ -102,6 +105,8 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
                 self._kernel(p).sum_squares(row(grad), plan.shared, sums[id(p)])
                 if factor != 1:
                     sums[id(p)].mul_(factor * factor)
+                if self.block_clip and not applied:
+                    self.clip.scale_sums(plan, sums[id(p)])
         return sums
 
     def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:

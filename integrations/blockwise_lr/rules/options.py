@@ -92,6 +92,12 @@ def _decays(value: Any) -> dict[str, float]:
     return {block.value: decay for block, decay in block_values(value, "block_weight_decay", positive=False).items()}
 
 
+def _limits(value: Any) -> dict[str, float]:
+    if value is not None and not isinstance(value, Mapping):
+        value = dict.fromkeys(BlockType, value)
+    return {block.value: limit for block, limit in block_values(value, "block_clip", positive=True).items()}
+
+
 def _rules(value: Any) -> Any:
     if value is not None and (isinstance(value, (str, Mapping)) or not isinstance(value, Iterable)):
         raise BlockError(
@@ -109,7 +115,7 @@ NotNegative = Annotated[float, BeforeValidator(_at_least_0)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
 
 
-class _Checked(BaseModel):
+class CheckedOptions(BaseModel):
     """Pydantic, with errors that name the option, its value and how to mend it."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -148,7 +154,7 @@ class _Checked(BaseModel):
             raise BlockError(f"{where}{name} {verb} {shown(problem['input'])}; {text}") from None
 
 
-class GroupOptions(_Checked):
+class GroupOptions(CheckedOptions):
     """What a param group may say for itself, and what the optimizer says for all groups, whatever its rule."""
 
     lr: Annotated[Rate, Field(description="the base learning rate, that of the norms")] = 1e-3
@@ -198,6 +204,7 @@ class OptimizerOptions(GroupOptions):
         "accept_mismatch",
         "ratio_fade_steps",
         "adamw_lr",
+        "block_clip",
     )
 
     # whether a good rate of AdamW's says anything about one of this rule's
@@ -228,6 +235,14 @@ class OptimizerOptions(GroupOptions):
             "optimizer, block_map, block_lr_ratios and the other settings' names. Nothing by default"
         ),
     ] = ()
+    block_clip: Annotated[
+        dict[str, float],
+        BeforeValidator(_limits),
+        Field(
+            description="largest gradient norm of block types, each over all of the model, beside what a framework clips "
+            "globally before; a number: of every block type. Nothing by default"
+        ),
+    ] = {}
     ratio_fade_steps: Annotated[
         int,
         BeforeValidator(_steps),
