@@ -126,7 +126,7 @@ def _verdict(placement: str, growth: float | None, unevenness: float) -> tuple[b
                 f"gradient alone does not tell them apart"
             )
         elif falls:
-            why += f"; {falls}, about 1 / sqrt(2) as theorem 1 says" if growth and growth > 0.55 else f"; {falls}"
+            why += f"; {falls}, and by its theorem 1 falls as 1 / sqrt(depth)"
         why += ". Large rates and batches still want a warmup"
     elif placement in (SANDWICH, REORDERED):
         why = (

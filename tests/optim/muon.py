@@ -73,7 +73,7 @@ def in_deepspeed(stage: int) -> float:
     engine.destroy()
     model = make("llama")
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ours = BlockwiseMuon(model.named_parameters(), lr=LR, min_lr=1e-4, block_map=map_blocks(model))
+    ours = BlockwiseMuon(model.named_parameters(), lr=LR, eps=EPS, min_lr=1e-4, block_map=map_blocks(model))
     from blockwise_lr.schedules import BlockwiseWarmupCosine
 
     schedule = BlockwiseWarmupCosine(ours, STEPS, 3)

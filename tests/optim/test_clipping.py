@@ -6,7 +6,7 @@ from optim.block_clip import LIMITS, clip, in_deepspeed, in_fsdp, in_stages
 from ranks import pool
 from twins import RATIOS, Twin, make
 
-from blockwise_lr import BlockError, BlockwiseAdamW, map_blocks
+from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
 ADAMW, MINI = "BlockwiseAdamW", "BlockwiseAdamMini"
 
@@ -47,6 +47,34 @@ def test_a_bad_gradient_spoils_its_own_block_type_alone():
     ours.step()
     assert model.model.norm.weight.isnan().tolist() == [True] + [False] * 31
     assert model.lm_head.weight.isfinite().all() and model.model.layers[0].mlp.up_proj.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("model_kind", ["llama", "gpt2"])
+def test_grad_power_comes_after_clipping(model_kind):
+    model, plain = make(model_kind), make(model_kind)
+    options = dict(lr=1e-3, kernel="reference", block_lr_ratios="uniform", weight_decay=0.0, grad_power=1.2)
+    ours = BlockwiseAdamW(model.named_parameters(), block_map=map_blocks(model), block_clip={"norm": 0.1}, **options)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    norms = [p for name, p in plain.named_parameters() if "norm" in name or "ln_" in name]
+    for number in range(3):
+        generator = torch.Generator().manual_seed(number)
+        for p, q in zip(model.parameters(), plain.parameters()):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        torch.nn.utils.clip_grad_norm_(norms, 0.1)
+        for q in plain.parameters():
+            q.grad = q.grad.sign() * q.grad.abs() ** 1.2
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(list(model.parameters()), list(plain.parameters()), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("power", [0, -1.0, "2", True])
+def test_bad_powers(power):
+    with pytest.raises(BlockError, match="grad_power is"):
+        BlockwiseAdamW(make("llama").named_parameters(), grad_power=power)
+    with pytest.raises(BlockError, match="grad_power is 1.5, which BlockwiseAdamMini does not offer"):
+        BlockwiseAdamMini(make("llama").named_parameters(), grad_power=1.5)
 
 
 @pytest.mark.parametrize("limits", [{"ffn": 0}, {"ffn": "1"}, {"kv": 1.0}, -1.0])

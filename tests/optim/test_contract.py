@@ -29,6 +29,7 @@ def build(kind, model, params=None, **options):
     if kind == "torch AdamW":
         return torch.optim.AdamW(params, foreach=False, **settings)
     cls = CLASSES[kind.removesuffix(" cpp")]
+    settings["unrectified"] = "sgd"  # RAdam's first steps move weights too
     settings = {name: value for name, value in settings.items() if name in cls.Options.model_fields}
     return cls(
         params,

@@ -19,7 +19,10 @@ from .schedule import BlockSchedule
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
 
-KINDS: Mapping[str, type[BlockwiseOptimizer]] = {f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values()}
+# without those that need whole matrices, of which Megatron's optimizers hold slices and shards
+KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
+    f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values() if not kind.rule.whole_matrices
+}
 
 
 class _AnyKind(OptimizerOptions):

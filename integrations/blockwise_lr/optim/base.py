@@ -44,11 +44,18 @@ _KEPT = (
     "_block_rules",
     "bias_segments",
     "block_clip",
+    "grad_power",
 )
 
 logger = logging.getLogger(__name__)
 
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
+
+
+def _to_power(grad: torch.Tensor | None, power: float) -> None:
+    """sign(g) |g|^power, in place."""
+    if grad is not None:
+        grad.copy_(grad.sign() * grad.abs().pow(power))
 
 
 class Due(NamedTuple):
@@ -79,6 +86,7 @@ class BlockwiseOptimizer(Saving):
     rule: ClassVar[UpdateRule]
     Options: ClassVar[type[OptimizerOptions]]
     block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
+    grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
 
     @staticmethod
@@ -129,7 +137,7 @@ class BlockwiseOptimizer(Saving):
         if block_map is not None:
             self.block_map = block_map
         self.blocks_of_groups: Sequence[tuple[BlockType, ...]] | None = None  # an adapter's, see Attachment
-        self.block_clip = options.block_clip
+        self.block_clip, self.grad_power = options.block_clip, options.grad_power
         self.initial_settings: list[dict[str, Any]] = []
         self._forget_tensors()
         self._set_saving()
@@ -499,6 +507,9 @@ class BlockwiseOptimizer(Saving):
         due = [self._checked(group, p) for group, p in work]
         if self.block_clip:
             self.clip.apply([p for p, _, _ in due])
+        if self.grad_power != 1:
+            for p, _, _ in due:
+                _to_power(p.grad, self.grad_power)
         for p, _, _ in due:
             self.init_state(p)["step"] += 1
             self._place(p)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..blocks import ParamLayout
+from ..blocks import BlockError, BlockMap, ParamLayout
+from ..blocks.types import shown
 from ..checkpoint.units import UnitMoments
 from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
 from ..plan.step_plan import StepPlan, segment_plan, slot_numel
@@ -24,6 +26,13 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
     A segment that several shards or tensor-parallel ranks share has one state: its parts' sums of squares are added over the
     ranks by one small all-reduce per process group and step (:mod:`~blockwise_lr.optim.segment_sync`).
     """
+
+    def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
+        if given.get("grad_power", 1) != 1:  # segments' sums are taken of gradients as they come
+            raise BlockError(
+                f"grad_power is {shown(given['grad_power'])}, which {type(self).__name__} does not offer; leave it out"
+            )
+        super()._build(params, given, block_map)
 
     def _forget_tensors(self) -> None:
         super()._forget_tensors()

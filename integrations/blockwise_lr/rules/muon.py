@@ -84,4 +84,5 @@ class Muon(AdamW):
     name = "muon"
     title = "Muon"
     Options = MuonOptions
+    complex_as_pairs = False
     whole_matrices = True

@@ -45,6 +45,13 @@ def _at_least_0(value: Any) -> float:
     return number
 
 
+def _positive(value: Any) -> float:
+    number = as_number(value)
+    if number <= 0:
+        raise ValueError("give a finite number above 0")
+    return number
+
+
 def _rate(value: Any) -> Any:
     """A learning rate; a tensor stays one, as torch.optim keeps it."""
     number = _at_least_0(value)
@@ -205,6 +212,7 @@ class OptimizerOptions(GroupOptions):
         "ratio_fade_steps",
         "adamw_lr",
         "block_clip",
+        "grad_power",
     )
 
     # whether a good rate of AdamW's says anything about one of this rule's
@@ -243,6 +251,13 @@ class OptimizerOptions(GroupOptions):
             "globally before; a number: of every block type. Nothing by default"
         ),
     ] = {}
+    grad_power: Annotated[
+        float,
+        BeforeValidator(_positive),
+        Field(
+            description="GradPower (arXiv 2505.24275): steps take sign(g) |g|^p, after clipping; 1: off. Not for Adam-mini"
+        ),
+    ] = 1.0
     ratio_fade_steps: Annotated[
         int,
         BeforeValidator(_steps),

@@ -97,7 +97,6 @@ class RAdam(UpdateRule):
     Options = RAdamOptions
     positional = ("lr", "betas", "eps", "weight_decay")
     states = (State("exp_avg"), State("exp_avg_sq"))
-    complex_as_pairs = True
 
     def scalars(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
