@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ..blocks import BlockError, BlockMap, BlockType
+from ..blocks import BlockMap, BlockType
 from ..collective.errors import is_rank_zero, run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
+from ..optim.clipping import BlockClip, Gradient, gradients
 from ..patches.megatron_optimizer import in_place_of_adam as _in_place_of_adam
 from ..rules.base import UpdateRule
 from ..rules.param_groups import group_lr
@@ -54,26 +57,36 @@ def build(
         config.optimizer = "adam"
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
     refuse_cut_heads(settings, maps.ours)
-    if settings.block_clip:
-        _refuse_split_experts(model_chunks)
     blocks = _blocks_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
-    _attach(wrapper, maps, settings, blocks)
+    optimizer = _attach(wrapper, maps, settings, blocks)
+    if optimizer is not None and optimizer.block_clip:
+        experts = any(not getattr(p, "allreduce", True) for group in param_groups for p in group["params"])
+        _clip_together(optimizer, model_chunks[0], experts)
     return wrapper
 
 
-def _refuse_split_experts(model_chunks: Sequence[torch.nn.Module]) -> None:
-    """Raises BlockError on all ranks where Megatron steps experts by an optimizer of their own, which norms would lack."""
+# Of each model (its first chunk), the optimizers of ours that Megatron chains: experts have one of their own. Process-wide, as
+# Megatron builds them one after another and tells none of the others.
+_chained: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
 
-    def check() -> None:
-        if any(not getattr(p, "allreduce", True) for chunk in model_chunks for p in chunk.parameters()):
-            raise BlockError(
-                "block_clip takes a block type's gradients of one optimizer, and expert parallelism gives experts one of their "
-                "own; leave --block-clip out, and use --clip-grad"
-            )
 
-    run_on_all_ranks(check, "building the optimizer")
+def _clip_together(optimizer: BlockwiseOptimizer, first_chunk: torch.nn.Module, are_experts: bool) -> None:
+    """Lets the optimizers that Megatron chains take the norms of block types over all of them; it has scaled and clipped the
+    gradients of all before it steps the first."""
+    if not are_experts:  # which come last
+        _chained[first_chunk] = []
+    peers = _chained.setdefault(first_chunk, [])
+    found = weakref.ref(optimizer)
+
+    def peer() -> tuple[BlockClip, list[Gradient]]:
+        alive = found()
+        assert alive is not None  # the optimizers of a chain live as long as it
+        return alive.clip, gradients(alive.all_tensors())
+
+    peers.append(peer)
+    optimizer.clip.peers = peers
 
 
 def _blocks_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[BlockType, ...]]:
@@ -121,7 +134,9 @@ def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> di
     return found if None in betas else {**found, "betas": tuple(betas)}
 
 
-def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list[tuple[BlockType, ...]]) -> None:
+def _attach(
+    wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list[tuple[BlockType, ...]]
+) -> BlockwiseOptimizer | None:
     """Tells the optimizer what Megatron's wrapper has put into it, and makes its state.
 
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
@@ -136,7 +151,7 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
 
     optimizer, shards = run_on_all_ranks(checked, "building the optimizer")
     if optimizer is None:
-        return
+        return None
     schedule = BlockSchedule.checked(settings.block_schedule)
     optimizer.block_schedule = None if schedule is None else schedule.fitted(optimizer, megatron_arguments())
     policy = save_policy(wrapper, maps.recorded, settings.row_parallel_sums)
@@ -148,6 +163,7 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, blocks: list
     save_for_any_layout(wrapper, optimizer)
     if is_rank_zero():
         logger.warning(optimizer.describe())  # of this stage's and slice's parameters; Megatron shows warnings only
+    return optimizer
 
 
 def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:

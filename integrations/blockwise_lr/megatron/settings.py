@@ -51,7 +51,7 @@ class BlockSettings:
         accept_mismatch, ratio_fade_steps: as for BlockwiseAdamW: in what a loaded checkpoint may differ.
         block_schedule: a schedule in place of Megatron's warmup and decay: {"type": "BlockwiseWSD", ...}, as in a ds_config.
             Steps count iterations of ``samples_per_step`` samples (Megatron's global batch where it is left out).
-        block_clip: largest gradient norm of block types, beside --clip-grad, which goes before. Not with expert parallelism.
+        block_clip: largest gradient norm of block types, beside --clip-grad, which goes before.
     """
 
     kind: str = "blockwise_adamw"
