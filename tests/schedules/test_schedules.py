@@ -108,6 +108,17 @@ def test_the_tokens_of_short_steps_are_few(optimizer):
     assert again.tokens == 150 and again.last_batch_iteration == 2
 
 
+def test_tokens_are_counted_in_a_chain_of_torchs_schedulers(optimizer):
+    ours = optimizer()
+    schedule = SCHEDULES["BlockwiseWarmupLinear"](ours, 1000, 0, tokens_per_step=100)
+    first = torch.optim.lr_scheduler.ConstantLR(ours, factor=0.5)
+    chain = torch.optim.lr_scheduler.SequentialLR(ours, [first, schedule], milestones=[3])
+    stepped(ours, chain, 3)
+    for at in (100, 200, 300):
+        assert ours.param_groups[0]["lr"] == pytest.approx(LR + (LOW - LR) * at / 1000)
+        stepped(ours, chain, 1)
+
+
 # ---- what changes between block types and over time
 
 
@@ -316,6 +327,13 @@ def test_an_anneal_on_demand_goes_on_after_a_resume_and_is_forgotten_by_the_chec
 def test_settings_that_cannot_be_meant(name, settings, words, optimizer):
     with pytest.raises(BlockError, match=words):
         SCHEDULES[name](optimizer(), **settings)
+
+
+@pytest.mark.parametrize("tokens, per_step", [(12, None), (-1, 10), (1.5, 10)])
+def test_tokens_that_cannot_be_meant(tokens, per_step, optimizer):
+    schedule = BlockwiseWarmupCosine(optimizer(), 1000, tokens_per_step=per_step)
+    with pytest.raises(BlockError, match="give a whole number, and tokens_per_step"):
+        schedule.step(tokens=tokens)
 
 
 def test_auto_needs_betas():

@@ -32,7 +32,6 @@ class BlockwiseSchedule(LRScheduler):
 
     Attributes:
         curve: its settings and formula.
-        tokens: seen by the completed steps, where lengths count tokens.
     """
 
     curve_type: ClassVar[type[Curve]]
@@ -64,8 +63,7 @@ class BlockwiseSchedule(LRScheduler):
             group["initial_lr"] = peak
         self.min_lrs = [self._group_min_lr(group) for group in inner.param_groups]
         self.start_lrs = self._first_starts(inner)
-        per_step = self.curve.tokens_per_step or 1
-        self.tokens, self._step_tokens = done * per_step, per_step  # torch takes a first step
+        self._more_tokens, self._step_tokens = 0, self._usual
         super().__init__(inner, done)
         self._resumed = False  # a state was loaded and no step taken since
         loaded = weakref.WeakMethod(self._optimizer_was_loaded)  # frameworks load the optimizer after its scheduler
@@ -77,6 +75,15 @@ class BlockwiseSchedule(LRScheduler):
     def last_batch_iteration(self) -> int:
         """Number of completed optimizer steps minus one."""
         return self.last_epoch - 1
+
+    @property
+    def _usual(self) -> int:
+        return self.curve.tokens_per_step or 1
+
+    @property
+    def tokens(self) -> int:
+        """Seen by the completed steps, where lengths count tokens."""
+        return self.last_epoch * self._usual + self._more_tokens
 
     @property
     def position(self) -> int:
@@ -97,14 +104,20 @@ class BlockwiseSchedule(LRScheduler):
         Args:
             last_batch_iteration: completed optimizer steps minus one.
             tokens: of the step that was taken, where lengths count tokens; tokens_per_step where it is not said.
+
+        Raises:
+            BlockError: tokens that are no whole number, 0 or above, or of a schedule whose lengths count steps.
         """
-        per_step = self.curve.tokens_per_step or 1
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 0 or self.curve.tokens_per_step is None):
+            raise BlockError(
+                f"{type(self).__name__}: step was told of {shown(tokens)} tokens; give a whole number, and tokens_per_step to "
+                f"the schedule so that its lengths count tokens"
+            )
         if last_batch_iteration is not None:
-            self.last_epoch = last_batch_iteration
-            self.tokens = last_batch_iteration * per_step
+            self.last_epoch, self._more_tokens = last_batch_iteration, 0
         self._resumed = False
-        self._step_tokens = per_step if tokens is None else tokens
-        self.tokens += self._step_tokens
+        self._step_tokens = self._usual if tokens is None else tokens
+        self._more_tokens += self._step_tokens - self._usual
         super().step()
         self._state_block_lrs()
 
@@ -199,10 +212,9 @@ class BlockwiseSchedule(LRScheduler):
             if key not in _POSITION and state_dict.get(key, now) != now:
                 log.warning("%s goes on with %s = %s; the checkpoint had %s", name, key, now, state_dict[key])
         self.last_epoch = saved + 1
-        per_step = self.curve.tokens_per_step or 1
         counted = state_dict.get("tokens_per_step") is not None
-        self.tokens = state_dict["tokens"] if counted else self.last_epoch * per_step
-        self._step_tokens = per_step
+        self._more_tokens = state_dict["tokens"] - self.last_epoch * self._usual if counted else 0
+        self._step_tokens = self._usual
         self._resumed = True
         self.set_rates()
 
