@@ -28,10 +28,13 @@ class Hooks:
     Attributes:
         ratios: the ratios in force now, by block type; None for a group of another optimizer.
         state_rates: (group, block type -> learning rate): what the next step is to use.
+        own_rates: (Megatron's optimizer, samples so far, peak, minimum, ratios) -> the base rate and those by block type, where
+            a schedule of ours takes the place of ``get_lr``; None where not.
     """
 
     ratios: Callable[[Mapping[str, Any]], Mapping[str, float] | None]
     state_rates: Callable[[dict[str, Any], Mapping[str, float]], None]
+    own_rates: Callable[..., tuple[float, Mapping[str, float]] | None]
 
 
 def _install(undo: Undo, hooks: Hooks) -> None:
@@ -48,6 +51,11 @@ def _install(undo: Undo, hooks: Hooks) -> None:
                 peak, low = group.get("max_lr", self.max_lr), group.get("min_lr", self.min_lr)
                 # of 0.15's scale_lr_cond, with which its step multiplies; later always 1
                 scale = group.get("lr_mult", 1.0)
+                own = hooks.own_rates(self.optimizer, self.num_steps, peak, low, ratios)
+                if own is not None:
+                    group["lr"] = scale * own[0]
+                    hooks.state_rates(group, {block: scale * rate for block, rate in own[1].items()})
+                    continue
                 peaks = {block: ratio * peak for block, ratio in ratios.items()}
                 hooks.state_rates(
                     group,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion
+from blockwise_lr import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseRAdam
 from blockwise_lr.optim.base import BlockwiseOptimizer
 
 
@@ -29,6 +29,9 @@ class Kind:
         plain_error: how far whole steps of the reference kernel may come from those of its form in ``twins``.
         jumps: a step is no continuous function of the gradient (a sign), so that models in which some gradient is nothing but
             rounding noise (BIASED: the biases of k) are left out where gradients are summed in another order.
+        idle: first steps that leave the weights as they are.
+        like: an optimizer that steps elements of the same plan and states, so that of each matrix the default lane runs the
+            case with the most settings; "": none.
     """
 
     optimizer: type[BlockwiseOptimizer]
@@ -36,12 +39,17 @@ class Kind:
     sharded_error: float
     plain_error: float
     jumps: bool = False
+    idle: int = 0
+    like: str = ""
 
 
 KINDS: dict[str, Kind] = {
     "BlockwiseAdamW": Kind(BlockwiseAdamW, "blockwise_adamw", sharded_error=0.0, plain_error=0.0),
     "BlockwiseAdamMini": Kind(BlockwiseAdamMini, "blockwise_adam_mini", sharded_error=1e-6, plain_error=1e-6),
     "BlockwiseLion": Kind(BlockwiseLion, "blockwise_lion", sharded_error=0.0, plain_error=1e-6, jumps=True),
+    "BlockwiseRAdam": Kind(
+        BlockwiseRAdam, "blockwise_radam", sharded_error=0.0, plain_error=0.0, idle=5, like="BlockwiseAdamW"
+    ),
 }
 BIASED = ("gpt2", "gpt_neox", "gpt")
 
@@ -59,7 +67,10 @@ def with_kinds(cases: Sequence[Sequence[Any]], kinds: Iterable[str] = KINDS) -> 
         for kind in kinds
         if not (KINDS[kind].jumps and any(value in BIASED for value in case if isinstance(value, str)))
     ]
-    covers = [{number, *((kind, value) for value in _values(case))} for number, kind, case in combined]
+    covers = [
+        {number, kind} if KINDS[kind].like else {number, kind, *((kind, value) for value in _values(case))}
+        for number, kind, case in combined
+    ]
     missing = set().union(*covers)
     default: set[int] = set()
     while missing:

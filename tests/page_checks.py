@@ -30,7 +30,7 @@ from blockwise_lr.blocks.rules import ROLES
 from blockwise_lr.blocks.user_rules import UserRule
 from blockwise_lr.cli import app
 from blockwise_lr.optim import CLASSES
-from blockwise_lr.schedules import BlockwiseWarmupCosine
+from blockwise_lr.schedules import SCHEDULES
 from blockwise_lr.transformers import FACTORIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def known_keys():
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, DeepSpeedZeroConfig
 
     in_ds_config = {value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str)}
-    schedule = inspect.signature(BlockwiseWarmupCosine).parameters
+    schedule = {name for kind in SCHEDULES.values() for name in inspect.signature(kind).parameters}
     return {
         *known_options(),
         *map(str, BlockType),

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from kinds import KINDS
 
+# optimizers with a column of their own; the others step as one of them does, see kinds.Kind.like
+COLUMNS = [name for name, kind in KINDS.items() if not kind.like]
 FILE = Path(__file__).resolve().parents[1] / "integrations" / "blockwise_lr" / "SUPPORT.md"
 TESTED, REFUSED, UNTESTED = "tested", "refused", "untested"
 
@@ -36,14 +38,14 @@ class Row:
 
 def both(test: str) -> dict[str, str]:
     """The same tests for all optimizers."""
-    return dict.fromkeys(KINDS, test)
+    return dict.fromkeys(COLUMNS, test)
 
 
 def each(test: str | Callable[[str], str]) -> dict[str, str]:
     """A test's cases that name the optimizer, after what is given or where the function puts it."""
     if callable(test):
-        return {name: test(name) for name in KINDS}
-    return {name: f"{test}.*{name}(?![A-Za-z])" for name in KINDS}
+        return {name: test(name) for name in COLUMNS}
+    return {name: f"{test}.*{name}(?![A-Za-z])" for name in COLUMNS}
 
 
 def verdict(tests: str, outcomes: Mapping[str, bool]) -> str:
@@ -66,9 +68,9 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
         "",
     ]
     for title, rows in sections.items():
-        lines += [f"## {title}", "", f"| feature | {' | '.join(KINDS)} | |", "|---|" + "---|" * len(KINDS) + "---|"]
+        lines += [f"## {title}", "", f"| feature | {' | '.join(COLUMNS)} | |", "|---|" + "---|" * len(COLUMNS) + "---|"]
         lines += [
-            f"| {row.feature} | {' | '.join(verdict(row.tests.get(name, ''), outcomes) for name in KINDS)} | {row.note} |"
+            f"| {row.feature} | {' | '.join(verdict(row.tests.get(name, ''), outcomes) for name in COLUMNS)} | {row.note} |"
             for row in rows
         ]
         lines.append("")
@@ -77,5 +79,7 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
 
 def counts(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> dict[str, int]:
     """How many cells have each word."""
-    words = [verdict(row.tests.get(name, ""), outcomes) for rows in sections.values() for row in rows for name in KINDS]
+    words = [
+        verdict(row.tests.get(name, ""), outcomes) for rows in sections.values() for row in rows for name in COLUMNS
+    ]
     return {word: words.count(word) for word in (TESTED, REFUSED, UNTESTED)}

@@ -6,6 +6,7 @@ models' own forward passes, and the optimizers are torch's AdamW and a loop over
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -196,6 +197,8 @@ def paper_lr(step: int, ratio: float, lr: float, min_lr: float, warmup: int, tot
 class TorchAdamW:
     """torch.optim.AdamW with a group per block type and decay."""
 
+    kind: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+
     def __init__(
         self, twin: Twin, betas: tuple[float, float], eps: float, decay: float, ratios: dict[str, float]
     ) -> None:
@@ -209,13 +212,25 @@ class TorchAdamW:
             }
             for key in keys
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
+        self.optimizer = self.kind(groups, betas=betas, eps=eps)
 
     def step(self, lr_of: Callable[[float], float]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr_of(self.ratios[group["block"]])
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class TorchRAdam(TorchAdamW):
+    """torch.optim.RAdam with a group per block type and decay; the five steps that it takes unrectified have a rate of 0, as
+    the official code skips them."""
+
+    kind, UNRECTIFIED = functools.partial(torch.optim.RAdam, decoupled_weight_decay=True), 5
+    steps = 0
+
+    def step(self, lr_of: Callable[[float], float]) -> None:
+        self.steps += 1
+        super().step(lr_of if self.steps > self.UNRECTIFIED else lambda ratio: 0.0)
 
 
 class LoopAdamMini:
@@ -279,7 +294,12 @@ class PlainLion:
             p.grad = None
 
 
-REFERENCES = {"BlockwiseAdamW": TorchAdamW, "BlockwiseAdamMini": LoopAdamMini, "BlockwiseLion": PlainLion}
+REFERENCES = {
+    "BlockwiseAdamW": TorchAdamW,
+    "BlockwiseAdamMini": LoopAdamMini,
+    "BlockwiseLion": PlainLion,
+    "BlockwiseRAdam": TorchRAdam,
+}
 
 
 def token_ids(steps: int, accumulation: int, ranks: int, batch: int = 2, length: int = 12) -> torch.Tensor:

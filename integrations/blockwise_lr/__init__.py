@@ -7,7 +7,7 @@ from typing import Any
 from . import framework_marks, optim
 from ._version import __version__
 from .blocks import BlockError, BlockMap, BlockType, map_blocks
-from .optim import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion
+from .optim import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseMuon, BlockwiseRAdam
 
 __all__ = [
     "BlockError",
@@ -16,6 +16,8 @@ __all__ = [
     "BlockwiseAdamMini",
     "BlockwiseAdamW",
     "BlockwiseLion",
+    "BlockwiseMuon",
+    "BlockwiseRAdam",
     "__version__",
     "map_blocks",
 ]

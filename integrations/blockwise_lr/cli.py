@@ -1,4 +1,4 @@
-"""The command line: ``blockwise-lr inspect``, ``plan``, ``sharpness``, ``tune``, ``families`` and ``doctor``."""
+"""The commands: ``inspect``, ``plan``, ``sharpness``, ``tune``, ``schedule``, ``diagnose``, ``families`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
+from .diagnosis import diagnose
 from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
 from .planning.command import made_with
+from .schedule_view import ratio_of, schedule
 from .tuning.command import tune
 
 app = typer.Typer(
@@ -68,7 +70,7 @@ def inspect(
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
     contradicts the map; 2: bad input."""
     try:
-        ratios = dict(_ratio(item) for item in ratio or ())
+        ratios = dict(ratio_of(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
         rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
@@ -104,18 +106,6 @@ def _verify(target: str, rules: list[dict] | None) -> None:
         typer.echo(f"unmapped, and by what it feeds: {json.dumps(rule)}", err=True)
     if found.contradicted:
         raise typer.Exit(EXIT_CONTRADICTED)
-
-
-def _ratio(item: str) -> tuple[str, float | str]:
-    name, _, value = item.partition("=")
-    if name in PRESETS and not value:
-        return "preset", name
-    try:
-        return name, float(value)
-    except ValueError:
-        raise BlockError(
-            f"--ratio {item} is not BLOCK=NUMBER, as in qk=4, and no preset ({', '.join(PRESETS)})"
-        ) from None
 
 
 def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> None:
@@ -231,6 +221,8 @@ def sharpness(
 
 
 app.command()(tune)
+app.command()(schedule)
+app.command()(diagnose)
 
 
 def _activation_bytes(*arguments: Any, **options: Any) -> int:

@@ -59,6 +59,45 @@ def test_deepspeed_takes_the_json(path):
     assert schedule.min_lrs == [pytest.approx(params["lr"] / 20)]
 
 
+VARIANTS = sorted(CONFIGS.glob("variants/*.json"))
+FIRST_BASE = 6e-4
+
+
+def differences(one, other, where=""):
+    """The keys in which two nested dicts differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return set() if one == other else {where}
+    return {found for key in {*one, *other} for found in differences(one.get(key), other.get(key), f"{where}/{key}")}
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_a_variant_differs_in_what_it_is_named_for(path):
+    DeepSpeedConfig = pytest.importorskip("deepspeed.runtime.config").DeepSpeedConfig
+    from blockwise_lr.optim import CLASSES
+    from blockwise_lr.schedules import SCHEDULES
+
+    settings = json.loads(path.read_text())
+    base = json.loads((CONFIGS / "deepspeed" / "llama-0.25b.zero1.json").read_text())
+    assert differences(settings, base) <= {
+        *("/optimizer/type", "/scheduler/type", "/scheduler/params/meet_lr"),
+        *(f"/optimizer/params/{name}" for name in ("lr", "min_lr", "betas", "eps", "weight_decay")),
+    }
+    parsed = DeepSpeedConfig(settings)
+    model = load_model(str(CONFIGS / "models" / "llama-0.25b.json"))
+    kind = CLASSES[parsed.optimizer_name]
+    optimizer = kind(model.named_parameters(), block_map=map_blocks(model), **parsed.optimizer_params)
+    schedule = SCHEDULES[parsed.scheduler_name](optimizer, **parsed.scheduler_params)
+    assert schedule.min_lrs == [pytest.approx(parsed.optimizer_params["lr"] / (10 if "wsd" in path.name else 20))]
+    words = (CONFIGS / "variants" / f"{path.stem.split('.')[2]}.args").read_text().split()
+    value = {word: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
+    assert value.get("--optimizer", "blockwise_adamw") == f"blockwise_{kind.rule.name}"
+    assert float(value.get("--lr", FIRST_BASE)) == parsed.optimizer_params["lr"]
+    assert float(value.get("--min-lr", FIRST_BASE / 20)) == pytest.approx(schedule.min_lrs[0])
+    if "--block-schedule" in words:
+        given = dict(word.split("=") for word in words[words.index("--block-schedule") + 2 :])
+        assert given == {name: str(value) for name, value in parsed.scheduler_params.items()}
+
+
 def flags(path):
     return path.read_text().split()
 

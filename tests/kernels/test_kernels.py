@@ -81,8 +81,9 @@ def tensors(numel, seed, dtype=torch.float32):
     )
 
 
-def values(rule, plan, step=3):
-    group = {"betas": (0.9, 0.95), "eps": 1e-8}
+def values(rule, plan, step=7, **options):
+    """Those of a step that every rule moves weights in."""
+    group = {**rule.Options().group_defaults(), "betas": (0.9, 0.95), "eps": 1e-8, **options}
     return StepValues(
         tuple(0.01 * (i + 1) for i in range(len(plan.classes))),
         tuple(0.1 * i for i in range(len(plan.classes))),
@@ -123,7 +124,20 @@ def close(found, wanted):
         assert float((a - b).norm() / b.norm().clamp_min(1e-30)) < 1e-6, name
 
 
-@pytest.fixture(params=RULES)
+@pytest.mark.parametrize("unrectified", ["skip", "sgd"])
+def test_steps_of_radam_that_are_not_rectified(unrectified, kernel):
+    rule, found = RULES["radam"], []
+    numel, fragments, used = shard(random.Random(1))
+    plan = element_plan(numel, fragments, used)
+    for by in (kernel, REFERENCE):
+        param, grad, *states = (t.to(device_of(by)) for t in tensors(numel, 5))
+        by.step(rule, [Work(param, grad, states, plan, values(rule, plan, 3, unrectified=unrectified))])
+        found.append([t.cpu() for t in (param, *states)])
+    close(*found)
+    assert torch.equal(found[0][0], tensors(numel, 5)[0]) == (unrectified == "skip")
+
+
+@pytest.fixture(params=[name for name, rule in RULES.items() if not rule.whole_matrices])  # Muon's bodies are AdamW's
 def rule(request):
     return RULES[request.param]
 
@@ -175,7 +189,7 @@ def works(rule, kernel, seeds):
         moments = None
         if rule.segment_state is not None:
             moments = torch.rand(plan.slots, generator=torch.Generator().manual_seed(seed)).to(device)
-        made.append(Work(param, grad, states, plan, values(rule, plan, 3 + seed % 7 // 6), out, moments))
+        made.append(Work(param, grad, states, plan, values(rule, plan, 7 + seed % 7 // 6), out, moments))
     return made
 
 
@@ -277,7 +291,7 @@ def test_many_tiles_and_several_steps_of_a_real_optimizer():
         for kernel in ("reference", "auto"):
             model = make("gpt2")
             optimizer = kind(model.named_parameters(), lr=1e-2, block_map=map_blocks(model), kernel=kernel)
-            for number in range(5):
+            for number in range(8):
                 generator = torch.Generator().manual_seed(number)
                 for p in model.parameters():
                     p.grad = torch.randn(p.shape, generator=generator)

@@ -51,11 +51,13 @@ def reference(
     schedule: str = "megatron",
     vector_biases: bool = False,
     layers: int = 2,
+    limits: tuple[tuple[str, float], ...] = (),
 ) -> tuple[dict, dict, list[float]]:
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
     "adam" is torch's AdamW with one learning rate. In bf16 the twin computes in it and keeps fp32 weights and gradients.
     Megatron's groups take all ranks, so a pool of one rank computes it (:func:`prepared`) and the others read it.
+    ``limits`` are largest gradient norms of block types, beside the global one.
     The "paper" schedule begins with update 1 of the warmup and ends with ``steps``, Megatron's begins with 0.
     """
     assert dist.get_world_size() == 1, "call prepared() first"
@@ -70,6 +72,9 @@ def reference(
         for number, batch in enumerate(batches(steps)):
             losses.append(sum(twin.backward(ids, 1 / BATCH, dtype) / BATCH for ids in batch.split(1)))
             twin.clip(CLIP)
+            for block, limit in limits:
+                leaves = [leaf.tensor for leaf in twin.leaves.values() if leaf.block == block]
+                torch.nn.utils.clip_grad_norm_(leaves, limit)
             optimizer.step(
                 lambda ratio: (
                     megatron_lr(number, ratio)
@@ -257,7 +262,12 @@ def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings:
     In bf16 the difference is that of the fp32 weights' changes over all steps.
     """
     first, wanted, _ = reference(
-        variant, kind, steps, torch.bfloat16 if layout.bf16 else torch.float32, layers=layout.layers
+        variant,
+        kind,
+        steps,
+        torch.bfloat16 if layout.bf16 else torch.float32,
+        layers=layout.layers,
+        limits=tuple((settings.get("block_clip") or {}).items()),
     )
     found, apart = trained(variant, kind, layout, steps, first, **settings)
     if layout.bf16:

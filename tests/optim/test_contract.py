@@ -29,6 +29,7 @@ def build(kind, model, params=None, **options):
     if kind == "torch AdamW":
         return torch.optim.AdamW(params, foreach=False, **settings)
     cls = CLASSES[kind.removesuffix(" cpp")]
+    settings["unrectified"] = "sgd"  # RAdam's first steps move weights too
     settings = {name: value for name, value in settings.items() if name in cls.Options.model_fields}
     return cls(
         params,
@@ -258,9 +259,9 @@ def test_a_groups_own_decay_holds_for_its_norms(kind):
     model = make("llama")
     named = dict(model.named_parameters())
     norm = ("model.norm.weight", named.pop("model.norm.weight"))
-    optimizer = CLASSES[kind.removesuffix(" cpp")](
-        list(named.items()), lr=LR, weight_decay=0.5, block_map=map_blocks(model)
-    )
+    cls = CLASSES[kind.removesuffix(" cpp")]
+    options = {"unrectified": "sgd"} if "unrectified" in cls.Options.model_fields else {}
+    optimizer = cls(list(named.items()), lr=LR, weight_decay=0.5, block_map=map_blocks(model), **options)
     optimizer.add_param_group({"params": [norm], "weight_decay": 0.25})
     before = weights(model)
     for p in model.parameters():

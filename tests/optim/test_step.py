@@ -27,7 +27,12 @@ def flat_gradients(model, steps):
     return [torch.cat([grad.reshape(-1) for grad in gradients(model, step).values()]) for step in range(steps)]
 
 
-def whole(kind, model, steps=3, **settings):
+def enough(kind):
+    """Steps, of which at least three move the weights."""
+    return 3 + KINDS[kind].idle
+
+
+def whole(kind, model, steps=None, **settings):
     """The model's weights after steps of the optimizer on whole parameters."""
     optimizer = KINDS[kind].optimizer(
         model.named_parameters(),
@@ -36,19 +41,19 @@ def whole(kind, model, steps=3, **settings):
         block_map=map_blocks(model),
         **settings,
     )
-    for step in range(steps):
+    for step in range(enough(kind) if steps is None else steps):
         for name, p in model.named_parameters():
             p.grad = gradients(model, step)[name]
         optimizer.step()
     return {n: p.detach() for n, p in model.named_parameters()}
 
 
-def twin_weights(kind, model_kind, steps=3):
+def twin_weights(kind, model_kind):
     """The same steps on the unfused twin: its leaves' gradients are what autograd makes of the fused ones."""
     model = make(model_kind)
     twin = Twin(model_kind, model)
     optimizer = REFERENCES[kind](twin, BETAS, EPS, DECAY, RATIOS)
-    for step in range(steps):
+    for step in range(enough(kind)):
         given = gradients(model, step)
         sum((value * given[name]).sum() for name, value in twin.values().items()).backward()
         optimizer.step(lambda ratio: ratio * LR)
@@ -76,7 +81,7 @@ def test_any_cut_gives_the_unsharded_step(kind, model, kernel):
             **options_of(kind, {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}),
             kernel=kernel,
         )
-        shards.train(flat_gradients(make(model), 3), early=bool(trial % 2))
+        shards.train(flat_gradients(make(model), enough(kind)), early=bool(trial % 2))
         assert float((shards.weights() - wanted).norm() / wanted.norm()) <= KINDS[kind].sharded_error
 
 

@@ -163,3 +163,38 @@ def test_a_model_of_400_billion_parameters_takes_seconds(tmp_path):
     result = run("inspect", tmp_path, "--format", "json")
     assert sum(json.loads(result.output)["totals"].values()) == pytest.approx(405.9e9, rel=0.001)
     assert time.process_time() - start < 30
+
+
+def test_schedule_prints_every_block_type_and_draws(tmp_path):
+    result = run(
+        "schedule", "BlockwiseWSD", "total_num_steps=30", "warmup_num_steps=2", "meet_lr=lr", "--json", "--rows", 30
+    )
+    assert result.exit_code == 0, result.output
+    rates = json.loads(result.output)["rates"]
+    assert len(rates) == 30 and rates["10"]["embedding"] == pytest.approx(1e-2)
+    assert set(rates["20"].values()) == {1e-3} and [*rates["30"].values()] == pytest.approx([1e-4] * 6)
+    table = run("schedule", "configs/deepspeed/llama-0.25b.zero1.json", "--rows", 3)
+    assert "BlockwiseWarmupCosine, lr 0.0006, min_lr 3e-05" in table.output and "50,000" in table.output
+    assert (
+        run(
+            "schedule", "BlockwiseInfinite", "cooldown_num_steps=9", "constant_factor=0.5", "--plot", tmp_path / "a.svg"
+        ).exit_code
+        == 0
+    )
+    assert (tmp_path / "a.svg").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["Cosine"], "use one of BlockwiseWarmupCosine"),
+        (["BlockwiseWSD"], "write total_num_steps=..."),
+        (["BlockwiseWSD", "total_num_steps=30", "decay=3"], "unknown parameter 'decay'"),
+        (["BlockwiseWSD", "total_num_steps=30", "--ratio", "kv=3"], "unknown block type 'kv'"),
+        (["BlockwiseWSD", "total_num_steps=30", "--plot", "a.txt"], "FILE.svg or FILE.png"),
+        (["missing.json"], "No such file"),
+    ],
+)
+def test_bad_schedules_are_refused(arguments, words):
+    result = run("schedule", *arguments)
+    assert result.exit_code == 2 and words in result.output

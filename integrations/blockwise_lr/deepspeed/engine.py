@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.utils import log_dist
 
@@ -71,11 +72,24 @@ def attach(engine: Any) -> None:
     optimizer.attach(Attachment(shards, SavePolicy(recorded_map=whole_map, collective_load=shards is not None)))
     if _is_zero(wrapper):
         serve_optimizer_states(wrapper, optimizer)
-    if isinstance(optimizer, SegmentwiseOptimizer):
+    if optimizer.block_clip:
+        run_on_all_ranks(lambda: _refuse_partial_norms(engine, optimizer), "attaching the optimizer")
+    if isinstance(optimizer, SegmentwiseOptimizer) or optimizer.block_clip:
         run_on_all_ranks(lambda: prereduce_once_per_step(wrapper, optimizer), "attaching the optimizer")
     _save_for_any_layout(engine, optimizer)
     _report_to_monitor(engine, optimizer)
     log_dist(f"{optimizer.describe()}; get_lr() is the base rate, block_lrs(engine) has all", ranks=[0])
+
+
+def _refuse_partial_norms(engine: Any, optimizer: BlockwiseOptimizer) -> None:
+    """Raises BlockError where other ranks hold other parameters, whose squares block_clip's norms would lack."""
+    groups = () if optimizer.shards is None else [group for group in optimizer.shards.groups if group is not None]
+    parts = isinstance(engine.module, PipelineModule) or engine.autotp_size() > 1 or engine.mpu is not None
+    if parts or engine.has_moe_layers or any(dist.get_world_size(group) < dist.get_world_size() for group in groups):
+        raise BlockError(
+            "block_clip needs every block type's gradients over data-parallel ranks alone, and this engine has tensor, "
+            "pipeline or expert parallelism, or shards over a part of the ranks; leave it out, and use gradient_clipping"
+        )
 
 
 def check_built(engine: Any) -> None:

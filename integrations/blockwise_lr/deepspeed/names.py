@@ -9,10 +9,10 @@ from typing import Any
 
 from ..blocks import BlockError
 from ..blocks.types import did_you_mean
-from ..schedules import BlockwiseWarmupCosine
+from ..schedules import SCHEDULES
 from .build import OPTIMIZER_TYPES
 
-SCHEDULER_TYPES = {"BlockwiseWarmupCosine": BlockwiseWarmupCosine}
+SCHEDULER_TYPES = SCHEDULES
 _OF_THE_ENGINE = ("self", "optimizer")  # what DeepSpeed fills in
 
 
@@ -22,9 +22,9 @@ def meant(name: Any, known: Iterable[str]) -> str | None:
     if not isinstance(name, str) or name in known:
         return None
     lowered = {own.lower(): own for own in known}
-    close = difflib.get_close_matches(
-        name.lower(), lowered, 1, cutoff=0.0 if name.lower().startswith("blockwise") else 0.8
-    )
+    is_ours = name.lower().startswith("blockwise")
+    begun = [own for own in lowered if is_ours and own.startswith(name.lower())]  # of a name cut short
+    close = begun or difflib.get_close_matches(name.lower(), lowered, 1, cutoff=0.0 if is_ours else 0.8)
     return lowered[close[0]] if close else None
 
 

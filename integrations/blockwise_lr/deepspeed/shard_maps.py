@@ -75,7 +75,8 @@ def _partitioned(view: PartitionedView, optimizer: BlockwiseOptimizer, module: t
         found.append((flat, fragments))
     if optimizer.segment_plans:
         _add_cuts_of_copies(cuts, optimizer, module)
-    return ShardMap(found, {name: cut for name, cut in cuts.items() if len(cut.positions)})
+    cut = {name: cut for name, cut in cuts.items() if len(cut.positions)}
+    return ShardMap(found, cut, groups=list(view.process_groups))
 
 
 def _add_cuts_of_copies(
@@ -94,9 +95,10 @@ def _add_cuts_of_copies(
 
 def _stage3(view: Stage3View, optimizer: BlockwiseOptimizer) -> ShardMap:
     """ZeRO-3: every parameter is cut evenly over the ranks, and a rank's pieces are laid one after another."""
-    found, cuts = [], {}
+    found, cuts, groups = [], {}, []
     for pieces, flat in zip(view.pieces, view.flats):
         fragments = []
+        groups.append(pieces[0].group if pieces else None)
         for piece in pieces:
             name = _name(optimizer, piece.parameter)
             start = dist.get_rank(group=piece.group) * piece.size
@@ -107,7 +109,7 @@ def _stage3(view: Stage3View, optimizer: BlockwiseOptimizer) -> ShardMap:
             if len(positions):
                 cuts[name] = ShardBoundaries(positions, piece.group)
         found.append((flat, fragments))
-    return ShardMap(found, cuts)
+    return ShardMap(found, cuts, groups=groups)
 
 
 def _unsharded(view: UnfusedView, optimizer: BlockwiseOptimizer) -> ShardMap:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -16,13 +18,15 @@ from ..blocks.layout import Rate
 from ..collective.errors import is_rank_zero, run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
+from ..optim.clipping import BlockClip, Gradient, gradients
 from ..patches.megatron_optimizer import in_place_of_adam as _in_place_of_adam
 from ..rules.base import UpdateRule
 from ..rules.param_groups import LOWEST, block_lrs
 from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
 from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
-from .settings import KINDS, BlockSettings
+from .schedule import BlockSchedule
+from .settings import KINDS, BlockSettings, megatron_arguments
 from .shard_maps import shard_map
 
 logger = logging.getLogger(__name__)
@@ -57,8 +61,33 @@ def build(
     rates = _rates_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)
-    _attach(wrapper, maps, settings, rates)
+    optimizer = _attach(wrapper, maps, settings, rates)
+    if optimizer is not None and optimizer.block_clip:
+        experts = any(not getattr(p, "allreduce", True) for group in param_groups for p in group["params"])
+        _clip_together(optimizer, model_chunks[0], experts)
     return wrapper
+
+
+# Of each model (its first chunk), the optimizers of ours that Megatron chains: experts have one of their own. Process-wide, as
+# Megatron builds them one after another and tells none of the others.
+_chained: WeakKeyDictionary[torch.nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _clip_together(optimizer: BlockwiseOptimizer, first_chunk: torch.nn.Module, are_experts: bool) -> None:
+    """Lets the optimizers that Megatron chains take the norms of block types over all of them; it has scaled and clipped the
+    gradients of all before it steps the first."""
+    if not are_experts:  # which come last
+        _chained[first_chunk] = []
+    peers = _chained.setdefault(first_chunk, [])
+    found = weakref.ref(optimizer)
+
+    def peer() -> tuple[BlockClip, list[Gradient]]:
+        alive = found()
+        assert alive is not None  # the optimizers of a chain live as long as it
+        return alive.clip, gradients(alive.all_tensors())
+
+    peers.append(peer)
+    optimizer.clip.peers = peers
 
 
 def _rates_of_groups(param_groups: Sequence[Mapping[str, Any]], block_map: BlockMap) -> list[tuple[Rate, ...]]:
@@ -88,6 +117,7 @@ def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Calla
             kernel=settings.kernel,
             accept_mismatch=settings.accept_mismatch,
             ratio_fade_steps=settings.ratio_fade_steps,
+            block_clip=settings.block_clip or {},
             **own,
         )
 
@@ -105,7 +135,9 @@ def _rule_options(rule: UpdateRule, given: Mapping[str, Any], config: Any) -> di
     return found if None in betas else {**found, "betas": tuple(betas)}
 
 
-def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, rates: list[tuple[Rate, ...]]) -> None:
+def _attach(
+    wrapper: Any, maps: ChunkMaps, settings: BlockSettings, rates: list[tuple[Rate, ...]]
+) -> BlockwiseOptimizer | None:
     """Tells the optimizer what Megatron's wrapper has put into it, and makes its state.
 
     The state, step included, has to be there before a checkpoint is loaded: DistributedOptimizer.state_dict asserts one
@@ -120,7 +152,9 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, rates: list[
 
     optimizer, shards = run_on_all_ranks(checked, "building the optimizer")
     if optimizer is None:
-        return
+        return None
+    schedule = BlockSchedule.checked(settings.block_schedule)
+    optimizer.block_schedule = None if schedule is None else schedule.fitted(optimizer, megatron_arguments())
     policy = save_policy(wrapper, maps.recorded, settings.row_parallel_sums)
     optimizer.attach(Attachment(shards, policy, rates))
     for group in optimizer.param_groups:
@@ -130,6 +164,7 @@ def _attach(wrapper: Any, maps: ChunkMaps, settings: BlockSettings, rates: list[
     save_for_any_layout(wrapper, optimizer)
     if is_rank_zero():
         logger.warning(optimizer.describe())  # of this stage's and slice's parameters; Megatron shows warnings only
+    return optimizer
 
 
 def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:

@@ -11,6 +11,7 @@ from ..patches import megatron_arguments, megatron_log, megatron_optimizer, mega
 from ..patches.symbols import has_module
 from ..rules.param_groups import ratio_now, state_block_lrs
 from .build import build, current_block_lrs
+from .schedule import schedule_in
 from .settings import KINDS, BlockSettings, add_arguments, attach_settings, forget, remember, settings_of
 
 
@@ -51,6 +52,8 @@ def register(
     kernel: str = "auto",
     accept_mismatch: Iterable[str] = (),
     ratio_fade_steps: int = 0,
+    block_schedule: Mapping[str, Any] | None = None,
+    block_clip: Mapping[str, float] | float | None = None,
 ) -> Registration:
     """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw" or "blockwise_adam_mini")``.
 
@@ -77,6 +80,8 @@ def register(
         "kernel": kernel,
         "accept_mismatch": accept_mismatch,
         "ratio_fade_steps": ratio_fade_steps,
+        "block_schedule": block_schedule,
+        "block_clip": block_clip,
     }
     settings = BlockSettings(**given)
     undo = apply_patches()
@@ -108,6 +113,13 @@ def _ratios(group: Mapping[str, Any]) -> dict[str, float] | None:
     return {block: ratio_now(group, block) for block in ratios} if ratios else None
 
 
+def _own_rates(
+    optimizer: Any, samples: int, peak: float, low: float, ratios: Mapping[str, float]
+) -> tuple[float, Mapping[str, float]] | None:
+    schedule = schedule_in(optimizer)
+    return None if schedule is None else schedule.rates(samples, peak, low, ratios)
+
+
 _OPTIMIZER = megatron_optimizer.Hooks(
     kinds=KINDS,
     optimizer_type=BlockwiseOptimizer,
@@ -115,6 +127,6 @@ _OPTIMIZER = megatron_optimizer.Hooks(
     attach_settings=attach_settings,
     build=build,
 )
-_SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs)
+_SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs, own_rates=_own_rates)
 _ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
 _LOG = megatron_log.Hooks(rates=current_block_lrs)

@@ -9,16 +9,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..blocks import PRESETS, BlockError
-from ..blocks.types import shown
+from ..blocks.types import block_values, shown
 from ..blocks.user_rules import own_blocks, user_rules
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions
+from .schedule import BlockSchedule
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
 
-KINDS: Mapping[str, type[BlockwiseOptimizer]] = {f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values()}
+# without those that need whole matrices, of which Megatron's optimizers hold slices and shards
+KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
+    f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values() if not kind.rule.whole_matrices
+}
 
 
 class _AnyKind(OptimizerOptions):
@@ -45,6 +49,9 @@ class BlockSettings:
             over tensor-parallel ranks, one second moment more per row and rank, and a result that depends on TP.
         kernel: "auto", or a kernel's name.
         accept_mismatch, ratio_fade_steps: as for BlockwiseAdamW: in what a loaded checkpoint may differ.
+        block_schedule: a schedule in place of Megatron's warmup and decay: {"type": "BlockwiseWSD", ...}, as in a ds_config.
+            Steps count iterations of ``samples_per_step`` samples (Megatron's global batch where it is left out).
+        block_clip: largest gradient norm of block types, beside --clip-grad, which goes before.
     """
 
     kind: str = "blockwise_adamw"
@@ -56,6 +63,8 @@ class BlockSettings:
     kernel: str = "auto"
     accept_mismatch: tuple[str, ...] = ()
     ratio_fade_steps: int = 0
+    block_schedule: Mapping[str, Any] | None = None
+    block_clip: Mapping[str, float] | float | None = None
 
     def __post_init__(self) -> None:
         """Refuses bad values before any model is built, and values of other types, which usually mean something else."""
@@ -66,8 +75,13 @@ class BlockSettings:
                 f"row_parallel_sums is {shown(self.row_parallel_sums)}; write True or False, without quotes"
             )
         options = _AnyKind.checked(
-            {name: getattr(self, name) for name in vars(self) if name in OptimizerOptions.model_fields}
+            {
+                name: getattr(self, name)
+                for name in vars(self)
+                if name in OptimizerOptions.model_fields and (name, getattr(self, name)) != ("block_clip", None)
+            }
         )
+        BlockSchedule.checked(self.block_schedule)
         object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
         object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
@@ -114,7 +128,7 @@ def settings_of(config: Any) -> BlockSettings | None:
     attached = getattr(config, _ATTACHED, None)
     if attached is not None:
         return attached
-    arguments = _megatron_arguments()
+    arguments = megatron_arguments()
     if getattr(arguments, "yaml_cfg", None) is not None and (_asked or config.optimizer in KINDS):
         raise BlockError(
             f"--yaml-cfg makes Megatron ignore all flags, and with them the settings of "
@@ -143,10 +157,27 @@ def _from_flags(kind: str, arguments: argparse.Namespace) -> BlockSettings:
         arguments.adam_mini_row_sums,
         accept_mismatch=tuple(arguments.accept_mismatch or ()),
         ratio_fade_steps=arguments.ratio_fade_steps,
+        block_schedule=_schedule(arguments),
+        block_clip=arguments.block_clip,
     )
 
 
-def _megatron_arguments() -> Any:
+_WARMUPS = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
+
+
+def _schedule(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Raises BlockError where a warmup is given twice."""
+    given = arguments.block_schedule
+    twice = [name for name in _WARMUPS if getattr(arguments, name, None)]
+    if given and twice:
+        raise BlockError(
+            f"--{twice[0].replace('_', '-')} is {getattr(arguments, twice[0])} and --block-schedule takes the place of "
+            f"Megatron's warmup and decay; leave it out and give warmup_num_steps there"
+        )
+    return given
+
+
+def megatron_arguments() -> Any:
     """Megatron's parsed arguments, or None where megatron.training is not in use or has parsed none yet."""
     try:
         return upstream_megatron.global_arguments()
@@ -194,6 +225,26 @@ class BlockValues(argparse.Action):
             )
             raise argparse.ArgumentError(self, f"{error}{hint}") from None
         setattr(namespace, self.dest, dict(values))
+
+
+class Schedule(argparse.Action):
+    """``TYPE KEY=VALUE …``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = dict(values)
+        if len(given) < len(values):
+            raise argparse.ArgumentError(self, "give one type, and each setting once")
+        try:
+            BlockSchedule.checked(given)
+        except BlockError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        setattr(namespace, self.dest, given)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -258,6 +309,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.",
     )
+    group.add_argument(
+        "--block-clip",
+        nargs="+",
+        type=_limit,
+        action=BlockValues,
+        metavar="BLOCK=NORM",
+        help="Largest gradient norm of block types, each over the whole model, after --clip-grad.",
+    )
+    group.add_argument(
+        "--block-schedule",
+        nargs="+",
+        type=_setting,
+        action=Schedule,
+        metavar="TYPE KEY=VALUE",
+        help="In place of Megatron's warmup and decay: a scheduler type as in a ds_config and its settings, as in BlockwiseWSD "
+        "total_num_steps=50000 warmup_num_steps=1000. Steps are iterations; the minimum is --min-lr.",
+    )
     return parser
 
 
@@ -280,8 +348,24 @@ def _pair(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not BLOCK=NUMBER, as in embedding=10") from None
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE``, a value being JSON or a word; a word alone is the type."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        return "type", name
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _ratio(text: str) -> tuple[str, float | str]:
     return ("preset", text) if text in PRESETS else _pair(text)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    pair = _pair(text)
+    return _checked(pair, lambda: block_values(dict([pair]), "block_clip", positive=True))
 
 
 def _steps(text: str) -> int:

@@ -38,7 +38,17 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
     params = [part.parameter for part in parts]
     flats = [(part.tensor, [Fragment(_name(block_map, part.parameter), part.start, part.size, 0)]) for part in parts]
     cuts = _cuts(wrapper, block_map) if is_distributed(wrapper) else {}
-    return ShardMap(flats, cuts, _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {})
+    splits = _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {}
+    # the group that Megatron sums its own gradient norm over
+    groups = [wrapper.get_grad_stats_parallel_group()] * max(len(flats), 1)
+    return ShardMap(flats, cuts, splits, groups, [_is_counted(param) for param in params])
+
+
+def _is_counted(param: torch.Tensor) -> bool:
+    """Whether this rank counts a parameter in a norm over all: not a tied embedding's copy, nor a TP rank's whole copy."""
+    if getattr(param, "shared", False):
+        return False
+    return marks_of(param).split_axis is not None or slice_group(param).rank() == 0
 
 
 def _name(block_map: BlockMap, param: torch.Tensor) -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # made from their rules at run time; so that they serve as ty
 
     class BlockwiseLion(BlockwiseOptimizer): ...
 
+    class BlockwiseRAdam(BlockwiseOptimizer): ...
+
+    class BlockwiseMuon(BlockwiseOptimizer): ...
+
 
 __all__ = [
     "CLASSES",

@@ -31,6 +31,7 @@ from ..rules.base import State, UpdateRule
 from ..rules.options import OptimizerOptions, own_of_rules
 from ..rules.param_groups import advance_fade, block_lrs, change_ratios, class_decay, group_lr, rates_by_block
 from .attachment import Attachment
+from .clipping import BlockClip
 from .groups import listed, names_of, settings_of, tensors_of
 from .saving import Saving
 from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_numel, write_back
@@ -46,11 +47,19 @@ _KEPT = (
     "_block_rules",
     "own_blocks",
     "bias_segments",
+    "block_clip",
+    "grad_power",
 )
 
 logger = logging.getLogger(__name__)
 
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
+
+
+def _to_power(grad: torch.Tensor | None, power: float) -> None:
+    """sign(g) |g|^power, in place."""
+    if grad is not None:
+        grad.copy_(grad.sign() * grad.abs().pow(power))
 
 
 class Due(NamedTuple):
@@ -81,6 +90,9 @@ class BlockwiseOptimizer(Saving):
     rule: ClassVar[UpdateRule]
     Options: ClassVar[type[OptimizerOptions]]
     own_blocks: Mapping[str, float | None] = MappingProxyType({})  # the user's, and the ratios that their rules state
+    block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
+    grad_power: float = 1.0
+    block_schedule: Any = None  # an adapter's, whose scheduler asks for it
 
     @staticmethod
     @contextmanager
@@ -132,6 +144,7 @@ class BlockwiseOptimizer(Saving):
         if block_map is not None:
             self.block_map = block_map
         self.rates_of_groups: Sequence[tuple[Rate, ...]] | None = None  # an adapter's, see Attachment
+        self.block_clip, self.grad_power = options.block_clip, options.grad_power
         self.initial_settings: list[dict[str, Any]] = []
         self._forget_tensors()
         self._set_saving()
@@ -162,6 +175,7 @@ class BlockwiseOptimizer(Saving):
         self._copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._placed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors whose memory has been seen to
         self._fragments: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._clip: BlockClip | None = None
 
     # ---- param groups
 
@@ -259,7 +273,7 @@ class BlockwiseOptimizer(Saving):
         """
         for flat, fragments in shards.flats:
             self._check_fragments(row_numel(flat), fragments)
-        self.shards = shards
+        self.shards, self._clip = shards, None
         self.saving = replace(self.saving, collective_load=True)
         self._fragments, self._plans = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         for flat, fragments in shards.flats:
@@ -455,6 +469,22 @@ class BlockwiseOptimizer(Saving):
 
     # ---- the step
 
+    @property
+    def clip(self) -> BlockClip:
+        """What clips gradients by block type; see the option block_clip."""
+        if self._clip is None:
+            shards = self.shards or ShardMap([])
+            flats = [id(flat) for flat, _ in shards.flats]
+            group_of, counted = dict(zip(flats, shards.groups)), dict(zip(flats, shards.counted))
+            self._clip = BlockClip(
+                self.block_clip,
+                self.plan_of,
+                lambda tensor: group_of.get(id(tensor)),
+                [group for group in dict.fromkeys(shards.groups) if group is not None],
+                lambda tensor: counted.get(id(tensor), True),
+            )
+        return self._clip
+
     def init_state(self, tensor: torch.Tensor) -> dict[str, Any]:
         """The state of a tensor, made where it is not there yet: before the first step, or before a load."""
         state = self.state[tensor]
@@ -494,6 +524,11 @@ class BlockwiseOptimizer(Saving):
                 loss = closure()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         due = [self._checked(group, p) for group, p in work]
+        if self.block_clip:
+            self.clip.apply([p for p, _, _ in due])
+        if self.grad_power != 1:
+            for p, _, _ in due:
+                _to_power(p.grad, self.grad_power)
         for p, _, _ in due:
             self.init_state(p)["step"] += 1
             self._place(p)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..blocks import ParamLayout
+from ..blocks import BlockError, BlockMap, ParamLayout
+from ..blocks.types import shown
 from ..checkpoint.units import UnitMoments
 from ..plan.shards import Fragment, ShardMap, split_at_replica_boundaries
 from ..plan.step_plan import StepPlan, segment_plan, slot_numel
@@ -24,6 +26,13 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
     A segment that several shards or tensor-parallel ranks share has one state: its parts' sums of squares are added over the
     ranks by one small all-reduce per process group and step (:mod:`~blockwise_lr.optim.segment_sync`).
     """
+
+    def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
+        if given.get("grad_power", 1) != 1:  # segments' sums are taken of gradients as they come
+            raise BlockError(
+                f"grad_power is {shown(given['grad_power'])}, which {type(self).__name__} does not offer; leave it out"
+            )
+        super()._build(params, given, block_map)
 
     def _forget_tensors(self) -> None:
         super()._forget_tensors()
@@ -84,7 +93,7 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
             grads: (flat tensor, its gradient, factor): the gradient times the factor is what step will be given. The
                 gradient may have another shape or dtype than the tensor, but its elements in the same order.
         """
-        self._prereduced = self.all_reduce_shared(self._partial_sums(grads))
+        self._prereduced = self.all_reduce_shared(self._partial_sums(grads, applied=False))
         for p, _, _ in grads:  # each is waited for, with sums or without
             self._prereduced.setdefault(id(p), torch.empty(0))
 
@@ -93,7 +102,10 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
         """Whether prereduce_segment_sums's sums wait for tensors that are still to be stepped."""
         return bool(self._prereduced)
 
-    def _partial_sums(self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> dict[int, torch.Tensor]:
+    def _partial_sums(
+        self, grads: Sequence[tuple[torch.Tensor, torch.Tensor, float]], *, applied: bool = True
+    ) -> dict[int, torch.Tensor]:
+        """Sums per segment; ``applied``: the gradients are clipped already, where they are to be."""
         sums = {}
         for p, grad, factor in grads:
             plan = self.plan_of(p)
@@ -102,6 +114,8 @@ class SegmentwiseOptimizer(BlockwiseOptimizer):
                 self._kernel(p).sum_squares(row(grad), plan.shared, sums[id(p)])
                 if factor != 1:
                     sums[id(p)].mul_(factor * factor)
+                if self.block_clip and not applied:
+                    self.clip.scale_sums(plan, sums[id(p)])
         return sums
 
     def _in_order(self, sums: dict[int, torch.Tensor]) -> list[torch.Tensor]:

@@ -43,7 +43,7 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
     Raises:
         BlockError: a DTensor with another placement (tensor parallelism, or a shard of another dimension).
     """
-    found, boundaries = [], {}
+    found, boundaries, groups = [], {}, []
     for tensor in tensors:
         if not isinstance(tensor, DTensor):
             continue
@@ -55,7 +55,8 @@ def dtensor_shards(tensors: Iterable[torch.Tensor], name_of: Callable[[torch.Ten
             if len(positions):
                 boundaries[name] = ShardBoundaries(positions, tensor.device_mesh.get_group(dimension))
         found.append((tensor, [Fragment(name, shard_start(tensor, dimension), numel, 0)] if numel else []))
-    return ShardMap(found, boundaries) if found else None
+        groups.append(None if dimension is None else tensor.device_mesh.get_group(dimension))
+    return ShardMap(found, boundaries, groups=groups) if found else None
 
 
 def chunk_numel(tensor: DTensor, dimension: int) -> int:

@@ -67,11 +67,17 @@ class ShardMap:
         flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
         boundaries: parameters that span several shards, in the same order on all ranks. Used by Adam-mini only.
         splits: parameters whose segments span tensor-parallel ranks. Used by Adam-mini only.
+        groups: per flat tensor, the ranks whose tensors in its place are disjoint parts of the same parameters; None: it
+            holds them whole. Empty: all are whole. Used by block_clip only, as is ``counted``.
+        counted: per flat tensor, whether its squares count in a norm over ``groups``: not those of a copy, which another rank
+            counts. Empty: all do.
     """
 
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
     boundaries: Mapping[str, ShardBoundaries] = field(default_factory=dict)
     splits: Mapping[str, TensorParallelSplit] = field(default_factory=dict)
+    groups: Sequence[ProcessGroup | None] = ()
+    counted: Sequence[bool] = ()
 
 
 def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
@@ -101,7 +107,7 @@ def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], Par
         (flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])
         for flat, fragments in shards.flats
     ]
-    return ShardMap(flats, shards.boundaries, shards.splits)
+    return ShardMap(flats, shards.boundaries, shards.splits, shards.groups, shards.counted)
 
 
 def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:

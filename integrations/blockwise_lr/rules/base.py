@@ -69,6 +69,7 @@ class UpdateRule:
         states: element states first, then at most one per segment.
         highest_usual_lr: above what a single learning rate of this rule is usually set to, whatever the model.
         complex_as_pairs: complex parameters are stepped as pairs of real numbers; refused otherwise.
+        whole_matrices: hidden matrices are stepped as wholes (optim/matrixwise.py), only the rest by the bodies.
         cpp: for the C++ kernel: at most two element states, or one and a segment state.
         triton, triton_moment: for the Triton kernel, plain functions that it compiles: ``triton(param, grad, first, second,
             lr, keep, s)`` returns the three updated tensors (``second`` is the segment state, broadcast, where there is
@@ -83,6 +84,7 @@ class UpdateRule:
     states: ClassVar[tuple[State, ...]]
     highest_usual_lr: ClassVar[float] = 1e-2
     complex_as_pairs: ClassVar[bool] = False
+    whole_matrices: ClassVar[bool] = False
     cpp: ClassVar[CppBody | None] = None
     triton: ClassVar[Callable[..., Any] | None] = None
     triton_moment: ClassVar[Callable[..., Any] | None] = None

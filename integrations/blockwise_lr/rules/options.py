@@ -55,6 +55,13 @@ def _at_least_0(value: Any) -> float:
     return number
 
 
+def _positive(value: Any) -> float:
+    number = as_number(value)
+    if number <= 0:
+        raise ValueError("give a finite number above 0")
+    return number
+
+
 def _rate(value: Any) -> Any:
     """A learning rate; a tensor stays one, as torch.optim keeps it."""
     number = _at_least_0(value)
@@ -94,17 +101,24 @@ def one_of(*names: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _own(info: ValidationInfo) -> Mapping[str, float | None]:
+def own_of(info: ValidationInfo) -> Mapping[str, float | None]:
+    """The user's own blocks, and the ratios that their rules state, in a check of options."""
     return info.context["own"] if info.context else {}
 
 
 def _ratios(value: Any, info: ValidationInfo) -> dict[str, float]:
-    return {str(block): ratio for block, ratio in lr_ratios(value, _own(info)).items()}
+    return {str(block): ratio for block, ratio in lr_ratios(value, own_of(info)).items()}
 
 
 def _decays(value: Any, info: ValidationInfo) -> dict[str, float]:
-    found = block_values(value, "block_weight_decay", positive=False, own=_own(info))
+    found = block_values(value, "block_weight_decay", positive=False, own=own_of(info))
     return {str(block): decay for block, decay in found.items()}
+
+
+def _limits(value: Any) -> dict[str, float]:
+    if value is not None and not isinstance(value, Mapping):
+        value = dict.fromkeys(BlockType, value)
+    return {str(block): limit for block, limit in block_values(value, "block_clip", positive=True).items()}
 
 
 def _rules(value: Any) -> Any:
@@ -139,7 +153,7 @@ NotNegative = Annotated[float, BeforeValidator(_at_least_0)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
 
 
-class _Checked(BaseModel):
+class CheckedOptions(BaseModel):
     """Pydantic, with errors that name the option, its value and how to mend it."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -183,7 +197,7 @@ class _Checked(BaseModel):
             raise BlockError(f"{where}{name} {verb} {shown(problem['input'])}; {text}") from None
 
 
-class GroupOptions(_Checked):
+class GroupOptions(CheckedOptions):
     """What a param group may say for itself, and what the optimizer says for all groups, whatever its rule."""
 
     lr: Annotated[Rate, Field(description="the base learning rate, that of the norms")] = 1e-3
@@ -233,6 +247,8 @@ class OptimizerOptions(GroupOptions):
         "accept_mismatch",
         "ratio_fade_steps",
         "adamw_lr",
+        "block_clip",
+        "grad_power",
     )
 
     # whether a good rate of AdamW's says anything about one of this rule's
@@ -265,6 +281,21 @@ class OptimizerOptions(GroupOptions):
             "optimizer, block_map, block_lr_ratios and the other settings' names. Nothing by default"
         ),
     ] = ()
+    block_clip: Annotated[
+        dict[str, float],
+        BeforeValidator(_limits),
+        Field(
+            description="largest gradient norm of block types, each over all of the model, beside what a framework clips "
+            "globally before; a number: of every block type. Nothing by default"
+        ),
+    ] = {}
+    grad_power: Annotated[
+        float,
+        BeforeValidator(_positive),
+        Field(
+            description="GradPower (arXiv 2505.24275): steps take sign(g) |g|^p, after clipping; 1: off. Not for Adam-mini"
+        ),
+    ] = 1.0
     ratio_fade_steps: Annotated[
         int,
         BeforeValidator(_steps),
@@ -281,7 +312,7 @@ class OptimizerOptions(GroupOptions):
             raise BlockError(
                 f"adamw_lr is {shown(values['adamw_lr'])}, and the rates of this optimizer do not follow from AdamW's; give lr"
             )
-        return with_base_lr(values, _own(info))
+        return with_base_lr(values, own_of(info))
 
     @field_validator("accept_mismatch", mode="before")
     @classmethod

@@ -1,5 +1,29 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules: curves, which are pure functions of steps or tokens, and a scheduler for each."""
 
-from .warmup_cosine import BlockwiseWarmupCosine, warmup_cosine
+from .base import BlockwiseSchedule
+from .curves import Curve
+from .schedulers import (
+    SCHEDULES,
+    BlockwiseInfinite,
+    BlockwiseRewarm,
+    BlockwiseWarmupConstant,
+    BlockwiseWarmupCosine,
+    BlockwiseWarmupInverseSqrt,
+    BlockwiseWarmupLinear,
+    BlockwiseWSD,
+)
+from .warmup_cosine import warmup_cosine
 
-__all__ = ["BlockwiseWarmupCosine", "warmup_cosine"]
+__all__ = [
+    "SCHEDULES",
+    "BlockwiseInfinite",
+    "BlockwiseRewarm",
+    "BlockwiseSchedule",
+    "BlockwiseWSD",
+    "BlockwiseWarmupConstant",
+    "BlockwiseWarmupCosine",
+    "BlockwiseWarmupInverseSqrt",
+    "BlockwiseWarmupLinear",
+    "Curve",
+    "warmup_cosine",
+]
