@@ -109,7 +109,7 @@ NotNegative = Annotated[float, BeforeValidator(_at_least_0)]
 Truth = Annotated[bool, BeforeValidator(_truth)]
 
 
-class _Checked(BaseModel):
+class Checked(BaseModel):
     """Pydantic, with errors that name the option, its value and how to mend it."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
@@ -148,7 +148,7 @@ class _Checked(BaseModel):
             raise BlockError(f"{where}{name} {verb} {shown(problem['input'])}; {text}") from None
 
 
-class GroupOptions(_Checked):
+class GroupOptions(Checked):
     """What a param group may say for itself, and what the optimizer says for all groups, whatever its rule."""
 
     lr: Annotated[Rate, Field(description="the base learning rate, that of the norms")] = 1e-3
