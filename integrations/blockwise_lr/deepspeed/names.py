@@ -9,11 +9,14 @@ from typing import Any
 
 from ..blocks import BlockError
 from ..blocks.types import did_you_mean
-from ..schedules import BlockwiseWarmupCosine
+from ..schedules import BlockwiseTokenCosine, BlockwiseWarmupCosine
 from .build import OPTIMIZER_TYPES
 
-SCHEDULER_TYPES = {"BlockwiseWarmupCosine": BlockwiseWarmupCosine}
-_OF_THE_ENGINE = ("self", "optimizer")  # what DeepSpeed fills in
+SCHEDULER_TYPES: dict[str, type[BlockwiseWarmupCosine]] = {
+    "BlockwiseWarmupCosine": BlockwiseWarmupCosine,
+    "BlockwiseTokenCosine": BlockwiseTokenCosine,
+}
+_OF_THE_ENGINE = ("self", "optimizer", "tokens")  # what DeepSpeed fills in
 
 
 def meant(name: Any, known: Iterable[str]) -> str | None:

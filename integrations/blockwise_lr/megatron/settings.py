@@ -15,6 +15,7 @@ from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions
+from . import sequence_length
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
 
@@ -247,6 +248,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="Iterations over which accepted new ratios take over from the checkpoint's; 0: at once.",
     )
+    sequence_length.add_arguments(parser)
     return parser
 
 

@@ -1,5 +1,6 @@
 """Learning-rate schedules."""
 
+from .tokens import BlockwiseTokenCosine
 from .warmup_cosine import BlockwiseWarmupCosine, warmup_cosine
 
-__all__ = ["BlockwiseWarmupCosine", "warmup_cosine"]
+__all__ = ["BlockwiseTokenCosine", "BlockwiseWarmupCosine", "warmup_cosine"]

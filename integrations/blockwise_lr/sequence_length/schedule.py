@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -43,7 +44,7 @@ def _rising(value: Any) -> tuple[int, ...]:
     numbers = tuple(value) if isinstance(value, (list, tuple)) else (None,)
     if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise ValueError("give a list of whole numbers, 1 or above")
-    if any(first >= second for first, second in zip(numbers, numbers[1:])):
+    if any(first >= second for first, second in pairwise(numbers)):
         raise ValueError("give rising numbers: sequences never become shorter again")
     return numbers
 
@@ -214,7 +215,7 @@ class LengthSchedule:
     def steps_for(self, tokens: int, sequences: int) -> int:
         """The steps after which at least so many tokens are trained on."""
         done, left = 0, -(-tokens // sequences)
-        for (first, length), (following, _) in zip(self.changes, self.changes[1:]):
+        for (first, length), (following, _) in pairwise(self.changes):
             needed = -(-left // length)
             if needed <= following - first:
                 return done + needed

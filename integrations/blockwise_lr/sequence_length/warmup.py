@@ -40,7 +40,7 @@ class SequenceLengthWarmup:
         self._hook = module.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
         log.info(self.schedule.describe())
 
-    def _set(self, module: torch.nn.Module, schedule: LengthSchedule) -> None:
+    def _set(self, module: torch.nn.Module, schedule: LengthSchedule, inner: torch.nn.Module | None = None) -> None:
         if warmup_of(module) is not None:
             raise BlockError(
                 f"this {type(module).__name__} has a sequence length warmup already; detach that one first"
@@ -50,7 +50,7 @@ class SequenceLengthWarmup:
         self.module = module
         self.steps_done = 0
         self._tokens_before, self._tokens_here = 0, 0
-        self._names = _positional_names(module)
+        self._names = _positional_names(inner or module)
         object.__setattr__(module, _ATTRIBUTE, self)
 
     @property
@@ -78,6 +78,9 @@ class SequenceLengthWarmup:
     def detach(self) -> None:
         """Gives the model back as it was."""
         self._hook.remove()
+        self._forget()
+
+    def _forget(self) -> None:
         vars(self.module).pop(_ATTRIBUTE, None)
 
     # ---- tokens
@@ -156,6 +159,12 @@ def warmup_of(module: Any) -> SequenceLengthWarmup | None:
     return None
 
 
+def cut_of_trainer(trainer: Any) -> Callable[[Any], Any] | None:
+    """What cuts the batches of a Hugging Face Trainer; None where neither its engine nor its model has a warmup."""
+    found = warmup_of(getattr(trainer, "model_wrapped", None)) or warmup_of(getattr(trainer, "model", None))
+    return None if found is None else found.cut
+
+
 def settings(options: WarmupOptions) -> dict[str, Any]:
     """Options as plain values that every process writes alike."""
     found = options.model_dump()
@@ -181,4 +190,5 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def _inner(module: Any) -> torch.nn.Module | None:
     if isinstance(module, (DistributedDataParallel, torch.nn.DataParallel)):
         return module.module
-    return getattr(module, "_modules", {}).get("_orig_mod")
+    modules = getattr(module, "__dict__", {}).get("_modules", {})
+    return modules.get("_orig_mod")
