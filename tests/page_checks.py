@@ -50,7 +50,7 @@ MEGATRON_FLAGS = FLAG.findall("""
     --use-torch-fsdp2 --weight-decay --yaml-cfg
 """)
 # keys of a ds_config that are ours, or that DeepSpeed has no constant for
-OTHER_KEYS = {"checksums", "sequence_length_warmup", *WarmupOptions.model_fields, "bias", "pixels"}
+OTHER_KEYS = {"checksums", "sequence_length_warmup", *WarmupOptions.model_fields, "bias", "pixels", "total_num_tokens"}
 # names in code of others that is not installed
 OTHER_WORDS = {"build_llama_models"}
 
