@@ -78,7 +78,7 @@ def test_pretrain_trains_as_on_rows_cut_by_hand(data, tmp_path):  # noqa: F811
     assert len(losses(logs)[1]) >= 8 and len(norms(logs)[1]) == 8
     tokens = 4 * sum(LENGTHS)
     assert f"iteration 8 sequence length: 32 | tokens: {tokens} |" in logs[1]
-    assert "8 to 32 tokens over 6 steps, in multiples of 4; 7 distinct lengths" in logs[0]
+    assert "12 to 32 tokens over 6 steps, in multiples of 4; 6 distinct lengths" in logs[0]
     # the length that a checkpoint keeps is the full one, and a run goes on from it to the bit
     load = ["--load", str(tmp_path), "--ckpt-step", "3", "--use-checkpoint-args"]
     codes, resumed = launch(data, *WARMUP, "--use-distributed-optimizer", *load)

@@ -61,7 +61,7 @@ def start_warmup(engine: Any) -> None:
 
 
 def _schedule_of(engine: Any) -> LengthSchedule | None:
-    READS.check_instance(engine, engine._config)
+    READS.check_instance(engine._config)
     config = engine._config._param_dict
     for key in config:
         if key != KEY and difflib.get_close_matches(str(key), [KEY], 1, cutoff=0.85):
@@ -76,6 +76,7 @@ def _schedule_of(engine: Any) -> LengthSchedule | None:
         return None
     if not isinstance(given, Mapping):
         raise BlockError(f'{KEY} is {shown(given)}; write {{"start": 64, "end": 1024, "steps": 45000}}')
+    READS.check_instance(engine)
     if engine.sequence_parallel_size > 1:
         raise BlockError(
             f"{KEY} does not go with DeepSpeed's sequence parallelism, under which each of {engine.sequence_parallel_size} "

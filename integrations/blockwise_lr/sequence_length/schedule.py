@@ -224,9 +224,9 @@ class LengthSchedule:
 
     def describe(self) -> str:
         """One line for a log."""
-        at = self.changes[-1][0]
+        first, at = self.changes[0][1], self.changes[-1][0]
         return (
-            f"sequence length warmup: {self.first} to {self.full} tokens over {at} steps, in multiples of {self.multiple}; "
+            f"sequence length warmup: {first} to {self.full} tokens over {at} steps, in multiples of {self.multiple}; "
             f"{len(self.changes)} distinct lengths, each a shape to compile or tune for"
         )
 
