@@ -31,6 +31,7 @@ from blockwise_lr.blocks.user_rules import UserRule
 from blockwise_lr.cli import app
 from blockwise_lr.optim import CLASSES
 from blockwise_lr.schedules import SCHEDULES
+from blockwise_lr.sequence_length import WarmupOptions
 from blockwise_lr.transformers import FACTORIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,7 +51,7 @@ MEGATRON_FLAGS = FLAG.findall("""
     --use-torch-fsdp2 --weight-decay --yaml-cfg
 """)
 # keys of a ds_config that are ours, or that DeepSpeed has no constant for
-OTHER_KEYS = {"checksums"}
+OTHER_KEYS = {"checksums", "sequence_length_warmup", *WarmupOptions.model_fields, "bias", "pixels", "total_num_tokens"}
 OWN_BLOCKS = {"vision"}  # names that our pages give to blocks of a reader's own
 # names in code of others that is not installed
 OTHER_WORDS = {"build_llama_models"}

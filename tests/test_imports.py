@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels",),
     ("checkpoint",),
     ("optim",),
-    ("schedules",),
+    ("schedules", "sequence_length"),
     ("measure",),
     ("tuning",),
     ("planning",),

@@ -9,11 +9,13 @@ from typing import Any
 
 from ..blocks import BlockError
 from ..blocks.types import did_you_mean
-from ..schedules import SCHEDULES
+from ..schedules import SCHEDULES, BlockwiseTokenCosine
+from ..schedules.base import BlockwiseSchedule
 from .build import OPTIMIZER_TYPES
 
-SCHEDULER_TYPES = SCHEDULES
-_OF_THE_ENGINE = ("self", "optimizer")  # what DeepSpeed fills in
+# decay by tokens needs what counts them, which under Megatron is --lr-decay-tokens
+SCHEDULER_TYPES: dict[str, type[BlockwiseSchedule]] = {**SCHEDULES, "BlockwiseTokenCosine": BlockwiseTokenCosine}
+_OF_THE_ENGINE = ("self", "optimizer", "tokens")  # what DeepSpeed fills in
 
 
 def meant(name: Any, known: Iterable[str]) -> str | None:

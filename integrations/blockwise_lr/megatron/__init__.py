@@ -9,6 +9,7 @@ from ..patches import upstream_megatron
 upstream_megatron.UPSTREAM.check()  # before the imports below, which would fail on another Megatron with less to say
 
 from .door import Registration, register  # noqa: E402
+from .sequence_length import cut_batches, length_schedule  # noqa: E402
 from .settings import KINDS, BlockSettings  # noqa: E402
 
-__all__ = ["KINDS", "BlockSettings", "Registration", "register"]
+__all__ = ["KINDS", "BlockSettings", "Registration", "cut_batches", "length_schedule", "register"]

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..optim.base import BlockwiseOptimizer
-from ..patches import megatron_arguments, megatron_log, megatron_optimizer, megatron_schedule, upstream_megatron
+from ..patches import (
+    megatron_arguments,
+    megatron_log,
+    megatron_optimizer,
+    megatron_schedule,
+    megatron_sequence_length,
+    megatron_token_decay,
+    upstream_megatron,
+)
 from ..patches.symbols import has_module
 from ..rules.param_groups import ratio_now, state_block_lrs
 from .build import build, current_block_lrs
 from .schedule import schedule_in
+from .sequence_length import cut_batches, length_now, report, token_decay
 from .settings import KINDS, BlockSettings, add_arguments, attach_settings, forget, remember, settings_of
 
 
@@ -99,7 +108,12 @@ def apply_patches() -> Callable[[], None]:
     undos = [megatron_optimizer.PATCH.apply(_OPTIMIZER), megatron_schedule.PATCH.apply(_SCHEDULE)]
     if has_module("megatron.training"):
         upstream_megatron.TRAINING.check()
-        undos += [megatron_arguments.PATCH.apply(_ARGUMENTS), megatron_log.PATCH.apply(_LOG)]
+        undos += [
+            megatron_arguments.PATCH.apply(_ARGUMENTS),
+            megatron_log.PATCH.apply(_LOG),
+            megatron_sequence_length.PATCH.apply(_LENGTHS),
+            megatron_token_decay.PATCH.apply(_DECAY),
+        ]
 
     def undo() -> None:
         for step in reversed(undos):
@@ -130,3 +144,5 @@ _OPTIMIZER = megatron_optimizer.Hooks(
 _SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs, own_rates=_own_rates)
 _ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
 _LOG = megatron_log.Hooks(rates=current_block_lrs)
+_LENGTHS = megatron_sequence_length.Hooks(length=length_now, cut=cut_batches, done=report)
+_DECAY = megatron_token_decay.Hooks(place=token_decay)

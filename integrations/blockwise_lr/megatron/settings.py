@@ -15,6 +15,7 @@ from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions
+from . import sequence_length
 from .schedule import BlockSchedule
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
@@ -326,6 +327,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="In place of Megatron's warmup and decay: a scheduler type as in a ds_config and its settings, as in BlockwiseWSD "
         "total_num_steps=50000 warmup_num_steps=1000. Steps are iterations; the minimum is --min-lr.",
     )
+    sequence_length.add_arguments(parser)
     return parser
 
 

@@ -12,6 +12,7 @@ from .schedulers import (
     BlockwiseWarmupLinear,
     BlockwiseWSD,
 )
+from .tokens import BlockwiseTokenCosine
 from .warmup_cosine import warmup_cosine
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "BlockwiseInfinite",
     "BlockwiseRewarm",
     "BlockwiseSchedule",
+    "BlockwiseTokenCosine",
     "BlockwiseWSD",
     "BlockwiseWarmupConstant",
     "BlockwiseWarmupCosine",

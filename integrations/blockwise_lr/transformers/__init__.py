@@ -5,9 +5,10 @@ Not needed with DeepSpeed: use ``TrainingArguments(deepspeed=...)`` and ``import
 
 from __future__ import annotations
 
+from .sequence_length import SequenceLengthCallback
 from .trainer import FACTORIES, OptimizerFactory
 
-__all__ = ["FACTORIES", "OptimizerFactory", *FACTORIES]
+__all__ = ["FACTORIES", "OptimizerFactory", "SequenceLengthCallback", *FACTORIES]
 
 
 def __getattr__(name: str) -> type[OptimizerFactory]:
