@@ -1,6 +1,6 @@
 """Names and shapes that Transformer Engine's modules have in Megatron's layer specs, and the block of each, by hand.
 
-Transformer Engine does not import without a GPU, so the parameters are written from its source (main of August 2026, 2.20.0.dev0):
+Transformer Engine does not import without a GPU, so the parameters are written from its source (2.20.0.dev0, August 2026):
 Linear registers `weight` and `bias`, LayerNormLinear adds `layer_norm_weight` and `layer_norm_bias`, GroupedLinear registers
 `weight0`, `bias0`, ... (or one `weight`, a GroupedTensor, with single_grouped_weight), DotProductAttention `softmax_offset`.
 `_extra_state` is in state dicts, and no parameter.
