@@ -145,7 +145,7 @@ MISTAKES = {
     ),
     "a config that is not there": (
         lambda: told_by_the_shell("inspect", "configs/llama.json"),
-        ["configs/llama.json"],
+        ["'configs/llama.json' is no file", "config.json", "package.module:factory"],
     ),
 }
 
