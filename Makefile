@@ -14,7 +14,7 @@ JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 EXTRAS = deepspeed,megatron,transformers,tune,plan,examples,test,dev
 
-.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix figures bench setup setup312 clean help
+.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
@@ -27,6 +27,7 @@ help:
 	@echo "make fuzz           1,000 random configurations on two ranks against an unfused twin (20 minutes)"
 	@echo "make support        run the tests and write the table of what is supported"
 	@echo "make matrix         run a part of the tests on every supported version of DeepSpeed and Megatron (tests/matrix)"
+	@echo "make dist           build wheel and sdist in dist/, and try them in a bare environment (1 to 3 minutes)"
 	@echo "make figures        redraw the tables and pictures of examples/reproduce from its rows"
 	@echo "make bench          measure optimizer steps, and saving and loading, side by side"
 	@echo "make clean          remove the environments, what was built and what the demo wrote"
@@ -97,6 +98,12 @@ support: setup
 matrix: setup
 	@PYTHON312=$(abspath $(VENV312))/bin/python $(RUN) tests/matrix/run.py $(MATRIX)
 
+# wheel and sdist; what is tried afterwards sees nothing of this checkout
+dist: setup
+	@rm -rf dist
+	@$(RUN) -m build --outdir dist . > /dev/null
+	@$(RUN) tests/packaging/check.py dist
+
 # redraws the evidence page's tables and pictures from its rows
 figures: setup
 	@$(RUN) examples/reproduce/figures.py
@@ -108,4 +115,4 @@ bench: setup
 	@$(RUN) tests/bench/save.py
 
 clean:
-	rm -rf $(VENV) $(VENV312) build runs
+	rm -rf $(VENV) $(VENV312) build dist runs

@@ -71,6 +71,14 @@ SEGMENT_SUMS = InstancePatch(
     why="ZeRO scales and steps one param group after another; Adam-mini's sums of all go in one all-reduce before",
     until="DeepSpeed scales all gradients before it steps",
 )
+ONE_DIVISION = InstancePatch(
+    name="deepspeed-one-division",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=(Symbol(ENGINE + ".backward", why="a decorator hides its signature"),),
+    why="before 0.19.6 gradients are divided by gradient_accumulation_steps twice where a model returns loss and logits",
+    until="DeepSpeed before 0.19.6 is supported no more",
+)
 LEARNING_RATES = InstancePatch(
     name="deepspeed-learning-rates",
     package=PACKAGE,
@@ -86,6 +94,7 @@ INSTANCE_PATCHES = (
     STATE_PLACES,
     STATE_ACCESS,
     SEGMENT_SUMS,
+    ONE_DIVISION,
     LEARNING_RATES,
 )
 STEPS = InstancePatch(

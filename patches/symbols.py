@@ -196,15 +196,16 @@ class Declared:
         """Raises PatchError unless the installed package is of the versions and has the symbols that this needs."""
         version = self.installed_version()
         if version is None:
-            raise PatchError(
-                f"{self.name!r} needs {self.package}, which is not installed; install {self.package}{self.versions}"
-            )
+            raise PatchError(f"{self.package} is not installed; {self._install()}")
         if not is_in(version, self.versions):
             raise PatchError(
-                f"{self.name!r} was written for {self.package} {self.versions}, and {version} is "
-                f"installed; install a version of that range or a newer blockwise-lr"
+                f"{self.package} {version} is installed, which {self.name!r} was not written for; {self._install()}, or a "
+                f"newer blockwise-lr"
             )
         self.refuse(symbol.problem() for symbol in self.symbols_here())
+
+    def _install(self) -> str:
+        return f'pip install "{self.package}{self.versions}"'
 
     def refuse(self, problems: Iterable[str | None]) -> None:
         """Raises PatchError with the first problem there is."""

@@ -62,9 +62,8 @@ def start(model: torch.nn.Module, settings: dict, **arguments: Any) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     deepspeed.init_distributed("gloo" if deepspeed.get_accelerator().device_name() == "cpu" else None)
-    if (
-        deepspeed.__version__ == "0.18.9"
-    ):  # it flattens with autograd on where memory allows, and gloo gathers into no such tensor
+    if deepspeed.__version__ in ("0.18.7", "0.18.8", "0.18.9"):
+        # they flatten with autograd on where memory allows, and gloo gathers into no such tensor
         deepspeed.get_accelerator().available_memory = lambda *_: 0
     if "mpu" not in arguments:  # DeepSpeed keeps that of the last engine of the process, and takes it for this one's
         deepspeed.utils.groups.mpu = None

@@ -136,7 +136,7 @@ def test_a_changed_signature_is_refused_and_nothing_is_left_changed():
         patch_of(Symbol("torch.gone:value")).apply()
 
 
-@pytest.mark.parametrize("version, words", [("0.1", "0.1 is installed"), (None, "which is not installed")])
+@pytest.mark.parametrize("version, words", [("0.1", "0.1 is installed"), (None, "is not installed; pip install")])
 def test_another_version_is_refused(monkeypatch, version, words):
     def of(package):
         if version is None:

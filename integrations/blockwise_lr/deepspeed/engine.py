@@ -15,7 +15,8 @@ from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
 from ..optim.segmentwise import SegmentwiseOptimizer
 from ..patches import undo_instance
-from ..patches.deepspeed_instances import LEARNING_RATES, UNIVERSAL_LOADS
+from ..patches.deepspeed_instances import LEARNING_RATES, ONE_DIVISION, UNIVERSAL_LOADS
+from ..patches.deepspeed_variants import DIVIDES_AT_EACH_OUTPUT
 from ..patches.upstream_deepspeed import BF16, UPSTREAM, ZERO3, ZERO12, is_a
 from .agreement import compare_slices, is_callable
 from .flats import correct_mappings
@@ -78,6 +79,8 @@ def attach(engine: Any) -> None:
     if isinstance(optimizer, SegmentwiseOptimizer) or optimizer.block_clip:
         run_on_all_ranks(lambda: prereduce_once_per_step(wrapper, optimizer), "attaching the optimizer")
     _save_for_any_layout(engine, optimizer)
+    if DIVIDES_AT_EACH_OUTPUT.here and not is_pipeline:
+        _divide_loss(engine)
     _report_to_monitor(engine, optimizer)
     log_dist(f"{optimizer.describe()}; get_lr() is the base rate, block_lrs(engine) has all", ranks=[0])
 
@@ -145,6 +148,18 @@ def _save_for_any_layout(engine: Any, optimizer: BlockwiseOptimizer) -> None:
             upstream(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
 
     UNIVERSAL_LOADS.apply(wrapper, _load_universal_checkpoint=load)
+
+
+def _divide_loss(engine: Any) -> None:
+    """Divides the loss by gradient_accumulation_steps in place of the gradients at each of the model's outputs."""
+    upstream = engine.backward
+
+    def backward(loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        if scale_wrt_gas:
+            loss = loss / engine.gradient_accumulation_steps()
+        return upstream(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+
+    ONE_DIVISION.apply(engine, backward=backward)
 
 
 def _report_to_monitor(engine: Any, optimizer: BlockwiseOptimizer) -> None:

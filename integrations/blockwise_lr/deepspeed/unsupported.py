@@ -38,6 +38,11 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             "blockwise optimizers do not support zero_optimization.zenflow, which steps parts of the "
             "parameters with an AdamW of its own; remove it"
         )
+    if (getattr(zero, "mics_shard_size", -1) or -1) > 0:  # DeepSpeed before 0.19.6; later ones refuse it themselves
+        raise BlockError(
+            f"blockwise optimizers do not support zero_optimization.mics_shard_size (MiCS, here {zero.mics_shard_size}), "
+            f"which cuts parameters over a part of the ranks; remove it, or use zero_hpz_partition_size"
+        )
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
     _refuse_lost_gradients(config)
     _refuse_lost_states(config)

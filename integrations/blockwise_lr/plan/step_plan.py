@@ -237,8 +237,9 @@ def slot_numel(rectangles: Rectangles) -> tuple[np.ndarray, np.ndarray]:
 def _known(layout: ParamLayout) -> ParamLayout:
     if any(piece.unit is None for piece in layout.pieces):
         raise BlockError(
-            f"{layout.name}: Adam-mini needs the number of heads, and nothing says it (or a tensor-parallel "
-            f"slice cuts heads); pass block_map=map_blocks(model, config={{'num_attention_heads': …}})"
+            f"{layout.name}: Adam-mini needs the number of heads, and nothing says it (or a tensor-parallel slice "
+            f"cuts heads); set model.config = {{'num_attention_heads': 16}}, with your model's number, before the "
+            f"optimizer is built, or pass block_map=map_blocks(model, config=…) where you build it yourself"
         )
     return layout
 
