@@ -12,7 +12,7 @@ from twins import VOCABULARY, Twin, make, token_ids
 
 from blockwise_lr import BlockError, BlockType, BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
 from blockwise_lr.measure import AutoRatios, Updates, measure_updates, rebalanced, snapshot
-from blockwise_lr.schedules import BlockwiseWarmupCosine
+from blockwise_lr.schedules import BlockwiseWarmupCosine, warmup_cosine
 
 IDS = torch.randint(0, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(3))
 
@@ -160,7 +160,7 @@ def test_auto_measures_when_due_and_its_ratios_are_saved():
     assert [number for number, _, _ in auto.history] == [3, 5]
     ratios = optimizer.block_lr_ratios
     assert ratios == auto.history[-1][2] != optimizer.initial_settings[0]["block_lr_ratios"]
-    weight = schedule._weights()
+    weight = warmup_cosine(schedule.last_epoch + 1, schedule.curve.warmup_num_steps, schedule.curve.total_num_steps)
     for block, rate in optimizer.block_lrs()[0].items():
         assert rate == pytest.approx(weight[0] * 1e-3 * ratios[BlockType(block)] + weight[1] * 5e-5)
     model = make("gpt2")
