@@ -309,7 +309,7 @@ def is_missing(word):
 
 def wrong_run(words, out):
     """A command of ours is run, in the project's root; what it writes goes to ``out``."""
-    words = [str(out / word) if before == "--output" else word for before, word in zip(["", *words], words)]
+    words = [str(out / word) if before in ("--output", "--plot") else word for before, word in zip(["", *words], words)]
     if "FOLDER" in words:  # a saved model, and token ids for it, that stand in for the reader's
         make("llama").save_pretrained(out / "model")
         np.save(out / "ids.npy", np.arange(10_000, dtype=np.uint16) % VOCABULARY)
