@@ -49,6 +49,38 @@ TIMM = {
     "norm.weight": (VECTOR, "norm"),
     "head.weight": (TABLE, "head"),
 }
+TIMM_OTHERS = {  # Swin; BEiT and XCiT; EVA; distilled DeiT; SigLIP's pooling by attention
+    "patch_embed.norm.weight": (VECTOR, "norm"),
+    "layers.0.blocks.0.attn.relative_position_bias_table": ((49, 4), "qk"),
+    "layers.0.blocks.0.mlp.fc1.bias": ((4 * W,), "ffn"),
+    "layers.1.downsample.reduction.weight": ((2 * W, 4 * W), "ffn"),
+    "head.fc.weight": (TABLE, "head"),
+    "blocks.0.gamma_1": (VECTOR, "norm"),
+    "blocks.0.gamma3": (VECTOR, "norm"),
+    "blocks.0.attn.temperature": ((4, 1, 1), "qk"),
+    "blocks.0.attn.q_proj.weight": (SQUARE, "qk"),
+    "blocks.0.attn.v_proj.bias": (VECTOR, "vo"),
+    "blocks.0.mlp.fc1_g.weight": ((4 * W, W), "ffn"),
+    "blocks.0.mlp.norm.weight": ((4 * W,), "norm"),
+    "fc_norm.bias": (VECTOR, "norm"),
+    "dist_token": ((1, 1, W), "embedding"),
+    "head_dist.weight": (TABLE, "head"),
+    "attn_pool.latent": ((1, 1, W), "embedding"),
+    "attn_pool.q.weight": (SQUARE, "qk"),
+    "attn_pool.proj.weight": (SQUARE, "vo"),
+    "attn_pool.mlp.fc2.weight": ((W, 4 * W), "ffn"),
+}
+TORCHVISION = {  # ViT, whose attention is torch's own; MViT's positions
+    "class_token": ((1, 1, W), "embedding"),
+    "conv_proj.weight": ((W, 3, 4, 4), "embedding"),
+    "encoder.pos_embedding": ((1, 17, W), "embedding"),
+    "encoder.layers.encoder_layer_0.ln_1.weight": (VECTOR, "norm"),
+    "encoder.layers.encoder_layer_0.self_attention.out_proj.weight": (SQUARE, "vo"),
+    "encoder.layers.encoder_layer_0.mlp.0.weight": ((4 * W, W), "ffn"),
+    "encoder.ln.bias": (VECTOR, "norm"),
+    "heads.head.weight": (TABLE, "head"),
+    "pos_encoding.spatial_pos": ((16, W), "embedding"),
+}
 DEEPSPEED_MOE = {
     "layers.0.mlp.deepspeed_moe.gate.wg.weight": ((4, W), "router"),
     "layers.0.mlp.deepspeed_moe.experts.deepspeed_experts.0.fc1.weight": ((4 * W, W), "ffn"),
@@ -63,7 +95,7 @@ PLAIN_BERT = {
 }
 
 
-@pytest.mark.parametrize("known", [PAPER_GPT2, FAIRSEQ, TIMM, DEEPSPEED_MOE, PLAIN_BERT], ids=range(5))
+@pytest.mark.parametrize("known", [PAPER_GPT2, FAIRSEQ, TIMM, TIMM_OTHERS, TORCHVISION, DEEPSPEED_MOE, PLAIN_BERT])
 def test_names_alone(known):
     mapped = map_names({name: shape for name, (shape, _) in known.items()}, heads=HEADS)
     assert {name: str(p.blocks[0]) for name, p in mapped.items()} == {name: block for name, (_, block) in known.items()}
@@ -73,6 +105,8 @@ def test_names_alone(known):
 def test_fused_weights_of_vision_transformers():
     layout = map_names({"blocks.0.attn.qkv.weight": (3 * W, W)}, heads=HEADS)["blocks.0.attn.qkv.weight"]
     assert [(p.block.value, p.size, p.unit) for p in layout.pieces] == [("qk", W, 6), ("qk", W, 6), ("vo", W, 1)]
+    pooling = map_names({"attn_pool.kv.weight": (2 * W, W)}, heads=HEADS)["attn_pool.kv.weight"]
+    assert [(p.role, p.size, p.unit) for p in pooling.pieces] == [("k", W, 6), ("v", W, 1)]
 
 
 def test_positions_and_tokens_are_rows():

@@ -13,6 +13,7 @@ from blockwise_lr import BlockError, BlockType, BlockwiseAdamMini, BlockwiseAdam
 from blockwise_lr.blocks.depth import Depths, Layers, Place
 from blockwise_lr.blocks.user_rules import user_rules
 from blockwise_lr.inspection import inspect_model
+from blockwise_lr.measure import AutoRatios
 from blockwise_lr.transformers import BlockwiseAdamWFactory
 
 
@@ -328,3 +329,9 @@ def test_bad_rules(rules, words):
 def test_depth_in_a_model_without_layers():
     with pytest.raises(BlockError, match="has layer_decay, and no numbers in the parameters' names"):
         map_blocks(nn.ModuleDict({"ln": nn.LayerNorm(4)}), rules=[{"match": "*", "layer_decay": 0.5}])
+
+
+def test_auto_ratios_are_of_block_types():
+    model = make("llama")
+    with pytest.raises(BlockError, match=r"blocks of your own \(mlp\), and AutoRatios measures block types"):
+        AutoRatios(model, optimizer_of(model, [{"match": "*.mlp.*", "lr_ratio": 2}]), lambda: [], at={1})

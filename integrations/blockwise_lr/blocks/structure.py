@@ -28,7 +28,9 @@ _NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-_ATTENTION = re.compile(r"Attention(V\d|Subsample)?\Z|Attn\Z|Indexer\Z|MLA\Z")
+_ATTENTION = re.compile(
+    r"Attention(V\d|Subsample|Downsample|PoolLatent|Global)?\Z|Attn\Z|Indexer\Z|MLA\Z|GPSA\Z|MHSA\Z|XCA\Z|AttnConvRelPosEnc\Z|ParallelScalingBlock\Z"
+)
 # spellings of one number in attention modules; the first that is set is used
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_head")
 _Q_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads", "nhead")
@@ -40,6 +42,7 @@ _SIZES = (
     "v_head_dim",
     "kv_lora_rank",
     "key_dim",
+    "val_dim",
     "attention_ratio",
 )
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "num_local_kv_heads")

@@ -16,7 +16,10 @@ QKV = ("q", "k", "v")
 Pieces = tuple[tuple[Piece, ...], int]
 
 # classes that hold attention; the trailing star is the rest of the path, down to the parameter's own module
-WITHIN = "*{Attention,AttentionV2,AttentionSubsample,Attn,AttnBlock,MoA,CCAProjection,MLA}/*"
+WITHIN = (
+    "*{Attention,AttentionV2,AttentionSubsample,AttentionDownsample,AttentionPoolLatent,Attn,AttnBlock,FactorAttnConvRelPosEnc,"
+    "MoA,CCAProjection,MLA,GPSA,MHSA,XCA}/*"
+)
 _NAMED = "*{attn,Attn,attention,Attention}*."  # a parent's name, in the last four parts of a name
 
 
@@ -51,11 +54,27 @@ def _gated_query(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
 
 
 def _levit(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
-    """LeViT: [q, k, v] per head, v wider by the attention's ratio; the layers that shrink hold [k, v]."""
-    key, ratio = sizes(heads, "key_dim", "attention_ratio")
-    q, rest = Piece(QK, key, key, "q"), (Piece(QK, key, key, "k"), Piece(VO, key * ratio, 1, "v"))
-    pieces = (q, *rest) if shape[0] == heads.q * key * (2 + ratio) else rest
+    """LeViT: [q, k, v] per head, v wider by the attention's ratio (timm's states its size); the layers that shrink hold
+    [k, v]."""
+    (key,) = sizes(heads, "key_dim")
+    value = heads.config.get("val_dim") or key * sizes(heads, "attention_ratio")[0]
+    q, rest = Piece(QK, key, key, "q"), (Piece(QK, key, key, "k"), Piece(VO, value, 1, "v"))
+    pieces = (q, *rest) if shape[0] == heads.q * (2 * key + value) else rest
     return pieces, heads.q
+
+
+def _global_window(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """GC ViT: all q, all k, all v; where queries are of the whole picture, all k, all v."""
+    part = heads.q * (heads.head_dim or 1)
+    k, v = Piece(QK, part, heads.head_dim, "k"), Piece(VO, part, 1, "v")
+    return ((k, v) if shape[0] == 2 * part else (Piece(QK, part, heads.head_dim, "q"), k, v)), 1
+
+
+def _parallel_scaling(shape: tuple[int, ...], heads: HeadCounts) -> Pieces:
+    """timm's ViT of 22B's kind: [feed-forward network, all q, all k, all v] in one weight, of a square block's width."""
+    width = shape[1]
+    parts = (Piece(QK, width, heads.head_dim, "q"), Piece(QK, width, heads.head_dim, "k"), Piece(VO, width, 1, "v"))
+    return (Piece(FFN, shape[0] - 3 * width, 1, "up"), *parts), 1
 
 
 def sizes(heads: HeadCounts, *names: str) -> list[int]:
@@ -81,6 +100,12 @@ _SCORES = (
     Rule("*.{r_w_bias,r_r_bias,r_s_bias,r_kernel,seg_embed,pos_bias_u,pos_bias_v,bias_u}", QK, within=WITHIN),
     Rule("*.{bias_v,q_bias,k_bias,logit_scale,A,dt_proj.weight,dt_proj.bias,conv.weight}", QK, within=WITHIN),
     Rule("*.sink_proj.*", QK),
+    Rule("*.{attn,xca}.temperature", QK, batch_dims=None),  # XCiT's, per head
+    Rule("*.attn.{proj_l,gating_param}*", QK),  # CaiT mixes heads' scores, ConViT scores of contents and of positions
+    Rule("*.attn.proj_w.*", VO),  # CaiT mixes heads' weights, behind the softmax
+    Rule("*.attn.attn.*", QK, within="*OutlookAttention/*"),  # VOLO makes its weights of one token
+    Rule("*.crpe.conv_list.*", QK),  # CoaT's relative positions
+    Rule("*.pos_embed.{height_rel,width_rel}", QK),  # BoTNet's
     Rule("*.query", QK, batch_dims=None, within="*AttentionResidual/"),  # Inkling 2 attends over its own layers
     Rule("*.rel_attn.{r,r_w_bias,r_r_bias,r_s_bias,seg_embed}", QK),
     Rule("*.{gru_rel_pos_linear,gru_rel_pos_const}*", QK),  # WavLM: gates of the relative positions
@@ -117,6 +142,13 @@ _FUSED = (
     Rule("*.{to_kv,kv,key_value}.{weight,bias}", split=("k", "v"), within=WITHIN),
     Rule("*.kv_proj.{weight,bias}", split=("k", "v"), within="*JetMoeAttention/*"),
     Rule("*.c_attn.*", split=QKV),
+    Rule("*.qk.{weight,bias}", split=("q", "k"), within=WITHIN),
+    Rule("*.attn_pool.kv.{weight,bias}", split=("k", "v")),
+    Rule("*.{qkv,kv}.linear.*", special=_levit, within="*{Attention,AttentionDownsample}/LinearNorm/*"),
+    Rule("*.qkv.{weight,bias}", special=_global_window, within="*WindowAttentionGlobal/*"),
+    Rule("*.in_proj.weight", special=_parallel_scaling, within="*ParallelScalingBlock/*"),
+    Rule("*.{attn,factoratt_crpe}.to_qkv.*", split=QKV),
+    Rule("*.to_qkv.*", split=QKV, within=WITHIN),
     # all q, all k, all v: timm and the vision towers after it
     Rule("*.{attn,self_attn,attention,self_attention}.qkv.*", split=QKV),
     Rule("*.qkv.{weight,bias}", split=QKV, within=WITHIN),
@@ -137,7 +169,9 @@ _PROJECTIONS = (
     # the down projection of T5's and ModernBERT's feed-forward networks
     Rule("*{DenseReluDense,mlp,ffn,feed_forward}.{wo,Wo}.*", FFN),
     Rule("*.{wo,Wo}.*", FFN, within="*{DenseActDense,DenseGatedActDense,MLP,Mlp,FeedForward,FFN}/*"),
-    Rule("*.{o_proj,wo,Wo}.*", VO),
+    Rule("*.{o_proj,wo,Wo,attn_out_proj}.*", VO),
+    Rule("*.{merge,project}.*", VO, within="*MultiHeadAttention/*"),  # torchvision's MaxViT
+    Rule("*.attn.project.*", VO),  # and MViT
     Rule("*", VO, within="*{SelfOutput,AttentionOutput}/*"),
     Rule(f"*.{_CROSS}.{{c_proj,out_proj,out_lin}}.*", VO),
     Rule(f"*.{_CROSS}.{{dense,output.dense,dense_bias}}*", VO),

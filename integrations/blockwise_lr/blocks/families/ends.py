@@ -13,12 +13,12 @@ _TOKENS = (
     "silence_embeds,sub_img_feature_extensor,global_img_feature_extensor,eoi_embedding,label_embeddings_concat,codevectors"
 )
 _POSITIONS = (
-    "pos_embed,position_embeddings,position_embedding,positional_embedding,positional_embedding_vlm,pos_embedding,"
+    "pos_embed,pos_embed_window,patch_pos,pixel_pos,spatial_pos,temporal_pos,class_pos,position_embeddings,position_embedding,positional_embedding,positional_embedding_vlm,pos_embedding,"
     "pos_emb"
 )
 # modules that make the vectors of tokens: from ids, pixels, frames
 _CLASSES = (
-    "Embeddings,Embedding,Embedder,PatchEmbed,PatchMerging,Stem,ConvStem,Subsampling,SubsamplingConv2D,Subsampler,"
+    "Embeddings,Embedding,Embedder,Embeds,PatchEmbed,PatchMerging,PatchMergingV2,Stem,ConvStem,Subsampling,SubsamplingConv2D,Subsampler,"
     "Conv1dSubsampler,FeatureEncoder,FeatureExtractor,FeatureProjection,FeatureStacking,ConcatEmbeddingToMel,Prenet,"
     "Preprocessor,EmbeddingTable,VectorQuantizer,InklingVisionEncoderLayer"
 )
@@ -46,6 +46,9 @@ PROJECTOR: tuple[Rule, ...] = (
 )
 INPUTS: tuple[Rule, ...] = (
     Rule(f"*.{{{_TOKENS}}}", EMBEDDING, batch_dims=None),
+    Rule("{cls_token_0,cls_token_1,cls_token1,cls_token2,cls_token3,cls_token4}", EMBEDDING, batch_dims=None),
+    Rule("*.attn_pool.latent", EMBEDDING, batch_dims=None),
+    Rule("proj.{weight,bias}", EMBEDDING, within="TNT/Linear/"),  # of a patch's pixels
     Rule(f"*.{{{_POSITIONS}}}{{,_0,_1,1,2,3,4}}", EMBEDDING, batch_dims=None),
     Rule("*.position_embeddings.weights.*", EMBEDDING, batch_dims=None),  # Reformer's, the outer sum of two tables
     Rule(
@@ -93,6 +96,8 @@ OUTPUT_LAYERS: tuple[Rule, ...] = (
 HEADS: tuple[Rule, ...] = (
     Rule("{project_q,quantizer.weight_proj}.{weight,bias}", HEAD),  # wav2vec 2.0's targets, in pre-training only
     Rule(f"*.{{{_HEADS}}}.*", HEAD),
+    # of a whole image classifier; below other names a head may be an attention's
+    Rule("{head,heads,head_dist,aux_head,classif,last_linear,pre_classifier,AuxLogits.fc}.*", HEAD),
     Rule(
         "*",
         HEAD,

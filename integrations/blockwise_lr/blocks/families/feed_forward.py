@@ -9,7 +9,7 @@ FFN, ROUTER = BlockType.FFN, BlockType.ROUTER
 
 _CLASSES = (
     "MLP,Mlp,MLPLayer,MLPBlock,MlpBlock,FFN,FeedForward,FeedForwardNetwork,FFNBlock,DenseActDense,DenseGatedActDense,DenseGatedACT,"
-    "Experts,ParallelExperts,Intermediate,LaurelBlock,AltUp,GLU,GluMlp,ResidualConnection,ConvolutionModule,MessageGate,SnakeBeta,Bottleneck,OutputBottleneck,BottleneckLayer,Upsampling,AMPBlock"
+    "Experts,ParallelExperts,Intermediate,LaurelBlock,AltUp,GLU,GluMlp,ResidualConnection,ConvolutionModule,MessageGate,SnakeBeta,Bottleneck,OutputBottleneck,BottleneckLayer,Upsampling,AMPBlock,CNBlock"
 )
 
 ROUTERS: tuple[Rule, ...] = (
@@ -40,21 +40,29 @@ FEED_FORWARD: tuple[Rule, ...] = (
     Rule("*.DenseReluDense.*", FFN),
     Rule("*.{linear1,linear2}.{weight,bias}", FFN, within="*{EncoderLayer,DecoderLayer}/*"),
     Rule("*.ffn.{weight,bias}", FFN),
+    Rule("*.{mlp_out_proj.weight,mlp_out_proj.bias,mlp_bias}", FFN),
     Rule("*{moe,MoE,mlp,ffn,feed_forward,expert}*.mlp.*", FFN),
 )
 # Where no name says more: after embeddings, projectors and heads.
 CHANNELS: tuple[Rule, ...] = (
     Rule("*", FFN, within=f"*{{{_CLASSES}}}/*"),
-    Rule("*.{mlp,ffn,feed_forward,ff,shared_mlp}.*", FFN),
+    Rule("*.{mlp,ffn,feed_forward,ff,shared_mlp,mlp_layer,linear_tokens}.*", FFN),
     Rule("*.{per_layer_input_gate,per_layer_projection,altup_projections,altup_unembed_projections}.*", FFN),
     Rule("*.{attn_hc,ffn_hc,hc_head}.*", FFN),  # hyper-connections: weights between parallel residual streams
     Rule("*.adapter_modules.*", FFN),
-    Rule("*.proj.*", FFN, within="*HieraLayer/Linear/"),  # the residual of a layer that widens
+    Rule(
+        "*.proj.*", FFN, within="*{HieraLayer,HieraBlock,MultiScaleBlock}/Linear/"
+    ),  # the residual of a layer that widens
+    Rule("*.shortcut_proj_{attn,mlp}.*", FFN),  # and MViT's, called project in torchvision
+    Rule("*.project.*", FFN, within="*MultiscaleBlock/Linear/"),
+    Rule("*.proj.*", FFN, within="TNT/*Block/Linear/"),  # from a patch's pixels to the patch
+    Rule("*.{projs,revert_projs}.*", FFN, within="*MultiScaleBlock/*"),  # CrossViT's, between its branches
+    Rule("*.pool.fc.*", FFN, within="*Pooling/*"),  # PiT's, of the class token where a stage widens
     Rule(
         "*.linear.*", FFN, within="*HybridLayer/Linear/"
     ),  # Zamba's, behind the shared attention and feed-forward layer
     Rule("*.linear.*", FFN, within="*Norm*/Linear/"),  # an adaptive norm's, which makes factors of a condition
     Rule("*.downsample.reduction.*", FFN),
     # a convolution outside of attention and of what makes the input vectors
-    Rule("*", FFN, within="*{Conv1d,Conv2d,Conv3d,ConvTranspose1d,ConvTranspose2d}/*"),
+    Rule("*", FFN, within="*{Conv1d,Conv2d,Conv2dSame,Conv3d,ConvTranspose1d,ConvTranspose2d}/*"),
 )

@@ -26,4 +26,5 @@ MIXERS: tuple[Rule, ...] = (
     Rule(f"*.{{mixer,mamba}}.{{{_PARTS}}}*", SSM),
     Rule("*.linear_attn.*", SSM),
     Rule("*", SSM, within=_WITHIN),
+    Rule("*.rnn_tokens.fc.*", SSM),  # Sequencer's, behind its LSTMs
 )
