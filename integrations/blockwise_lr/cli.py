@@ -6,7 +6,7 @@ import io
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,9 +15,10 @@ from rich.table import Table
 from .blocks import PRESETS, BlockError, BlockType
 from .diagnosis import diagnose
 from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
-from .planning.command import made_with
+from .plan_command import plan
 from .schedule_view import ratio_of, schedule
-from .tuning.command import tune
+from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
+from .tune_command import tune
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One learning rate per Transformer block type.",
 )
-EXIT_BAD_INPUT, EXIT_UNMAPPED, EXIT_CONTRADICTED = 2, 3, 4
 
 
 class Format(str, Enum):
@@ -74,8 +74,7 @@ def inspect(
         own = json.loads(rules.read_text()) if rules else None
         rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
-        typer.echo(f"blockwise-lr inspect: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("inspect", error)
     _write(rows, form, output, every)
     if verify:
         _verify(target, own)
@@ -94,8 +93,7 @@ def _verify(target: str, rules: list[dict] | None) -> None:
     try:
         found = verify(target, rules=rules)
     except (BlockError, ImportError, AttributeError) as error:
-        typer.echo(f"blockwise-lr inspect: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("inspect", error)
     typer.echo(f"verified: {found.proven} parameters feed the attention that the map says", err=True)
     for wrong in found.contradicted:
         typer.echo(
@@ -111,29 +109,21 @@ def _verify(target: str, rules: list[dict] | None) -> None:
 def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> None:
     if form in (Format.svg, Format.png):
         if output is None or output.suffix != f".{form.value}":
-            typer.echo(f"blockwise-lr inspect: --format {form.value} needs --output FILE.{form.value}", err=True)
-            raise typer.Exit(EXIT_BAD_INPUT)
+            refuse("inspect", f"--format {form.value} needs --output FILE.{form.value}")
         try:
             from .picture import draw
 
             draw(rows, output)
         except ImportError as error:
-            typer.echo(f"blockwise-lr inspect: a picture needs matplotlib; pip install matplotlib ({error})", err=True)
-            raise typer.Exit(EXIT_BAD_INPUT) from None
+            refuse("inspect", f"a picture needs matplotlib; pip install matplotlib ({error})")
     elif form is Format.json:
         typer.echo(as_json(rows)) if output is None else output.write_text(as_json(rows) + "\n")
     else:
         _print_rows(rows, output, every)
 
 
-def _console() -> Console:
-    """Standard output; wide where it is no terminal, so that no name is cut in a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
 def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
-    console = _console() if output is None else Console(record=True, width=200, file=io.StringIO())
+    out = console() if output is None else Console(record=True, width=200, file=io.StringIO())
     table = Table()
     table.add_column("parameter", overflow="fold")
     table.add_column("shape", no_wrap=True)
@@ -153,7 +143,7 @@ def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
             f"{row.weight_decay:g}",
             style=style,
         )
-    console.print(table)
+    out.print(table)
     sums = Table("block", title="totals")
     sums.add_column("parameters", justify="right")
     sums.add_column("share", justify="right")
@@ -161,9 +151,9 @@ def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
     for block, numel in totals(rows).items():
         sums.add_row(block, f"{numel:,}", f"{numel / everything:.1%}")
     sums.add_row("all", f"{everything:,}", "")
-    console.print(sums)
+    out.print(sums)
     if output is not None:
-        output.write_text(console.export_text())
+        output.write_text(out.export_text())
 
 
 @app.command()
@@ -188,11 +178,9 @@ def sharpness(
         read = read_batches(tokens, length, batch, batches)
         found = measure_sharpness(load_causal_lm(folder), read, draws=draws, seed=seed)
     except ImportError as error:
-        typer.echo(f"blockwise-lr sharpness needs transformers; install blockwise-lr[transformers] ({error})", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse_without("sharpness", "transformers", "transformers", error)
     except (BlockError, OSError, ValueError) as error:
-        typer.echo(f"blockwise-lr sharpness: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("sharpness", error)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=1))
         return
@@ -210,9 +198,9 @@ def sharpness(
             f"{estimate.error / estimate.sharpness:.0%}",
             over,
         )
-    console = _console()
-    console.print(table)
-    console.print(
+    out = console()
+    out.print(table)
+    out.print(
         "from flat to sharp: "
         + " < ".join(" ~ ".join(b.value for b in level) for level in found.order())
         + "  (~: not told "
@@ -223,15 +211,7 @@ def sharpness(
 app.command()(tune)
 app.command()(schedule)
 app.command()(diagnose)
-
-
-def _activation_bytes(*arguments: Any, **options: Any) -> int:
-    from .transformers.activations import activation_bytes
-
-    return activation_bytes(*arguments, **options)
-
-
-app.command()(made_with(load_model, _activation_bytes))
+app.command()(plan)
 
 
 @app.command()
@@ -248,14 +228,13 @@ def families(
 
         found = [survey(model) for model in PUBLIC_MODELS]
     except ImportError as error:
-        typer.echo(f"blockwise-lr families needs transformers; install blockwise-lr[transformers] ({error})", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse_without("families", "transformers", "transformers", error)
     table = Table("model", "family", caption="depth cut to the fewest layers that show every kind of layer")
     for column in ("mapped parameters", "spans", "unmapped"):
         table.add_column(column, justify="right")
     for row in found:
         table.add_row(row.model, row.family, str(row.mapped), str(row.spans), str(row.unmapped))
-    _console().print(table)
+    console().print(table)
     if any(row.unmapped for row in found):
         raise typer.Exit(EXIT_UNMAPPED)
 
@@ -270,7 +249,7 @@ def _installed() -> None:
     for row in coverage():
         table.add_row(row.category, str(len(row.mapped)), str(len(row.refused)), str(len(row.not_built)))
         refused |= row.refused
-    _console().print(table)
+    console().print(table)
     for name, error in refused.items():
         typer.echo(f"{name}: {error}")
     if refused:
@@ -287,24 +266,24 @@ def doctor(
     from . import __version__
     from . import doctor as report
 
-    console = _console()
+    out = console()
     states = report.patches()
     wrong = [(patch, state) for patch, state in states if report.is_problem(state)]
     for patch, state in wrong:
-        console.print(f"[red]{patch.name}[/red] ({patch.package} {patch.versions}): {state}", highlight=False)
+        out.print(f"[red]{patch.name}[/red] ({patch.package} {patch.versions}): {state}", highlight=False)
     if not wrong:
-        console.print("no problems: all that is installed is of a supported version, or not patched")
+        out.print("no problems: all that is installed is of a supported version, or not patched")
     found = Table("package", "version", title=f"blockwise-lr {__version__}")
     for package, version in report.versions().items():
         found.add_row(package, version)
     found.add_row("apex", report.apex())
-    console.print(found)
+    out.print(found)
     kernels = Table("kernel", "usable")
     for name, state in report.kernels().items():
         kernels.add_row(name, state)
-    console.print(kernels)
+    out.print(kernels)
     if not every:
-        console.print(f"{len(states)} patches and lists of what is read of upstream: blockwise-lr doctor --patches")
+        out.print(f"{len(states)} patches and lists of what is read of upstream: blockwise-lr doctor --patches")
         return
     patches = Table()
     for column in ("patch", "for", "state", "changes", "why"):
@@ -317,7 +296,7 @@ def doctor(
             "\n".join(symbol.path.rpartition(":")[2] for symbol in patch.symbols),
             patch.why,
         )
-    console.print(patches)
+    out.print(patches)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from .blocks import BlockError, map_blocks
 from .inspection import find_factory, load_model
 from .measure.depth import gradient_norms
 from .measure.placement import DEEPNORM, NONE, POST, PRE, REORDERED, SANDWICH, Sublayer, placement_of, placements
+from .terminal import refuse
 
-EXIT_BAD_INPUT = 2
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _VOCABULARY, _MOST = 512, 1_000_000_000
 # of the last layer's gradient at twice the depth over that at the depth; 1 / sqrt(2) is the law of pre-LN
@@ -257,11 +257,9 @@ def diagnose(
         if plot is not None:
             draw(found, plot)
     except ImportError as error:
-        typer.echo(f"blockwise-lr diagnose: a library is missing ({error})", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("diagnose", f"a library is missing ({error})")
     except (BlockError, OSError, ValueError) as error:
-        typer.echo(f"blockwise-lr diagnose: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("diagnose", error)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
         return

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .blocks.presets import PRESETS, lr_ratios
 from .blocks.types import BlockError, BlockType, did_you_mean, finite
 from .schedules.curves import Curve
 from .schedules.schedulers import SCHEDULES
+from .terminal import console, refuse
 
-EXIT_BAD_INPUT = 2
 _SHOWN = ("embedding", "head", "qk", "ffn", "vo", "norm")
 
 
@@ -57,11 +56,9 @@ def schedule(
         if plot is not None:
             draw(curve, name, rate, low, ratios, end, plot)
     except ImportError as error:
-        typer.echo(f"blockwise-lr schedule: a picture needs matplotlib; pip install matplotlib ({error})", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("schedule", f"a picture needs matplotlib; pip install matplotlib ({error})")
     except (BlockError, OSError, ValueError) as error:
-        typer.echo(f"blockwise-lr schedule: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("schedule", error)
     if as_json:
         typer.echo(json.dumps({"schedule": name, "lr": rate, "min_lr": low, "rates": found}))
         return
@@ -70,8 +67,7 @@ def schedule(
         table.add_column(block, justify="right")
     for at, rates in found.items():
         table.add_row(f"{at:,}", *(f"{value:.3g}" for value in rates.values()))
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    console(120).print(table)
 
 
 def sampled(

@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..blocks.presets import PRESETS
-from ..blocks.types import BlockError
-from .runs import LOSS, Command
-from .search import Search, Setting, searched_blocks
-
-EXIT_BAD_INPUT = 2
+from .blocks.presets import PRESETS
+from .blocks.types import BlockError
+from .terminal import console, refuse, refuse_without
+from .tuning.runs import LOSS, Command
+from .tuning.search import Search, Setting, searched_blocks
 
 
 def tune(
@@ -61,8 +60,8 @@ def tune(
             raise BlockError("the command has no {seed}, so runs cannot be repeated; write it in, or give --seeds 1")
         if jobs < 1:
             raise BlockError(f"--jobs is {jobs}; give at least 1")
-        from . import report
-        from .study import Study
+        from .tuning import report
+        from .tuning.study import Study
 
         study = Study(out, search, given, halving)
 
@@ -74,11 +73,9 @@ def tune(
 
         losses = study.run(jobs, told)
     except ImportError as error:
-        typer.echo(f"blockwise-lr tune needs optuna; install blockwise-lr[tune] ({error})", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse_without("tune", "optuna", "tune", error)
     except (BlockError, OSError, ValueError) as error:
-        typer.echo(f"blockwise-lr tune: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+        refuse("tune", error)
     (out / "result.json").write_text(report.as_json(search, losses) + "\n")
     try:
         report.draw(search, losses, out / "loss.png")
@@ -87,11 +84,11 @@ def tune(
     if as_json:
         typer.echo(report.as_json(search, losses))
         return
-    console = Console() if Console().is_terminal else Console(width=120)
-    console.print(report.table(search, losses))
+    out_console = console(120)
+    out_console.print(report.table(search, losses))
     best = search.found(losses).best
     if best is not None:
-        console.print(report.verdict(search, losses), soft_wrap=True)
+        out_console.print(report.verdict(search, losses), soft_wrap=True)
         typer.echo(report.to_paste(search, best))
 
 
