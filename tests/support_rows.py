@@ -163,7 +163,8 @@ SECTIONS = {
             both(f"!{_REFUSALS}test_flags_that_cannot_go_together_are_named"),
             "by the flag",
         ),
-        Row("--fp16, --overlap-grad-reduce, --overlap-param-gather, --fp8-format", {}),
+        Row("--overlap-grad-reduce, --overlap-param-gather", _layout("gqa-2-distributed.overlap")),
+        Row("--fp16, --fp8-format", {}),
         Row(
             "checkpoints of Megatron's Adam, and for it",
             {ADAMW: f"{_SAVED}test_(?:plain_adam_goes|blockwise_adamw_goes)"},

@@ -119,13 +119,16 @@ class Layout:
     sp: bool = False
     distributed: bool = False
     bf16: bool = False
+    overlap: bool = False  # of communication and computation: gradients, and with ``distributed`` parameters
     layers: int = 2  # virtual stages need four
     extra: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         parts = [f"{name}{value}" for name, value in vars(self).items() if isinstance(value, int) and value > 1]
         parts.remove(f"layers{self.layers}")
-        return ".".join(parts + [name for name in ("sp", "distributed", "bf16") if getattr(self, name)]) or "dp"
+        return (
+            ".".join(parts + [name for name in ("sp", "distributed", "bf16", "overlap") if getattr(self, name)]) or "dp"
+        )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ CASES = [
     ("gpt", 1, Layout()),
     ("gpt", 2, Layout()),
     ("gqa", 2, Layout(distributed=True)),
+    ("gqa", 2, Layout(distributed=True, overlap=True)),
     ("gqa", 2, Layout(tp=2)),
     ("shared_group", 2, Layout(tp=2)),
     ("gqa", 2, Layout(pp=2)),

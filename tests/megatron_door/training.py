@@ -105,6 +105,8 @@ def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]
         use_distributed_optimizer=layout.distributed,
         bucket_size=9000 if layout.distributed else None,
         num_distributed_optimizer_instances=layout.instances,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap and layout.distributed,
     )
     wrapped = [
         DistributedDataParallel(
@@ -113,6 +115,8 @@ def wrap(chunks: list[torch.nn.Module], layout: Layout) -> list[torch.nn.Module]
         for number, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
+    if layout.overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
 
 
@@ -132,6 +136,7 @@ def make_optimizer(wrapped: list[torch.nn.Module], name: str, layout: Layout) ->
         bf16=layout.bf16,
         params_dtype=torch.bfloat16 if layout.bf16 else torch.float32,
         use_distributed_optimizer=layout.distributed,
+        overlap_param_gather=layout.overlap and layout.distributed,
     )
     return get_megatron_optimizer(config, wrapped, use_gloo_process_groups=False)
 
@@ -251,6 +256,9 @@ def trained(
                     )
                 )
             train(wrapped, optimizer, steps)
+            if layout.overlap and layout.distributed:  # the next forward pass would gather what the last step has made
+                for chunk in wrapped:
+                    chunk.disable_forward_pre_hook(param_sync=True)
             return gather_full(chunks, first, masters(optimizer, chunks) if layout.bf16 else None)
         finally:
             undo()

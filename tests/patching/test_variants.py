@@ -36,7 +36,7 @@ def test_no_way_is_guessed_for_another_version():
 
 @pytest.mark.parametrize(
     "package, version",
-    [("deepspeed", "0.15.4"), ("deepspeed", "0.18.5"), ("deepspeed", "0.20.0"), ("megatron-core", "0.14.0")],
+    [("deepspeed", "0.15.4"), ("deepspeed", "0.18.8"), ("deepspeed", "0.20.0"), ("megatron-core", "0.14.0")],
 )
 def test_a_version_outside_the_range_is_told_with_the_range_and_the_way_out(package, version, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
