@@ -211,7 +211,7 @@ def _fed(parameters: Sequence[torch.Tensor], outputs: list[torch.Tensor]) -> lis
             found = torch.autograd.grad(tensor, parameters, weights, retain_graph=True, allow_unused=True)
             for flags, gradient in zip(fed, found):
                 if gradient is not None:
-                    flags |= (gradient != 0).cpu()
+                    flags |= ((gradient != 0) & gradient.isfinite()).cpu()  # NaN, of an overflow, tells nothing
     return fed
 
 

@@ -156,6 +156,7 @@ _FUSED = (
     Rule("*.att_proj.*", split=QKV, within="*Bark*"),
     Rule("*.{queries_keys_values,keys_values}.linear.*", special=_levit, within=WITHIN),
     Rule("*.queries.linear.*", QK, heads="q", within=WITHIN),
+    Rule("*.q.ln.{linear,c}.*", QK, heads="q", within="*AttentionDownsample/*"),
 )
 _CROSS = (
     "{attention,self_attention,self_attn,crossattention,cross_attention,cross_attn,encoder_attn,multihead_attn,attn}"
