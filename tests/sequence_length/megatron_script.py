@@ -53,7 +53,6 @@ def forward_step(data, model):
 
 if __name__ == "__main__":
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "SentencePieceTokenizer"})
-    pretrain_gpt.datasets.is_distributed = False  # tensor-parallel rank 0 alone reads
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
         pretrain_gpt.datasets,
