@@ -62,6 +62,8 @@ def on_megatron():
         }
 
 
+# on PipelineEngines alone, of which sequence_length/test_deepspeed.py has a real one
+PIPELINES = {"deepspeed-pipeline-lengths"}
 GOOD = ((True, True), True, (True, False), True, True)
 
 
@@ -72,7 +74,7 @@ def test_each_patch_goes_on_once_and_comes_off_the_objects_of_an_engine():
         (found,) = pool(1).run(on_engines, kind)
         assert all(outcome == GOOD for outcome in found.values()), found
         seen |= {name for name, _ in found}
-    assert seen == {name for name in PATCHES if name.startswith("deepspeed")}
+    assert seen == {name for name in PATCHES if name.startswith("deepspeed")} - PIPELINES
 
 
 @pytest.mark.skipif(installed_version("megatron-core") is None, reason="megatron-core is not installed")

@@ -29,6 +29,10 @@ def ready():
         import blockwise_lr.megatron
 
         blockwise_lr.megatron.register()()
+    if installed_version("transformers"):
+        from blockwise_lr.patches import transformers_batches
+
+        transformers_batches.PATCH.apply(transformers_batches.Hooks(lambda trainer: None))
     for patch in PATCHES.values():
         patch.undo()
     return {name: patch for name, patch in PATCHES.items() if usable(patch)} if not torch.cuda.is_available() else {}

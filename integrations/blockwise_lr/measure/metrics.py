@@ -41,11 +41,12 @@ def block_metrics(optimizer: BlockwiseOptimizer) -> dict[str, float]:
         BlockError: parameters that are sliced by tensor parallelism or spread over pipeline stages.
     """
     blocks = list(BlockType)
-    device = next((local(tensor).device for tensor in optimizer.all_tensors()), torch.device("cpu"))
+    tensors = _tensors(optimizer)
+    device = next((local(tensor).device for tensor in tensors), torch.device("cpu"))
     sums = torch.zeros(len(_SUMS), len(blocks), dtype=torch.float64, device=device)
     largest = torch.zeros(len(blocks), dtype=torch.float64, device=device)
     _refuse_slices(optimizer)
-    for tensor in optimizer.all_tensors():
+    for tensor in tensors:
         if tensor.requires_grad or optimizer.shards is not None:
             _add(optimizer, tensor, blocks, sums, largest)
     _reduce(optimizer, blocks, sums, largest)
@@ -63,6 +64,11 @@ def block_metrics(optimizer: BlockwiseOptimizer) -> dict[str, float]:
             found[f"gradient_norm/{block.value}"] = squares**0.5
         found[f"weight_rms/{block.value}"] = (weights / elements) ** 0.5
     return found
+
+
+def _tensors(optimizer: BlockwiseOptimizer) -> list[Any]:
+    """What the optimizer steps. ZeRO-3 puts its shards into the param groups for the step alone."""
+    return optimizer.all_tensors() if optimizer.shards is None else [flat for flat, _ in optimizer.shards.flats]
 
 
 def _add(
