@@ -84,7 +84,7 @@ def under_zero(stage):
     return ours, theirs
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_shards_are_added_up_and_every_element_counts_once(stage):
     (ours, theirs), second = pool(2).run(under_zero, stage)
     ours = {name: value for name, value in ours.items() if not name.startswith("gradient_norm")}
