@@ -34,7 +34,9 @@ def block_metrics(optimizer: BlockwiseOptimizer) -> dict[str, float]:
       ``zero_grad``; where there are none (a ZeRO engine frees them in its step) it is left out.
     - ``weight_rms``: the root mean square of the weights.
 
-    Under ZeRO-3 the figures are not right yet. Collective where the optimizer steps shards (ZeRO, FSDP2): two small all-reduces over all ranks, and one transfer to the
+    Under ZeRO-3 the figures are not right yet.
+
+    Collective where the optimizer steps shards (ZeRO, FSDP2): two small all-reduces over all ranks, and one transfer to the
     host. Call it every so many steps.
 
     Raises:
