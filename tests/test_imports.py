@@ -29,7 +29,7 @@ FREE_STANDING = ("patches",)  # imports nothing of the rest
 FRAMEWORKS = {
     "deepspeed": ("deepspeed", "patches"),
     "megatron": ("megatron", "patches"),
-    "transformers": ("transformers", "inspection"),  # which builds a model from a config.json
+    "transformers": ("transformers", "inspection", "patches"),  # which builds a model from a config.json
 }
 
 
