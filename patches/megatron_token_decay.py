@@ -47,7 +47,6 @@ def _install(undo: Undo, hooks: Hooks) -> None:
 
 PATCH = Patch(
     name="megatron-token-decay",
-    needs="megatron.training",  # whose arguments say how far to decay
     package=PACKAGE,
     versions=VERSIONS,
     symbols=(Symbol(_SCHEDULER + "get_lr", ("self", "param_group")),),

@@ -106,13 +106,13 @@ def apply_patches() -> Callable[[], None]:
     """
     upstream_megatron.UPSTREAM.check()
     undos = [megatron_optimizer.PATCH.apply(_OPTIMIZER), megatron_schedule.PATCH.apply(_SCHEDULE)]
+    undos += [megatron_token_decay.PATCH.apply(_DECAY)]
     if has_module("megatron.training"):
         upstream_megatron.TRAINING.check()
         undos += [
             megatron_arguments.PATCH.apply(_ARGUMENTS),
             megatron_log.PATCH.apply(_LOG),
             megatron_sequence_length.PATCH.apply(_LENGTHS),
-            megatron_token_decay.PATCH.apply(_DECAY),
         ]
 
     def undo() -> None:
