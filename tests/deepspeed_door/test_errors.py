@@ -52,7 +52,10 @@ def refused(change, model="llama"):
             ["optimizer.type is 'BlockwiseAdam'", "did you mean 'BlockwiseAdamW'"],
         ),
         ({"types": {"optimizer": "blockwise_adam_mini"}}, ["did you mean 'BlockwiseAdamMini'", "BlockwiseLion"]),
-        ({"types": {"scheduler": "BlockwiseCosine"}}, ["scheduler.type is", "did you mean 'BlockwiseWarmupCosine'"]),
+        (
+            {"types": {"scheduler": "BlockwiseWarmupCosin"}},
+            ["scheduler.type is", "did you mean 'BlockwiseWarmupCosine'"],
+        ),
         (
             {"scheduler": {"warmup_steps": 5}},
             ["no parameter 'warmup_steps' (did you mean 'warmup_num_steps'?)", "min_lr"],
@@ -93,7 +96,7 @@ def on_version(version):
 def test_an_unsupported_deepspeed_is_refused():
     errors = pool(2).run(on_version, "0.14.0", errors=True)
     for error in errors:
-        assert "deepspeed >=0.19.8,<0.20, and 0.14.0 is installed" in str(error)
+        assert "deepspeed 0.14.0 is installed" in str(error) and 'pip install "deepspeed>=0.18.9,<0.20"' in str(error)
 
 
 def test_names_of_others_are_left_alone():

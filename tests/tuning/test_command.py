@@ -90,7 +90,7 @@ def test_an_interrupt_ends_the_runs_and_a_second_start_goes_on(tmp_path):
     children = psutil.Process(search.pid).children(recursive=True)
     assert len(children) == 2
     search.send_signal(signal.SIGINT)
-    search.wait(timeout=30)
+    search.wait(timeout=90)
     assert not psutil.wait_procs(children, timeout=10)[1]
     short = script.read_text().replace("3000", "3")
     script.write_text(short)

@@ -46,7 +46,7 @@ class BlockwiseSchedule(LRScheduler):
 
     def __init__(self, optimizer: Any, *positional: Any, **settings: Any) -> None:
         name, inner = type(self).__name__, torch_optimizer(optimizer, type(self).__name__)
-        bound = self.__signature__.bind(inner, *positional, **settings).arguments  # type: ignore[attr-defined]
+        bound = self.__signature__.bind(inner, *positional, **settings).arguments
         del bound["optimizer"]
         done = bound.pop("last_batch_iteration", -1)
         if isinstance(done, bool) or not isinstance(done, int) or done < -1:
@@ -69,6 +69,13 @@ class BlockwiseSchedule(LRScheduler):
         self._resumed = False  # a state was loaded and no step taken since
         loaded = weakref.WeakMethod(self._optimizer_was_loaded)  # frameworks load the optimizer after its scheduler
         inner.register_load_state_dict_post_hook(lambda _: None if (told := loaded()) is None else told())
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting of the curve, as ``total_num_steps``."""
+        curve = self.__dict__.get("curve")
+        if curve is not None and name in type(curve).model_fields:
+            return getattr(curve, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     # ---- where it is
 
