@@ -3,8 +3,11 @@
 import math
 
 import pytest
+import torch.distributed as dist
 from deepspeed_door.engines import config, start, train
 from ranks import pool
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from twins import make, token_ids
 
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, map_blocks
@@ -90,6 +93,31 @@ def test_shards_are_added_up_and_every_element_counts_once(stage):
     ours = {name: value for name, value in ours.items() if not name.startswith("gradient_norm")}
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert {name: second[0][name] for name in ours} == ours
+
+
+def under_fsdp(kind):
+    model = make(kind)
+    whole = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-3, block_map=map_blocks(model))
+    ids = token_ids(1, 1, dist.get_world_size())[0][0][dist.get_rank()]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    named = [
+        (name, p.full_tensor().detach(), p.grad.full_tensor(), optimizer.state[p]["exp_avg_sq"].full_tensor())
+        for name, p in model.named_parameters()
+    ]
+    assert {name: tuple(weight.shape) for name, weight, _, _ in named} == whole
+    return block_metrics(optimizer), expected(named)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_of_fsdp2_they_are_sums_over_whole_parameters(ranks):
+    for ours, theirs in pool(ranks).run(under_fsdp, "llama"):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def in_a_pipeline():
