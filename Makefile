@@ -74,7 +74,7 @@ test-gpu:
 # what Python 3.12 changes: megatron-core 0.19, and a smoke of what does not know it
 test312: setup312
 	@$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) tests/megatron_door tests/patching tests/optim/test_step.py tests/optim/test_update_rules.py \
-	  tests/sequence_length/test_pretrain.py tests/sequence_length/test_megatron.py tests/blocks/test_map_blocks.py tests/test_imports.py tests/test_readme.py tests/recipes/test_megatron_recipe.py
+	  tests/sequence_length/test_length_pretrain.py tests/sequence_length/test_megatron.py tests/blocks/test_map_blocks.py tests/test_imports.py tests/test_readme.py tests/recipes/test_megatron_recipe.py
 
 # mypy sees patches/ through a link, under the name that it is installed as
 lint: setup build/typing/blockwise_lr/patches

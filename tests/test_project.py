@@ -52,6 +52,12 @@ def test_no_folder_of_modules_lacks_an_init():
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by it, for their folders are no packages: the second is an error where one process has both."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_the_wheel_holds_every_source_file_and_py_typed(build):
     files = wheel_files(build)
     assert {"blockwise_lr/py.typed", "blockwise_lr/kernels/loops.h", "blockwise_lr/patches/base.py"} <= files
