@@ -42,20 +42,7 @@ EXTRAS = {
     "import blockwise_lr.megatron": ('megatron-core is not installed; pip install "megatron-core',),
 }
 COMMANDS = {
-    (
-        "tune",
-        "--out",
-        "runs",
-        "--",
-        "python",
-        "x.py",
-        "--lr",
-        "{lr}",
-        "--ratios",
-        "{ratios}",
-        "--seeds",
-        "1",
-    ): "blockwise-lr[tune]",
+    ("tune", "--out", "runs", "--seeds", "1", "--", "x.py", "{lr}", "{ratios}"): "blockwise-lr[tune]",
     ("families",): "blockwise-lr[transformers]",
     ("inspect", "config.json"): "blockwise-lr[transformers]",
 }
