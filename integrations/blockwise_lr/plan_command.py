@@ -83,9 +83,9 @@ def plan(
         )
         fitted = None if runs is None else fit_optima(_read_runs(runs))
         if write is not None:
-            write.mkdir(parents=True, exist_ok=True)
             config = ds_config(made, micro_batch=sequences, stage=zero, optimizer=optimizer)
             flags = megatron_args(made, micro_batch=sequences, optimizer=optimizer)
+            write.mkdir(parents=True, exist_ok=True)
             (write / "ds_config.json").write_text(config + "\n")
             (write / "megatron.args").write_text(flags)
     except ImportError as error:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -81,6 +82,7 @@ def test_a_law_of_ones_own_runs_is_said_beside(tmp_path):
         (("nowhere.json", "--tokens", 1e9), "no file"),
     ],
 )
-def test_bad_input_is_one_sentence(words, said, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence_and_writes_nothing(words, said):
     done = plan(*words)
+    assert not Path("x").exists()
     assert done.exit_code == 2 and said in done.output and done.output.count("blockwise-lr plan:") == 1
