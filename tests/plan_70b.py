@@ -9,7 +9,7 @@ from blockwise_lr.blocks.block_map import map_names
 from blockwise_lr.blocks.dims import head_counts
 from blockwise_lr.optim import Fragment, ShardBoundaries, ShardMap
 from blockwise_lr.optim.segment_sync import SegmentSync, sync_of
-from blockwise_lr.plan.shards import even_boundaries
+from blockwise_lr.plan.shards import even_boundaries, fragments_within
 from blockwise_lr.plan.step_plan import StepPlan, element_plan, segment_plan
 
 HIDDEN, FFN, LAYERS, VOCABULARY, HEADS, KV_HEADS, HEAD = 8192, 28672, 80, 128256, 64, 8, 128
@@ -40,14 +40,12 @@ def llama_70b() -> BlockMap:
 def one_buffer(block_map: BlockMap) -> tuple[int, list[Fragment], dict[str, ShardBoundaries]]:
     """ZeRO-1 and 2: all parameters one after another, cut evenly."""
     size = -(-sum(layout.numel for layout in block_map.values()) // DATA_PARALLEL)
-    begin, fragments, cuts, position = RANK * size, [], {}, 0
+    places, cuts, position = [], {}, 0
     for name, layout in block_map.items():
-        low, high = max(position, begin), min(position + layout.numel, begin + size)
-        if low < high:
-            fragments.append(Fragment(name, low - position, high - low, low - begin))
+        places.append((name, position, layout.numel))
         cuts[name] = ShardBoundaries(even_boundaries(layout.numel, size, position))
         position += layout.numel
-    return size, fragments, cuts
+    return size, fragments_within(places, RANK * size, size), cuts
 
 
 def every_parameter(block_map: BlockMap) -> tuple[int, list[Fragment], dict[str, ShardBoundaries]]:

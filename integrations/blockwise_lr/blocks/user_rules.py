@@ -17,6 +17,7 @@ from .types import BlockError, BlockType, block_type, finite, shown
 _BLOCKS = ", ".join(block.value for block in BlockType)
 _USER_ROLES = ("q", "k", "v", "gate")
 _SHARED_ROLES = (*ROLES, *(block.value for block in BlockType))
+_TAKEN = (*(block.value for block in BlockType), "preset")  # names in block_lr_ratios
 _MOST_DIMS = 64  # no tensor has more
 _FACTOR = "give a finite number above 0, without quotes"
 # how to write the value of each key of a user rule, for error messages
@@ -103,7 +104,7 @@ class UserRule(BaseModel):
     def _word(cls, value: str | None) -> str | None:
         if value is not None and (not _WORD.match(value) or not value.isprintable()):
             raise BlockError(f"{shown(value)} cannot name a block; {_WANTED['name']}")
-        if value is not None and value in (*(block.value for block in BlockType), "preset"):
+        if value is not None and value in _TAKEN:
             raise BlockError(f"{value!r} is a name that block_lr_ratios has already; choose another")
         return value
 
@@ -174,8 +175,7 @@ class UserRule(BaseModel):
 def _name_of(match: str) -> str:
     """What to call an own block without a name: ``vision_tower`` for ``*.vision_tower.*``, or else the glob as it is."""
     plain = _PLAIN.match(match)
-    taken = (*(block.value for block in BlockType), "preset")
-    return plain.group(1) if plain and plain.group(1) not in taken else match
+    return plain.group(1) if plain and plain.group(1) not in _TAKEN else match
 
 
 def user_rules(entries: Iterable[Rule | Mapping[str, Any]] | None) -> tuple[Rule, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
@@ -58,6 +61,24 @@ def write_atomically(path: Path, text: str) -> None:
         flush(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def is_seen(looks: Callable[[], bool], patience: float) -> bool:
+    """Whether a look finds what another node has written, on a file system that shows new files after a while or, at first,
+    half-way.
+
+    Args:
+        looks: for it; a CheckpointError is as good as not finding it.
+        patience: seconds to go on looking.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(CheckpointError):
+            if looks():
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
 
 
 def make_folder(folder: str | os.PathLike) -> None:

@@ -6,17 +6,15 @@ therefore puts a token of its own into the folder when it starts, and looks for 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from .errors import CheckpointError
-from .files import make_folder, write_atomically
+from .files import is_seen, make_folder, write_atomically
 
 FILE = "blockwise_lr_run.json"
 
@@ -109,18 +107,16 @@ def find_claim(directory: str | os.PathLike, token: str, patience: float) -> Non
     Raises:
         CheckpointError: it is not.
     """
-    deadline = time.monotonic() + patience
-    while True:
-        with contextlib.suppress(CheckpointError):
-            found = owner_of(directory)
-            if found is not None and found.token == token:
-                return
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"{directory} does not show what rank 0 has written to {FILE} there; give all ranks the same folder, on a "
-                f"file system that all nodes share"
-            )
-        time.sleep(0.05)
+
+    def claimed() -> bool:
+        found = owner_of(directory)
+        return found is not None and found.token == token
+
+    if not is_seen(claimed, patience):
+        raise CheckpointError(
+            f"{directory} does not show what rank 0 has written to {FILE} there; give all ranks the same folder, on a "
+            f"file system that all nodes share"
+        )
 
 
 def refuse_if_lost(directory: str | os.PathLike, mine: Owner) -> None:

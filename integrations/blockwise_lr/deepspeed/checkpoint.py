@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpoint.errors import CheckpointError, DamageError, VersionError, run_on_all_ranks
-from ..checkpoint.files import write_atomically, write_error
+from ..checkpoint.files import is_seen, write_atomically, write_error
 from ..checkpoint.manifest import Entry, Layout, Manifest, entry_of, mark_complete, mark_incomplete, name_in
 from ..checkpoint.survey import scan_checkpoints
 from ..collective import gathered, is_rank_zero
@@ -115,19 +114,15 @@ def _begin_together(folder: str, saving: str) -> None:
 
 
 def _find_mark(folder: str, first: str, token: str) -> None:
-    deadline = time.monotonic() + SECONDS_TO_APPEAR
-    while True:
-        with contextlib.suppress(CheckpointError):  # a network file system may show it half-way
-            manifest = Manifest.read(folder)
-            if manifest is not None and manifest.token == token:
-                return
-        if time.monotonic() > deadline:
-            raise CheckpointError(
-                f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to "
-                f"{first}; give all ranks the same folder and tag, on a file system that all "
-                f"nodes share"
-            )
-        time.sleep(0.05)
+    def marked() -> bool:
+        manifest = Manifest.read(folder)
+        return manifest is not None and manifest.token == token
+
+    if not is_seen(marked, SECONDS_TO_APPEAR):
+        raise CheckpointError(
+            f"rank {dist.get_rank()} does not find in {folder} what rank 0 has written to {first}; give all ranks the same "
+            f"folder and tag, on a file system that all nodes share"
+        )
 
 
 def _to_join(engine: Any) -> tuple[Layout, str]:

@@ -13,7 +13,7 @@ from ..blocks import BlockError
 from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
 from ..optim.base import BlockwiseOptimizer
 from ..patches.upstream_deepspeed import PartitionedView, Stage3View, UnfusedView, view_of
-from ..plan.shards import even_boundaries, spans_slices
+from ..plan.shards import even_boundaries, fragments_within, spans_slices
 
 
 def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any = None) -> ShardMap | None:
@@ -63,16 +63,14 @@ def _partitioned(view: PartitionedView, optimizer: BlockwiseOptimizer, module: t
     for number, (parameters, flat, process_group) in enumerate(zip(view.groups, view.flats, view.process_groups)):
         size = flat.numel()
         begin = dist.get_rank(group=process_group) * size
-        fragments, position = [], 0
+        places, position = [], 0
         for parameter in parameters:
             name, numel = _name(optimizer, parameter), parameter.numel()
             start = position if view.offsets is None else view.offsets[number][id(parameter)]
-            low, high = max(start, begin), min(start + numel, begin + size)
-            if low < high:
-                fragments.append(Fragment(name, low - start, high - low, low - begin))
+            places.append((name, start, numel))
             cuts[name] = ShardBoundaries(even_boundaries(numel, size, start), process_group)
             position += numel
-        found.append((flat, fragments))
+        found.append((flat, fragments_within(places, begin, size)))
     if optimizer.segment_plans:
         _add_cuts_of_copies(cuts, optimizer, module)
     cut = {name: cut for name, cut in cuts.items() if len(cut.positions)}

@@ -79,7 +79,7 @@ def _add(
     gradients = None if tensor.grad is None else row(local(tensor.grad))
     variance = optimizer.state.get(tensor, {}).get(_VARIANCE)
     if variance is not None:
-        is_segment = any(state.name == _VARIANCE and state.per == "segment" for state in optimizer.rule.states)
+        is_segment = optimizer.rule.segment_state is not None and optimizer.rule.segment_state.name == _VARIANCE
         variance = expand_segments(variance, plan).to(weights.device) if is_segment else row(local(variance))
     for rectangle in (*plan.local.table, *plan.shared.table):
         number = blocks.index(plan.classes[int(rectangle[CLASS])].block)
@@ -114,7 +114,7 @@ def _reduce(optimizer: BlockwiseOptimizer, blocks: list[BlockType], sums: torch.
 
 def _refuse_slices(optimizer: BlockwiseOptimizer) -> None:
     if optimizer.saving.recorded_map is not None or any(
-        marks_of(tensor).split_axis is not None for tensor in optimizer.all_tensors()
+        marks_of(tensor).split_axis is not None for tensor in _tensors(optimizer)
     ):
         raise BlockError(
             "block_metrics counts every element once under DDP, ZeRO and FSDP2, and not yet where tensor-parallel ranks or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,6 +120,20 @@ def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:
         Fragment(fragment.name, low, high - low, fragment.offset + low - fragment.start)
         for low, high in itertools.pairwise(edges)
     ]
+
+
+def fragments_within(places: Iterable[tuple[str, int, int]], begin: int, size: int) -> list[Fragment]:
+    """What lies in elements [begin, begin + size) of a buffer, a rank's shard.
+
+    Args:
+        places: (parameter, its first element in the buffer, its elements).
+    """
+    found = []
+    for name, start, numel in places:
+        low, high = max(start, begin), min(start + numel, begin + size)
+        if low < high:
+            found.append(Fragment(name, low - start, high - low, low - begin))
+    return found
 
 
 def even_boundaries(numel: int, shard: int, first: int = 0) -> np.ndarray:

@@ -7,13 +7,12 @@ plans that the optimizers use, so that Adam-mini's are counted by segment.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..blocks import BlockError, BlockMap, ParamLayout
-from ..plan.shards import Fragment
+from ..plan.shards import Fragment, fragments_within
 from ..plan.step_plan import segment_plan
 from ..rules import RULES
 from ..rules.base import UpdateRule
@@ -101,13 +100,9 @@ def _checked(stage: int, ranks: int, rank: int, optimizer: str, precision: str) 
 def _of_one_buffer(layouts: Sequence[ParamLayout], ranks: int, rank: int) -> tuple[int, list[Fragment]]:
     whole = sum(layout.numel for layout in layouts)
     size = -(-whole // (_ALIGNMENT * ranks)) * _ALIGNMENT
-    begin, position, fragments = rank * size, 0, []
-    for layout in layouts:
-        low, high = max(position, begin), min(position + layout.numel, begin + size)
-        if low < high:
-            fragments.append(Fragment(layout.name, low - position, high - low, low - begin))
-        position += layout.numel
-    return size, fragments
+    ends = itertools.accumulate(layout.numel for layout in layouts)
+    places = [(layout.name, end - layout.numel, layout.numel) for layout, end in zip(layouts, ends)]
+    return size, fragments_within(places, rank * size, size)
 
 
 def _of_every_parameter(layouts: Sequence[ParamLayout], ranks: int, rank: int) -> tuple[int, list[Fragment]]:
@@ -128,8 +123,3 @@ def _moments(rule: UpdateRule, held: int, fragments: Sequence[Fragment], layouts
         by_name = {layout.name: layout for layout in layouts}
         found += segment_plan(held, fragments, [by_name[fragment.name] for fragment in fragments]).slots
     return found
-
-
-def whole_model(model: torch.nn.Module) -> bool:
-    """Whether all of a model's parameters are trained."""
-    return all(p.requires_grad for p in model.parameters())

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from ..blocks.types import BlockError
+from .adamw import adam_scalars
 from .base import CppBody, State, UpdateRule, tl
 from .options import Betas, NotNegative, OptimizerOptions, one_of
 
@@ -99,19 +100,9 @@ class RAdam(UpdateRule):
     states = (State("exp_avg"), State("exp_avg_sq"))
 
     def scalars(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
-        beta1, beta2 = group["betas"]
-        rectified = rectification(beta2, step, group["rectify_above"])
+        rectified = rectification(group["betas"][1], step, group["rectify_above"])
         first = _SKIPPED if group["unrectified"] == SKIP else _SGD
-        return (
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            group["eps"],
-            1 - beta1**step,
-            (1 - beta2**step) ** 0.5,
-            rectified or 0.0,
-            first if rectified is None else _RECTIFIED,
-        )
+        return *adam_scalars(group, step), rectified or 0.0, first if rectified is None else _RECTIFIED
 
     def update(
         self,
