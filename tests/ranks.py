@@ -208,12 +208,19 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
             answer = _failure(error, traceback.format_exc())
         if left := _leftovers(before):
             answer = _failure(AssertionError(left), left)
+        _forget_model_parallelism()
         # what the case leaves in circles of references, process groups with their threads among it; the answer counts the rest
         gc.collect()
         try:
             pipe.send((*answer, _threads()))
         except Exception as error:  # what does not pickle
             pipe.send((*_failure(error, traceback.format_exc()), _threads()))
+
+
+def _forget_model_parallelism() -> None:
+    """DeepSpeed keeps the last engine's mpu and mesh, and engines without one take these for their own."""
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups.mpu = groups.mesh_device = None
 
 
 def _process_state() -> dict[str, Any]:

@@ -28,9 +28,17 @@ FEW = {
 }
 
 
-def everything(categories=tuple(zoo.CATEGORIES)):
+# of these, those whose forward pass takes long on the meta device, and says little that another's does not
+SLOW = ["RwkvForCausalLM", "CTRLLMHeadModel", "PersimmonForCausalLM", "ModernBertForMaskedLM"]
+
+
+def everything(categories=tuple(zoo.CATEGORIES), without=()):
     return [
-        pytest.param(name, id=f"{category} {name}", marks=() if name in FEW[category].split() else pytest.mark.full)
+        pytest.param(
+            name,
+            id=f"{category} {name}",
+            marks=() if name in FEW[category].split() and name not in without else pytest.mark.full,
+        )
         for category in categories
         for name in zoo.classes(category)
     ]
@@ -97,7 +105,7 @@ def test_attention_and_feed_forward_elements_are_those_of_the_config(name):
     assert found["ffn"] in (wanted["ffn"], wanted["ffn"] * 3 // 2)
 
 
-@pytest.mark.parametrize("name", everything(("causal-lm", "masked-lm")))
+@pytest.mark.parametrize("name", everything(("causal-lm", "masked-lm"), SLOW))
 def test_the_forward_pass_does_not_contradict_the_map(name):
     """On the meta device: which parameters feed the scores, and which the values, in every attention that is reached."""
     model = built(name)

@@ -1,6 +1,7 @@
 """Compiles the Triton kernel for a GPU that need not be there, and prints what it moves memory and rounds with, as JSON.
 
-Run by test_compiled.py in a process of its own, since the test process has the interpreted kernel.
+Run by test_compiled.py in a process of its own, since the test process has the interpreted kernel; with --full for all
+gradients and devices.
 """
 
 import json
@@ -36,7 +37,8 @@ def memory_instructions(function, types: dict[str, str], capability: int, **cons
 
 def main() -> None:
     found = {}
-    for capability, gradient in ((80, "*fp16"), (90, "*fp32"), (90, "*bf16")):
+    targets = ((90, "*bf16"), (80, "*fp16"), (90, "*fp32"))
+    for capability, gradient in targets if "--full" in sys.argv else targets[:1]:
         tensors = {"p": "*fp32", "g": gradient, "m": "*fp32", "v": "*fp32", "out": "*bf16"} | WORK | PLACES
         at = f"sm_{capability} {gradient}"
         for rule in RULES.values():

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 
-def test_the_gpu_kernel_compiles_and_moves_four_elements_at_a_time(tmp_path):
+@pytest.mark.parametrize("which", [(), pytest.param(("--full",), marks=pytest.mark.full)], ids=["bf16", "all"])
+def test_the_gpu_kernel_compiles_and_moves_four_elements_at_a_time(which, tmp_path):
     pytest.importorskip("triton.backends.nvidia")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compiled.py"))], env=environment, capture_output=True, text=True
+        [sys.executable, str(Path(__file__).with_name("compiled.py")), *which],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for name, instructions in json.loads(done.stdout).items():

@@ -46,7 +46,7 @@ def exact(kind, model, ids):
     return {block: (numel[block], trace[block]) for block in numel}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_it_is_the_gauss_newton_trace_over_the_size(kind):
     model = lively(kind)
     wanted = exact(kind, model, IDS)
