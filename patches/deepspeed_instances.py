@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .deepspeed_variants import BF16, ENGINE, LOADS_UNIVERSAL, PACKAGE, VERSIONS, ZERO3, ZERO12
 from .instances import InstancePatch
-from .symbols import Attributes, Symbol
+from .symbols import Attributes, Symbol, symbols
 
 _CHECKPOINT_ENGINE = "deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine"
 
@@ -87,6 +87,34 @@ LEARNING_RATES = InstancePatch(
     why="DeepSpeed's monitors are given a single learning rate",
     until="DeepSpeed reports every param group's",
 )
+_STEPS = (
+    Symbol(ENGINE + ".step", ("self", "lr_kwargs")),
+    Symbol("deepspeed.runtime.pipe.engine:PipelineEngine.train_batch", ("self", "data_iter")),
+)
+BLOCK_METRICS = InstancePatch(
+    name="deepspeed-block-metrics",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=_STEPS,
+    why="figures of a step are written after it, which no hook of the engine follows",
+    until="DeepSpeed calls something of the user's after each optimizer step",
+)
+STEPS = InstancePatch(
+    name="deepspeed-steps",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=_STEPS,
+    why="a run that is to end saves after a step, which no hook of the engine follows",
+    until="DeepSpeed calls something of the user's after each optimizer step",
+)
+GUARDED_CHECKPOINTS = InstancePatch(
+    name="deepspeed-guarded-checkpoints",
+    package=PACKAGE,
+    versions=VERSIONS,
+    symbols=symbols(ENGINE, "save_checkpoint", "load_checkpoint"),
+    why="what a guard has seen and done is in no state that an engine saves",
+    until="DeepSpeed saves the state of objects that it is given",
+)
 INSTANCE_PATCHES = (
     SAVED_FILES,
     MAPPED_LOADS,
@@ -96,15 +124,7 @@ INSTANCE_PATCHES = (
     SEGMENT_SUMS,
     ONE_DIVISION,
     LEARNING_RATES,
-)
-STEPS = InstancePatch(
-    name="deepspeed-steps",
-    package=PACKAGE,
-    versions=VERSIONS,
-    symbols=(
-        Symbol(ENGINE + ".step", ("self", "lr_kwargs")),
-        Symbol("deepspeed.runtime.pipe.engine:PipelineEngine.train_batch", ("self", "data_iter")),
-    ),
-    why="a run that is to end saves after a step, which no hook of the engine follows",
-    until="DeepSpeed calls something of the user's after each optimizer step",
+    BLOCK_METRICS,
+    STEPS,
+    GUARDED_CHECKPOINTS,
 )

@@ -1,4 +1,4 @@
-"""megatron.training: each block type's learning rate in Megatron's log and TensorBoard.
+"""megatron.training: each block type's learning rate, and its figures, in Megatron's log, TensorBoard and Weights & Biases.
 
 Megatron logs one learning rate, that of the groups without overrides, which is the base learning rate here. Where param
 groups with one block type follow several schedules (--use-mup), each one's rate is logged.
@@ -20,9 +20,17 @@ from .upstream_megatron import PACKAGE, VERSIONS
 
 @dataclass(frozen=True)
 class Hooks:
-    """``rates``: the learning rates that a Megatron optimizer uses now, by block type; empty for one that is not ours."""
+    """What is logged.
+
+    Attributes:
+        rates: the learning rates that a Megatron optimizer uses now, by block type; empty for one that is not ours.
+        before_step: told (Megatron's arguments, optimizer) before a step.
+        after_step: (Megatron's arguments, optimizer) -> figures of the step, by ``name/block type``; on every rank.
+    """
 
     rates: Callable[[Any], Mapping[str, Sequence[float]]]
+    before_step: Callable[[Any, Any], None] = lambda *_: None
+    after_step: Callable[[Any, Any], Mapping[str, float]] = lambda *_: {}
 
 
 def _install(undo: Undo, hooks: Hooks) -> None:
@@ -31,11 +39,16 @@ def _install(undo: Undo, hooks: Hooks) -> None:
     step, log = training.train_step, training.training_log
     of_step, of_log = _signature(step, "optimizer"), _signature(log, "iteration")
     trained: list[Any] = [lambda: None]  # the optimizer of the last step, weakly: a process may have several models
+    figures: list[Mapping[str, float]] = [{}]  # of the last step
 
     @functools.wraps(step)
     def train_step(*arguments: Any, **keywords: Any) -> Any:
-        trained[0] = weakref.ref(of_step.bind(*arguments, **keywords).arguments["optimizer"])
-        return step(*arguments, **keywords)
+        optimizer, settings = of_step.bind(*arguments, **keywords).arguments["optimizer"], global_vars.get_args()
+        trained[0] = weakref.ref(optimizer)
+        hooks.before_step(settings, optimizer)
+        result = step(*arguments, **keywords)
+        figures[0] = hooks.after_step(settings, optimizer)
+        return result
 
     @functools.wraps(log)
     def training_log(*arguments: Any, **keywords: Any) -> Any:
@@ -43,14 +56,22 @@ def _install(undo: Undo, hooks: Hooks) -> None:
         iteration = of_log.bind(*arguments, **keywords).arguments["iteration"]
         rates = hooks.rates(trained[0]())
         settings, writer = global_vars.get_args(), global_vars.get_tensorboard_writer()
+        wandb, scalars = global_vars.get_wandb_writer(), {}
         if rates and iteration % settings.log_interval == 0:
             shown = " | ".join(f"{block}: {_shown(values)}" for block, values in rates.items())
             training.print_rank_last(f" iteration {iteration} learning rates | {shown} |")
-        if writer and iteration % settings.tensorboard_log_interval == 0:
+        if iteration % settings.tensorboard_log_interval == 0:
             for block, values in rates.items():
                 for number, lr in enumerate(values):
                     part = f"-{number}" if len(values) > 1 else ""
-                    writer.add_scalar(f"learning-rate/{block}{part}", lr, iteration)
+                    scalars[f"learning-rate/{block}{part}"] = lr
+        for line in _lines(figures[0]):
+            training.print_rank_last(f" iteration {iteration} {line} |")
+        scalars.update({f"blocks/{name}": value for name, value in figures[0].items()})
+        for name, value in scalars.items() if writer else ():
+            writer.add_scalar(name, value, iteration)
+        if wandb and scalars:
+            wandb.log(scalars, iteration)
         return result
 
     undo.set(training, "train_step", train_step)
@@ -67,6 +88,15 @@ def _signature(function: Any, parameter: str) -> inspect.Signature:
     return signature
 
 
+def _lines(figures: Mapping[str, float]) -> list[str]:
+    """A line for each kind of figure, with all block types."""
+    kinds: dict[str, list[str]] = {}
+    for name, value in figures.items():
+        kind, _, block = name.partition("/")
+        kinds.setdefault(kind, []).append(f"{block}: {value:.4E}")
+    return [f"{kind} | {' | '.join(shown)}" for kind, shown in kinds.items()]
+
+
 def _shown(rates: Sequence[float]) -> str:
     return " and ".join(f"{lr:.6E}" for lr in dict.fromkeys(rates))
 
@@ -81,6 +111,7 @@ PATCH = Patch(
         Symbol("megatron.training.training:print_rank_last"),
         Symbol("megatron.training.global_vars:get_args"),
         Symbol("megatron.training.global_vars:get_tensorboard_writer"),
+        Symbol("megatron.training.global_vars:get_wandb_writer"),
     ),
     why="Megatron logs a single learning rate",
     until="Megatron logs the learning rate of every parameter group",

@@ -51,7 +51,16 @@ MEGATRON_FLAGS = FLAG.findall("""
     --use-torch-fsdp2 --weight-decay --yaml-cfg
 """)
 # keys of a ds_config that are ours, or that DeepSpeed has no constant for
-OTHER_KEYS = {"checksums", "sequence_length_warmup", *WarmupOptions.model_fields, "bias", "pixels", "total_num_tokens"}
+OTHER_KEYS = {
+    "checksums",
+    "sequence_length_warmup",
+    *WarmupOptions.model_fields,
+    "block_metrics",
+    "every",
+    "bias",
+    "pixels",
+    "total_num_tokens",
+}
 OWN_BLOCKS = {"vision"}  # names that our pages give to blocks of a reader's own
 # names in code of others that is not installed
 OTHER_WORDS = {"build_llama_models"}

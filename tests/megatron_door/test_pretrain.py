@@ -155,15 +155,21 @@ def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
         str(tmp_path),
         "--tensorboard-log-interval",
         "1",
+        "--block-metrics-interval",
+        "10",
     )
     assert code == 0, log[-3000:]
     assert losses(log)[-1] < losses(log)[0] - 0.5
+    for name in ("variance_l1", "variance_max", "gradient_norm", "weight_rms", "update_rms", "update_to_weight"):
+        lines = re.findall(rf"iteration +(\d+) {name} \| embedding: (\S+) \| .*norm: (\S+) \|", log)
+        assert [int(line[0]) for line in lines] == [10, 20] and all(float(line[1]) > 0 for line in lines), lines
     assert (
         "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 8.000000E-03 | vo: 4.000000E-03 | "
         "ffn: 3.000000E-03 | norm: 1.000000E-03 |" in log
     )
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.value for e in events.Scalars("learning-rate/ffn")][-1] == pytest.approx(5e-5)
+    assert [e.step for e in events.Scalars("blocks/update_to_weight/ffn")] == [10, 20]
 
 
 def test_logged_rates_are_those_used_under_mup(data):

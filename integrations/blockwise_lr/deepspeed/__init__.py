@@ -12,8 +12,9 @@ upstream_deepspeed.UPSTREAM.check()  # before the imports below, which would fai
 from .checkpoint import load_newest  # noqa: E402
 from .door import apply_patches  # noqa: E402
 from .engine import block_lrs, detach, optimizer_of  # noqa: E402
+from .guard import guard  # noqa: E402
 from .preemption import preemption  # noqa: E402
 
-__all__ = ["block_lrs", "detach", "load_newest", "optimizer_of", "preemption"]
+__all__ = ["block_lrs", "detach", "guard", "load_newest", "optimizer_of", "preemption"]
 
 apply_patches()

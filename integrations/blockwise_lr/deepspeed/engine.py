@@ -20,8 +20,8 @@ from ..patches.deepspeed_variants import DIVIDES_AT_EACH_OUTPUT
 from ..patches.upstream_deepspeed import BF16, UPSTREAM, ZERO3, ZERO12, is_a
 from .agreement import compare_slices, is_callable
 from .flats import correct_mappings
+from .own_keys import start_own_keys
 from .segment_sums_hook import prereduce_once_per_step
-from .sequence_length import start_warmup
 from .shard_maps import shard_map
 from .stages import whole_model_map
 from .state_access import serve_optimizer_states
@@ -97,14 +97,14 @@ def _refuse_partial_norms(engine: Any, optimizer: BlockwiseOptimizer) -> None:
 
 
 def check_built(engine: Any) -> None:
-    """Checks an engine that is complete for what is read of it later, as in a save, where its optimizer is ours; starts the
-    sequence length warmup that its ds_config asks for, whatever the optimizer.
+    """Checks an engine that is complete for what is read of it later, as in a save, where its optimizer is ours; starts what
+    keys of ours in its ds_config ask for.
 
     Raises:
         PatchError: DeepSpeed has changed; on every rank.
-        BlockError: as :func:`~blockwise_lr.deepspeed.sequence_length.start_warmup`.
+        BlockError: as :func:`~blockwise_lr.deepspeed.own_keys.start_own_keys`.
     """
-    start_warmup(engine)
+    start_own_keys(engine)
     if isinstance(engine.basic_optimizer, BlockwiseOptimizer):
         run_on_all_ranks(
             lambda: UPSTREAM.check_instance(engine, engine.checkpoint_engine, engine.monitor), "building the engine"

@@ -21,13 +21,13 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.pipe import PipelineModule
 
 from ..blocks import BlockError
 from ..checkpoint.errors import run_on_all_ranks
 from ..checkpoint.ownership import Owner, claim, count_start, find_claim, refuse_if_lost, this_run
 from ..collective import gathered, is_rank_zero
 from ..patches.deepspeed_instances import STEPS
+from .after_step import after_each_step
 from .checkpoint import SECONDS_TO_APPEAR, is_ours, load_newest, owners
 
 log = logging.getLogger("blockwise_lr")
@@ -144,24 +144,9 @@ def preemption(
     run_on_all_ranks(lambda: count_start(folder, mine, before, step, attempts) if is_rank_zero() else None, what)
     owners[engine] = lambda: refuse_if_lost(folder, mine)
     made = Preemption(engine, folder, mine, loaded, client_state, exit_code)
-    _watch_steps(engine, made)
+    after_each_step(engine, STEPS, made.after_step)
     made.watch(signals)
     return made
-
-
-def _watch_steps(engine: Any, made: Preemption) -> None:
-    name = "train_batch" if isinstance(engine.module, PipelineModule) else "step"
-    upstream = getattr(engine, name)
-    watched = weakref.proxy(engine)
-
-    def stepped(*arguments: Any, **options: Any) -> Any:
-        before = watched.global_steps
-        result = upstream(*arguments, **options)
-        if watched.global_steps != before:
-            made.after_step()
-        return result
-
-    STEPS.apply(engine, **{name: stepped})
 
 
 def _requeue() -> bool:

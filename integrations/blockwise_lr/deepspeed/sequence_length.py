@@ -6,8 +6,6 @@ length by itself; the count of tokens goes along in the checkpoint's client stat
 
 from __future__ import annotations
 
-import difflib
-import json
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,56 +15,32 @@ from deepspeed.utils import log_dist
 
 from ..blocks import BlockError
 from ..blocks.types import shown
-from ..collective.agreement import gathered
-from ..patches import PatchError, transformers_batches
+from ..patches import transformers_batches
 from ..patches.deepspeed_sequence_length import CHECKPOINTED_TOKENS, PIPELINE_LENGTHS, READS
 from ..schedules import BlockwiseTokenCosine
 from ..sequence_length import LengthSchedule, WarmupOptions, warmup_of
 from ..sequence_length.cutting import map_tensors
-from ..sequence_length.warmup import SequenceLengthWarmup, cut_of_trainer, settings
+from ..sequence_length.warmup import SequenceLengthWarmup, cut_of_trainer
 
 KEY = "sequence_length_warmup"
 
 
-def start_warmup(engine: Any) -> None:
-    """Gives an engine the warmup that its ds_config asks for. Collective: all ranks' are compared.
+def start_warmup(engine: Any, schedule: LengthSchedule) -> None:
+    """Gives an engine the warmup that its ds_config asks for."""
+    warmup = EngineWarmup(engine, schedule)
+    if isinstance(engine.lr_scheduler, BlockwiseTokenCosine) and engine.lr_scheduler.tokens_of is None:
+        engine.lr_scheduler.tokens_of = warmup.tokens
+    if "transformers.trainer" in sys.modules:  # a Trainer may be what trains the engine
+        transformers_batches.PATCH.apply(transformers_batches.Hooks(cut_of_trainer))
+    log_dist(schedule.describe(), ranks=[0])
+
+
+def schedule_of(engine: Any, given: Any) -> LengthSchedule | None:
+    """The schedule that a ds_config's value of the key asks for; None where it has none.
 
     Raises:
-        BlockError: a bad option, sequence parallelism, or ranks with different settings; on every rank.
+        BlockError: a bad value, sequence parallelism, or a scheduler that counts tokens without it.
     """
-    schedule, told = None, ""
-    try:
-        schedule = _schedule_of(engine)
-        if schedule is not None:
-            told = json.dumps([settings(schedule.options), schedule.changes], sort_keys=True)
-    except (BlockError, PatchError) as error:
-        told = f"error {error}"
-    answers = gathered(told)
-    failed = next((answer for answer in answers if answer.startswith("error ")), None)
-    if failed is not None:
-        raise BlockError(failed.removeprefix("error "))
-    odd = next((rank for rank, answer in enumerate(answers) if answer != answers[0]), None)
-    if odd is not None:
-        raise BlockError(
-            f"the ranks would not train alike: {KEY} of the ds_config is another on rank {odd} than on rank 0; give every "
-            f"rank the same ds_config"
-        )
-    if schedule is not None:
-        warmup = EngineWarmup(engine, schedule)
-        if isinstance(engine.lr_scheduler, BlockwiseTokenCosine) and engine.lr_scheduler.tokens_of is None:
-            engine.lr_scheduler.tokens_of = warmup.tokens
-        if "transformers.trainer" in sys.modules:  # a Trainer may be what trains the engine
-            transformers_batches.PATCH.apply(transformers_batches.Hooks(cut_of_trainer))
-        log_dist(schedule.describe(), ranks=[0])
-
-
-def _schedule_of(engine: Any) -> LengthSchedule | None:
-    READS.check_instance(engine._config)
-    config = engine._config._param_dict
-    for key in config:
-        if key != KEY and difflib.get_close_matches(str(key), [KEY], 1, cutoff=0.85):
-            raise BlockError(f"the ds_config has {key!r}; did you mean {KEY!r}?")
-    given = config.get(KEY)
     if given is None:
         if isinstance(engine.lr_scheduler, BlockwiseTokenCosine) and engine.lr_scheduler.tokens_of is None:
             raise BlockError(

@@ -8,8 +8,9 @@ from ..patches import upstream_megatron
 
 upstream_megatron.UPSTREAM.check()  # before the imports below, which would fail on another Megatron with less to say
 
+from .build import optimizers_of  # noqa: E402
 from .door import Registration, register  # noqa: E402
 from .sequence_length import cut_batches, length_schedule  # noqa: E402
 from .settings import KINDS, BlockSettings  # noqa: E402
 
-__all__ = ["KINDS", "BlockSettings", "Registration", "cut_batches", "length_schedule", "register"]
+__all__ = ["KINDS", "BlockSettings", "Registration", "cut_batches", "length_schedule", "optimizers_of", "register"]

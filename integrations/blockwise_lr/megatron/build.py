@@ -181,6 +181,13 @@ def _set_decay(group: dict[str, Any], stated: Mapping[Any, float]) -> None:
     group["decay_norms_and_biases"], group["group_decay"] = multiplier > 0, False
 
 
+def optimizers_of(optimizer: Any) -> list[BlockwiseOptimizer]:
+    """The blockwise optimizers inside what ``get_megatron_optimizer`` returned: one, or one more for experts; none where it
+    is another kind."""
+    inner = [getattr(part, "optimizer", None) for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return [found for found in inner if isinstance(found, BlockwiseOptimizer)]
+
+
 def current_block_lrs(optimizer: Any) -> dict[str, list[float]]:
     """The learning rates that a Megatron optimizer uses now, over all pipeline stages.
 
@@ -193,12 +200,10 @@ def current_block_lrs(optimizer: Any) -> dict[str, list[float]]:
         block rules scale them by layer, as for :meth:`BlockwiseOptimizer.block_lrs`. Empty where no optimizer is ours.
     """
     found: dict[str, dict[tuple, float]] = {block.value: {} for block in BlockType}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        if isinstance(inner, BlockwiseOptimizer):
-            for group, rates in zip(inner.param_groups, inner.rates_of_groups or ()):
-                for block, lr in block_lrs(group, rates).items():
-                    ratio = group["block_lr_ratios"][block.removesuffix(LOWEST)]
-                    schedule = group.get("max_lr"), group.get("min_lr"), ratio
-                    found.setdefault(block, {}).setdefault(schedule, lr)
+    for inner in optimizers_of(optimizer):
+        for group, rates in zip(inner.param_groups, inner.rates_of_groups or ()):
+            for block, lr in block_lrs(group, rates).items():
+                ratio = group["block_lr_ratios"][block.removesuffix(LOWEST)]
+                schedule = group.get("max_lr"), group.get("min_lr"), ratio
+                found.setdefault(block, {}).setdefault(schedule, lr)
     return {block: list(rates.values()) for block, rates in found.items() if rates}

@@ -18,6 +18,7 @@ from ..patches import (
 )
 from ..patches.symbols import has_module
 from ..rules.param_groups import ratio_now, state_block_lrs
+from . import metrics
 from .build import build, current_block_lrs
 from .schedule import schedule_in
 from .sequence_length import cut_batches, length_now, report, token_decay
@@ -143,6 +144,6 @@ _OPTIMIZER = megatron_optimizer.Hooks(
 )
 _SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs, own_rates=_own_rates)
 _ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
-_LOG = megatron_log.Hooks(rates=current_block_lrs)
+_LOG = megatron_log.Hooks(rates=current_block_lrs, before_step=metrics.before_step, after_step=metrics.after_step)
 _LENGTHS = megatron_sequence_length.Hooks(length=length_now, cut=cut_batches, done=report)
 _DECAY = megatron_token_decay.Hooks(place=token_decay)

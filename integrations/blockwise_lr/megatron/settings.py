@@ -327,6 +327,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="In place of Megatron's warmup and decay: a scheduler type as in a ds_config and its settings, as in BlockwiseWSD "
         "total_num_steps=50000 warmup_num_steps=1000. Steps are iterations; the minimum is --min-lr.",
     )
+    group.add_argument(
+        "--block-metrics-interval",
+        type=_interval,
+        metavar="N",
+        help="Iterations between two reports of every block type's second moments, gradients, weights and updates, in the log, "
+        "TensorBoard and Weights & Biases.",
+    )
     sequence_length.add_arguments(parser)
     return parser
 
@@ -375,6 +382,12 @@ def _steps(text: str) -> int:
         return OptimizerOptions.checked({"ratio_fade_steps": int(text)}).ratio_fade_steps
     except ValueError:  # BlockErrors are such, too
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of iterations, 0 or above") from None
+
+
+def _interval(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of iterations, 1 or above")
+    return int(text)
 
 
 def _rules_file(path: str) -> tuple[dict, ...]:

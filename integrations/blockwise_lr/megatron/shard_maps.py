@@ -41,7 +41,7 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
     splits = _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {}
     # the group that Megatron sums its own gradient norm over
     groups = [wrapper.get_grad_stats_parallel_group()] * max(len(flats), 1)
-    return ShardMap(flats, cuts, splits, groups, [_is_counted(param) for param in params])
+    return ShardMap(flats, cuts, splits, groups, [_is_counted(param) for param in params] or [False])
 
 
 def _is_counted(param: torch.Tensor) -> bool:

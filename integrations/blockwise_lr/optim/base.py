@@ -29,7 +29,7 @@ from ..plan.shards import Fragment, ShardMap
 from ..plan.step_plan import StepPlan
 from ..rules.base import State, UpdateRule
 from ..rules.options import OptimizerOptions, own_of_rules
-from ..rules.param_groups import advance_fade, block_lrs, change_ratios, class_decay, group_lr, rates_by_block
+from ..rules.param_groups import advance, block_lrs, change_ratios, class_decay, group_lr, lower, rates_by_block
 from .attachment import Attachment
 from .clipping import BlockClip
 from .groups import listed, names_of, settings_of, tensors_of
@@ -460,6 +460,23 @@ class BlockwiseOptimizer(Saving):
         for group in self.param_groups:
             change_ratios(group, new)
 
+    def lower_lrs(self, factor: float, steps: int) -> None:
+        """Multiplies every rate by a factor in the next steps, whatever schedules say in the meantime; then it is gone. Saved
+        and loaded with the state.
+
+        Args:
+            factor: above 0, up to 1.
+            steps: how many; a later call replaces an earlier one.
+
+        Raises:
+            BlockError: a factor or a number of steps out of range.
+        """
+        if not 0 < factor <= 1 or steps < 1:
+            raise BlockError(f"lower_lrs({factor!r}, {steps!r}): give a factor above 0, up to 1, and 1 step or more")
+        taken = max((int(state["step"]) for state in self.state.values() if state), default=0)
+        for group in self.param_groups:
+            lower(group, factor, taken + steps)
+
     def _values(self, group: dict[str, Any], plan: StepPlan, step: int) -> StepValues:
         return StepValues(
             tuple(group_lr(group, of.rate) for of in plan.classes),
@@ -547,7 +564,7 @@ class BlockwiseOptimizer(Saving):
         state = self.state.get(p, {})
         refuse_unlike(name or "a shard", p, state, plan.numel, self._state_numel(p, plan))
         step = int(state["step"]) + 1 if state else 1
-        advance_fade(group, step)
+        advance(group, step)
         return Due(p, plan, self._values(group, plan, step))
 
     def _place(self, tensor: torch.Tensor) -> None:

@@ -25,6 +25,11 @@ _BLOCKS = {block: number for number, block in enumerate(BlockType)}
 Gradient = tuple[torch.Tensor, torch.Tensor, float]
 
 
+def device_of(groups: Iterable[ProcessGroup | None]) -> torch.device:
+    """Where a rank that holds nothing adds nothing to the others' sums."""
+    return torch.device("cuda" if any("nccl" in dist.get_backend(group) for group in groups) else "cpu")
+
+
 def gradients(tensors: Iterable[torch.Tensor]) -> list[Gradient]:
     """Those that tensors have, as they are."""
     return [(p, p.grad, 1.0) for p in tensors if p.grad is not None]
@@ -101,17 +106,12 @@ class BlockClip:
 
     def _squares(self, grads: Sequence[Gradient]) -> dict[ProcessGroup | None, torch.Tensor]:
         """This rank's sums of squares, by the group that they are to be added over."""
-        device = grads[0][1].device if grads else self._device()
+        device = grads[0][1].device if grads else device_of(self._groups)
         sums = {group: torch.zeros(len(_BLOCKS), dtype=torch.float32, device=device) for group in (None, *self._groups)}
         for tensor, grad, factor in grads:
             if self._counts(tensor):
                 self._add(sums[self._group_of(tensor)], self._plan_of(tensor), row(grad), factor)
         return sums
-
-    def _device(self) -> torch.device:
-        """Where a rank without gradients adds nothing to the others' sums."""
-        on_gpu = any("nccl" in dist.get_backend(group) for group in self._groups)
-        return torch.device("cuda" if on_gpu else "cpu")
 
     def _add(self, squares: torch.Tensor, plan: StepPlan, grad: torch.Tensor, factor: float) -> None:
         for table in (plan.local.table, plan.shared.table):

@@ -19,16 +19,25 @@ from ..blocks.types import BlockError, BlockType
 from ..plan.step_plan import StepClass
 
 STATED, STATED_AT = "block_lrs", "block_lrs_at"
+LOWERED = "lowered_lr"
 LOWEST = ".lowest"  # behind a block's name: its lowest rate, where rules scale it differently
 
 
-def advance_fade(group: dict[str, Any], step: int) -> None:
-    """Tells a group whose ratios fade from a loaded checkpoint's to its own which step is about to be taken."""
-    fade = group.get("ratio_fade")
+def advance(group: dict[str, Any], step: int) -> None:
+    """Tells a group which step is about to be taken: ratios may fade from a loaded checkpoint's to its own, and rates may be
+    lowered for a while."""
+    fade, lowered = group.get("ratio_fade"), group.get(LOWERED)
     if fade:
         fade["at"] = step
         if step - fade["start"] > fade["steps"]:
             del group["ratio_fade"]
+    if lowered and step > lowered["until"]:
+        del group[LOWERED]
+
+
+def lower(group: dict[str, Any], factor: float, until: int) -> None:
+    """Multiplies all rates of a group by a factor, up to and including a step; in place of one that still holds."""
+    group[LOWERED] = {"factor": factor, "until": until}
 
 
 def ratio_now(group: Mapping[str, Any], block: str) -> float:
@@ -71,18 +80,20 @@ def state_block_lrs(group: dict[str, Any], rates: Mapping[str, float]) -> None:
 
 
 def group_lr(group: Mapping[str, Any], rate: Rate) -> float:
-    """The learning rate in a param group now, times the rate's factor: stated together with this ``lr``, or else ratio * lr.
+    """The learning rate in a param group now, times the rate's factor: stated together with this ``lr``, or else ratio * lr;
+    lower while :func:`lower` says so.
 
     Raises:
         BlockError: ``lr`` is below 0 or not finite, as a faulty scheduler may have left it.
     """
     lr = float(group["lr"])
     _refuse_bad_rate(lr, "lr")
+    scale = rate.scale * group[LOWERED]["factor"] if group.get(LOWERED) else rate.scale
     if group.get(STATED_AT) == lr:
         stated = group[STATED].get(rate.block)
         if stated is not None:
-            return float(stated) * rate.scale
-    return ratio_now(group, rate.block) * lr * rate.scale
+            return float(stated) * scale
+    return ratio_now(group, rate.block) * lr * scale
 
 
 def block_lrs(group: Mapping[str, Any], rates: Iterable[Rate]) -> dict[str, float]:

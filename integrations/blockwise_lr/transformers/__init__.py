@@ -5,10 +5,11 @@ Not needed with DeepSpeed: use ``TrainingArguments(deepspeed=...)`` and ``import
 
 from __future__ import annotations
 
+from .metrics import BlockMetricsCallback
 from .sequence_length import SequenceLengthCallback
 from .trainer import FACTORIES, OptimizerFactory
 
-__all__ = ["FACTORIES", "OptimizerFactory", "SequenceLengthCallback", *FACTORIES]
+__all__ = ["FACTORIES", "BlockMetricsCallback", "OptimizerFactory", "SequenceLengthCallback", *FACTORIES]
 
 
 def __getattr__(name: str) -> type[OptimizerFactory]:
