@@ -22,7 +22,7 @@ LAYERS = (
     ("schedules", "sequence_length"),
     ("measure",),
     ("tuning",),
-    ("planning",),
+    ("planning", "jobs"),
     ("patches",),
     ("deepspeed", "megatron", "transformers"),
 )

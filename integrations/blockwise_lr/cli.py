@@ -1,4 +1,4 @@
-"""The commands: ``inspect``, ``plan``, ``sharpness``, ``tune``, ``schedule``, ``diagnose``, ``families`` and ``doctor``."""
+"""The commands of ``blockwise-lr``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .diagnosis import diagnose
 from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
 from .plan_command import plan
 from .schedule_view import ratio_of, schedule
+from .submit_command import jobs, submit
 from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
 from .tune_command import tune
 
@@ -212,6 +213,8 @@ app.command()(tune)
 app.command()(schedule)
 app.command()(diagnose)
 app.command()(plan)
+app.command()(submit)
+app.command()(jobs)
 
 
 @app.command()

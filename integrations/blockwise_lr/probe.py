@@ -230,8 +230,8 @@ def _leaves(node: Any) -> set[int]:
 
 
 def contradictions(block_map: BlockMap, uses: dict[str, Use]) -> list[Contradiction]:
-    """Where map and probe disagree: qk that feeds values, vo that feeds scores alone, or another block type's matrix that
-    feeds one of them alone. What feeds both (a latent that k and v share) is vo by the product's rule."""
+    """Where map and probe disagree: qk that feeds values, vo that feeds scores alone, or another block type's matrix with
+    units that feed one of them alone. What feeds both (a latent that k and v share) is vo by the product's rule."""
     found = []
     for name, use in uses.items():
         layout = block_map.get(name)
@@ -244,19 +244,32 @@ def contradictions(block_map: BlockMap, uses: dict[str, Use]) -> list[Contradict
                 wrong = "values"
             elif piece.block is BlockType.VO and scores and not values:
                 wrong = "scores"
-            elif piece.block not in (BlockType.QK, BlockType.VO, BlockType.NORM) and scores != values:
-                wrong = "scores" if scores else "values"
+            elif piece.block not in (BlockType.QK, BlockType.VO, BlockType.NORM):
+                wrong = _alone(layout, use, start, end)
             if wrong:
                 axis = "columns" if layout.transposed else "rows"
                 found.append(Contradiction(name, f"{axis} {start}–{end - 1}", piece.block, wrong))
     return found
 
 
+def _alone(layout: ParamLayout, use: Use, start: int, end: int) -> str:
+    """What some of these output units feed alone: "scores", "values", both where some feed one and some the other, or
+    nothing."""
+    scores, values = (_of_units(layout, flags, start, end) for flags in (use.scores, use.values))
+    found = [name for name, alone in (("scores", scores & ~values), ("values", values & ~scores)) if bool(alone.any())]
+    return " and the ".join(found)
+
+
 def _units(layout: ParamLayout, flags: torch.Tensor, start: int, end: int) -> bool:
     """Whether any of these output units is flagged."""
+    return bool(_of_units(layout, flags, start, end).any())
+
+
+def _of_units(layout: ParamLayout, flags: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Whether each of these output units is flagged; on the meta device one answer for all."""
     if flags.numel() == 1:
-        return bool(flags.any())
+        return flags.reshape(1)
     batch = math.prod(layout.shape[: layout.batch_dims])
     flags = flags.reshape(batch, *layout.shape[layout.batch_dims :])
     axis = flags.dim() - 1 if layout.transposed else 1
-    return bool(flags.narrow(axis, start, end - start).any())
+    return flags.narrow(axis, start, end - start).movedim(axis, 0).flatten(1).any(1)

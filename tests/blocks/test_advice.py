@@ -69,6 +69,48 @@ def test_where_a_star_would_take_what_is_known_names_are_exact():
     assert not map_blocks(model, rules=advice(model).rules).unmapped
 
 
+class Own(nn.Module):
+    """A GPT of names that no table has, as a user's own may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.symbols, self.last = nn.Embedding(64, 32), nn.LayerNorm(32)
+        self.stack = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "mix": nn.ModuleDict({"in_qkv": nn.Linear(32, 96), "back": nn.Linear(32, 32)}),
+                    "wide": nn.ModuleDict({"grow": nn.Linear(32, 128), "shrink": nn.Linear(128, 32)}),
+                }
+            )
+            for _ in range(2)
+        )
+        self.guess = nn.Linear(32, 64, bias=False)
+
+
+def test_words_and_shapes_tell_a_fused_projection_and_an_output_layer():
+    error = advice(Own())
+    assert error.rules == [
+        {"match": "stack.*.mix.in_qkv.{weight,bias}", "split": {"q": 1, "k": 1, "v": 1}},
+        {"match": "stack.*.mix.back.{weight,bias}", "block": "vo"},
+        {"match": "stack.*.wide.grow.{weight,bias}", "block": "ffn"},
+        {"match": "stack.*.wide.shrink.{weight,bias}", "block": "ffn"},
+        {"match": "guess.weight", "block": "head"},
+    ]
+    assert "they are guesses; blockwise-lr inspect --verify" in str(error)
+    assert not map_blocks(Own(), rules=error.rules).unmapped
+
+
+def test_rules_of_a_model_hold_for_it_with_frozen_layers_too():
+    model = Own()
+    rules = advice(model).rules
+    for p in model.stack.parameters():
+        p.requires_grad_(False)
+    frozen = map_blocks(model, rules=rules)
+    assert "stack.0.mix.back.weight" not in frozen
+    frozen.unfreeze("stack.0.mix.back.weight")
+    assert [str(b) for b in frozen["stack.0.mix.back.weight"].blocks] == ["vo"]
+
+
 def everything():
     few = ("LlamaForCausalLM", "DeepseekV4ForCausalLM", "Blip2ForConditionalGeneration", "ViTMAEForPreTraining")
     return [

@@ -68,7 +68,10 @@ def test_a_tower_is_a_block_of_its_own():
     assert f"vision_tower {elements:,} at 0.0001" in optimizer.describe()
     optimizer.set_block_lr_ratios({"vision_tower": 0.4})
     assert optimizer.block_lrs()[0]["vision_tower"] == pytest.approx(4e-4)
-    optimizer.set_block_lr_ratios({})
+    optimizer.set_block_lr_ratios({"qk": 5})  # those not named stay
+    assert optimizer.block_lrs()[0]["vision_tower"] == pytest.approx(4e-4)
+    assert optimizer.block_lrs()[0]["qk"] == pytest.approx(5e-3)
+    optimizer.set_block_lr_ratios("paper")
     assert optimizer.block_lrs()[0]["vision_tower"] == pytest.approx(1e-4)
     assert optimizer.block_lr_ratios["vision_tower"] == pytest.approx(0.1)
 

@@ -66,6 +66,18 @@ class Odd(nn.Module):
 """
 
 
+def test_a_fused_projection_called_ffn_is_contradicted(tmp_path, monkeypatch):
+    """Also where its rows together feed both: each feeds one of the two alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd_whole.py").write_text(ODD)
+    rules = [{"match": "*.everything.*", "block": "ffn"}, {"match": "*.out_proj.*", "block": "vo"}]
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    words = ["inspect", "odd_whole:Odd", "--verify", "--rules", "rules.json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 4, result.output
+    assert "layers.0.everything.weight, rows 0–71: mapped as ffn, feeds the scores and the values" in result.output
+
+
 def test_rules_for_what_is_unmapped_follow_from_what_it_feeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd_model.py").write_text(ODD)

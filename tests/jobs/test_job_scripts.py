@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
+PBS = ROOT / "integrations" / "blockwise_lr" / "jobs" / "torchrun.pbs"
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, PBS], ids=lambda path: path.name)
 def test_shellcheck(script):
     if SHELLCHECK is None:
         pytest.skip("shellcheck is not installed")

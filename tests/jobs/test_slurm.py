@@ -1,9 +1,10 @@
-"""examples/slurm/deepspeed.sbatch on a real Slurm: preempted, requeued, gone on with to the bit; and a node that is lost."""
+"""`blockwise-lr submit` on a real Slurm: preempted, requeued, gone on with to the bit; and a node that is lost."""
 
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ from twins import make
 from blockwise_lr.checkpoint import newest_complete, verify
 
 ROOT = Path(__file__).resolve().parents[2]
-SBATCH, SCRIPT = ROOT / "examples" / "slurm" / "deepspeed.sbatch", Path(__file__).with_name("train_on_slurm.py")
+SCRIPT = Path(__file__).with_name("train_on_slurm.py")
 TOTAL, SECONDS = 12, 240
 
 pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), pytest.mark.timeout(600)]
@@ -42,28 +43,36 @@ def slurm():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(slurm, folder, environment=None):
-    """The job of the example's file, of two nodes with a rank each, on the CPU."""
+def submit(slurm, folder, environment=None, options=(), script=SCRIPT):
+    """The number of a job that `blockwise-lr submit` has sent: on the CPU, a rank on each of two nodes by default."""
     (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
     (folder / "venv" / "bin" / "activate").write_text(f'export PATH="{os.path.dirname(sys.executable)}:$PATH"\n')
     environment = {
         **(environment or {}),
-        "VENV": str(folder / "venv"),
         "DS_ACCELERATOR": "cpu",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
-    return slurm.submit(
-        "--nodes=2",
-        "--gpus-per-node=1",
-        "--cpus-per-task=1",
-        f"--output={folder}/log",
-        str(SBATCH),
-        str(SCRIPT),
-        str(folder),
-        environment=environment,
+    given = [word for name, value in environment.items() for word in ("--env", f"{name}={value}")]
+    nodes = ["--nodes", "2"] if "--nodes" not in options else []
+    words = [*nodes, "--gpus-per-node", "1", "--cpus-per-node", "1", "--name", "run", "--venv", str(folder / "venv")]
+    said = command(slurm, folder, "submit", *words, *given, *options, "--", str(script), str(folder))
+    return said.split(",")[0].removeprefix("sent: ")
+
+
+def command(slurm, folder, *words):
+    """What one of our commands prints, run in a job's folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "blockwise_lr.cli", *words],
+        cwd=folder,
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def lines(folder, rank=0):
@@ -93,7 +102,7 @@ def wait_for(slurm, folder, job, condition, seconds=SECONDS):
     try:
         slurm.until(condition, seconds)
     except AssertionError as error:
-        log = folder / "log"
+        log = folder / f"run-{job}.log"
         raise AssertionError(f"{error}\n{log.read_text()[-4000:] if log.exists() else 'no log'}") from None
 
 
@@ -124,9 +133,10 @@ def test_a_preempted_job_is_requeued_and_goes_on_to_the_bit(slurm, whole, tmp_pa
     assert {key: value for key, value in whole.items() if key[1] != second - 1} == {
         key: value for key, value in steps(tmp_path).items() if key[1] != second - 1
     }
-    assert (tmp_path / "log").read_text().count(
-        "usable"
-    ) >= 2  # doctor's table of kernels: both starts write to one log
+    log = command(slurm, tmp_path, "jobs", "--log", job)
+    assert log.count("usable") >= 2  # doctor's table of kernels: both starts write to one log
+    listed = command(slurm, tmp_path, "jobs")
+    assert job in listed and "slurm" in listed and "COMPLETED" in listed
 
 
 @pytest.mark.full  # Slurm takes half a minute to give a node up
@@ -148,10 +158,33 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere(slurm, whole, tmp_path):
 
 
 def test_an_array_of_three_runs_a_sweep(slurm, tmp_path):
-    script = tmp_path / "sweep.sh"
-    script.write_text('#!/bin/bash\necho "$SLURM_ARRAY_TASK_ID" > "$1/$SLURM_ARRAY_TASK_ID"\n')
-    slurm.submit("--array=0-2", f"--output={tmp_path}/log-%a", str(script), str(tmp_path))
-    slurm.until(lambda: all((tmp_path / str(number)).exists() for number in range(3)), 60)
+    script = tmp_path / "sweep.py"
+    script.write_text(
+        "import os, pathlib, sys\n(pathlib.Path(sys.argv[1]) / os.environ['SLURM_ARRAY_TASK_ID']).write_text('ran')\n"
+    )
+    job = submit(slurm, tmp_path, options=("--nodes", "1", "--array", "0-2"), script=script)
+    wait_for(slurm, tmp_path, job, lambda: all((tmp_path / str(number)).exists() for number in range(3)), 120)
+    log = command(slurm, tmp_path, "jobs", "--log", job)
+    assert log.count("==> ") == 3 and log.count("usable") >= 3
+
+
+def test_a_job_can_be_ended(slurm, tmp_path):
+    job = submit(slurm, tmp_path, environment={"PAUSE": "30"})
+    wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "RUNNING", 60)
+    command(slurm, tmp_path, "jobs", "--cancel", job)
+    wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "CANCELLED", 60)
+
+
+def test_a_job_that_no_node_can_run_is_refused(slurm, tmp_path):
+    words = ["submit", "--gpus-per-node", "1", "--cpus-per-node", "99", "--", "train.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "blockwise_lr.cli", *words],
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2 and "has at most 64 CPUs and the job asks for 99" in done.stderr
 
 
 def job_seed():

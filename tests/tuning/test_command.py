@@ -59,7 +59,10 @@ def test_halving_stops_runs_and_a_ds_config_is_filled(tmp_path):
     runs = json.loads(done.stdout)["runs"]
     assert any(row["loss"] is None for row in runs) and runs[0]["loss"] is not None
     config = json.loads((tmp_path / "out" / "run-000" / "ds_config.json").read_text())
-    assert config["optimizer"]["params"]["block_lr_ratios"] == {"ffn": 1.0} and config["fp16"] == {}
+    assert (
+        config["optimizer"]["params"]["block_lr_ratios"] == dict.fromkeys(("ffn", "embedding", "qk", "vo", "norm"), 1.0)
+        and config["fp16"] == {}
+    )
     assert "adamw_lr" not in config["optimizer"]["params"]
     stopped = [file for file in (tmp_path / "out").glob("run-*/log") if "step 8" not in file.read_text()]
     assert stopped and all("step 2 " in file.read_text() for file in stopped)

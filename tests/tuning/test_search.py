@@ -46,6 +46,17 @@ def test_it_ends_within_a_factor_of_two_of_the_best(start):
     assert found.gains == (pytest.approx(loss(found.adamw) - loss(found.best)),)
 
 
+def test_runs_of_adamw_have_one_rate_whatever_is_searched():
+    search = Search(1e-3, (BlockType.EMBEDDING, BlockType.QK), "paper", seeds=2, trials=100)
+    losses = carried_out(
+        search, lambda setting: 3 + abs(math.log2(setting.lr / 1e-3)) / 10 + abs(setting.ratios[0] - 8) / 100
+    )
+    adamw = search.found(losses).adamw
+    assert search.ratios(adamw) == dict.fromkeys(("embedding", "qk", "vo", "ffn", "norm"), 1.0)
+    others = {tuple(search.ratios(setting)[block] for block in ("vo", "ffn", "norm")) for setting in losses}
+    assert others == {(1.0, 1.0, 1.0), (4.0, 6.0, 1.0)}  # AdamW's, and the paper's, which are not searched
+
+
 def test_it_goes_on_from_any_point_to_the_same_end():
     search = Search(1e-3, BLOCKS, "paper", seeds=3, trials=60)
     whole = carried_out(search)
@@ -69,7 +80,7 @@ def test_trials_are_kept_and_seeds_are_among_them():
 
 def test_rates_that_diverge_lead_downwards():
     losses = carried_out(Search(1.0, BLOCKS, "paper", seeds=1, trials=200))
-    assert math.isinf(losses[Setting(1.0, (1.0,) * 4)]) and min(losses.values()) < 3.1
+    assert math.isinf(losses[Setting(1.0, (1.0,) * 5)]) and min(losses.values()) < 3.1
     with pytest.raises(BlockError, match="no best learning rate or ratio was found"):
         carried_out(Search(1.0, BLOCKS, "paper", seeds=1, trials=200), of=lambda setting: math.inf)
 
@@ -81,10 +92,10 @@ def test_a_move_must_improve_by_the_margin():
     def of(setting):
         return loss(setting, (12.0, 12.0, 12.0, 12.6))
 
-    assert near.found(carried_out(near, of)).best.ratios != (1.0,) * 4
+    assert near.found(carried_out(near, of)).best.ratios != (1.0,) * 5
     far = replace(near, margin=0.005)
     losses = carried_out(far, of)
-    assert len(losses) < 3 + 2 * 5 + 1 and loss(Setting(1e-4 * 2**12, (1.0,) * 4), flat) == 3
+    assert len(losses) < 3 + 2 * 5 + 1 and loss(Setting(1e-4 * 2**12, (1.0,) * 5), flat) == 3
 
 
 def test_the_gain_is_over_further_seeds_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .globs import matches
 from .layout import ParamLayout
@@ -14,7 +15,7 @@ Unmapped = Sequence[tuple[str, tuple[int, ...]]]
 _SHOWN = 6  # rules in a message; all of them are the error's ``rules``
 
 
-def suggested_rules(unmapped: Unmapped, known: Mapping[str, ParamLayout]) -> list[dict[str, str]]:
+def suggested_rules(unmapped: Unmapped, known: Mapping[str, ParamLayout]) -> list[dict[str, Any]]:
     """Rules that match every unmapped parameter and none of the known ones.
 
     Args:
@@ -22,30 +23,26 @@ def suggested_rules(unmapped: Unmapped, known: Mapping[str, ParamLayout]) -> lis
         known: the layouts of all other parameters, under such names.
 
     Returns:
-        Block rules in JSON's form. The block type is that of the known parameters beside the unknown one; it is a
-        proposal, which only its forward pass can prove.
+        Block rules in JSON's form. What they say follows from the known parameters beside the unknown one and from a few
+        words and shapes; it is a proposal, which only its forward pass can prove.
     """
-    blocks = _blocks_below(known)
-    dims: dict[str, int] = {}  # a bias is what its weight is
-    for name, shape in unmapped:
-        module = name.rpartition(".")[0]
-        dims[module] = max(dims.get(module, 0), len(shape))
-    groups: dict[tuple[str, BlockType], dict[str, list[str]]] = {}
+    evidence = _Evidence(unmapped, known)
+    groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, _ in unmapped:
         module, _, leaf = name.rpartition(".")
-        key = (_every_layer(module), _evidence(module, dims[module], blocks))
+        key = (_every_layer(module), json.dumps(evidence.of(module)))
         groups.setdefault(key, {}).setdefault(leaf, []).append(name)
-    wanted = {name: block for (_, block), leaves in groups.items() for group in leaves.values() for name in group}
-    rules: list[dict[str, str]] = []
+    wanted = {name: says for (_, says), leaves in groups.items() for group in leaves.values() for name in group}
+    rules: list[dict[str, Any]] = []
     left = dict(wanted)
-    for (module, block), leaves in groups.items():
+    for (module, says), leaves in groups.items():
         glob = _glob(module, leaves)
         taken = [name for name in wanted if matches(glob, name)]
         names = [name for group in leaves.values() for name in group if name in left]
         # a star also stands for dots, so it may reach further than from layer to layer
-        alone = all(wanted[name] is block for name in taken) and not any(matches(glob, name) for name in known)
+        alone = all(wanted[name] == says for name in taken) and not any(matches(glob, name) for name in known)
         for one in [glob] if alone and names else names:
-            rules.append({"match": one, "block": block.value})
+            rules.append({"match": one, **json.loads(says)})
         for name in taken if alone else names:
             left.pop(name, None)
     return rules
@@ -71,16 +68,39 @@ def _blocks_below(known: Mapping[str, ParamLayout]) -> dict[str, Counter[BlockTy
     return found
 
 
-def _evidence(module: str, dims: int, blocks: Mapping[str, Counter[BlockType]]) -> BlockType:
-    """The commonest block type in a parameter's module or the one around that; qk and vo together: vo, whose
-    learning rate is smaller. Without such neighbours a vector is a norm, and anything else ffn."""
-    for prefix in (module, module.rpartition(".")[0]):
-        found = blocks.get(prefix)
-        if found and set(found) == {BlockType.QK, BlockType.VO}:
-            return BlockType.VO
-        if found and not prefix.rpartition(".")[2].isdigit():
-            return found.most_common(1)[0][0]
-    return BlockType.NORM if dims <= 1 else BlockType.FFN
+class _Evidence:
+    """What the modules of unknown parameters may be."""
+
+    def __init__(self, unmapped: Unmapped, known: Mapping[str, ParamLayout]) -> None:
+        self._blocks = _blocks_below(known)
+        tables = {layout.shape for layout in known.values() if BlockType.EMBEDDING in layout.blocks}
+        self._tables = {shape for shape in tables if len(set(shape)) > 1}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of a module's largest parameter: a bias is what its weight is
+        for name, shape in unmapped:
+            module = name.rpartition(".")[0]
+            self._shapes[module] = max(self._shapes.get(module, ()), tuple(shape), key=len)
+        self._attention = {module.rpartition(".")[0] for module in self._shapes if self._is_fused(module)} - {""}
+
+    def of(self, module: str) -> dict[str, Any]:
+        """What a rule says. A fused projection, by its name and shape, is split evenly; what else is unknown in its module,
+        vo. An output layer has the shape of the embedding. Then the commonest block type in the module or the one around
+        that; qk and vo together: vo, whose learning rate is smaller. Without such neighbours a vector is a norm, and
+        anything else ffn."""
+        if self._is_fused(module):
+            return {"split": {"q": 1, "k": 1, "v": 1}}
+        if self._shapes[module] in self._tables:
+            return {"block": BlockType.HEAD.value}
+        for prefix in (module, module.rpartition(".")[0]):
+            found = self._blocks.get(prefix)
+            if prefix in self._attention or (found and set(found) == {BlockType.QK, BlockType.VO}):
+                return {"block": BlockType.VO.value}
+            if found and not prefix.rpartition(".")[2].isdigit():
+                return {"block": found.most_common(1)[0][0].value}
+        return {"block": (BlockType.NORM if len(self._shapes[module]) <= 1 else BlockType.FFN).value}
+
+    def _is_fused(self, module: str) -> bool:
+        shape, name = self._shapes[module], module.rpartition(".")[2].lower()
+        return "qkv" in name and len(shape) == 2 and shape[0] == 3 * shape[1]
 
 
 def advice(unmapped: Unmapped, rules: Sequence[Mapping[str, str]], nearest: str) -> str:
@@ -91,6 +111,7 @@ def advice(unmapped: Unmapped, rules: Sequence[Mapping[str, str]], nearest: str)
     shown = ", ".join(json.dumps(rule) for rule in rules[:_SHOWN])
     cut = f" and {len(rules) - _SHOWN} more, which the error's `rules` hold" if len(rules) > _SHOWN else ""
     return (
-        f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest}; nearest rule: {nearest!r}; check the "
-        f"block types and add to block_rules [{shown}]{cut}"
+        f"no block rule matches the parameter {name} of shape {tuple(shape)}{rest}; nearest rule: {nearest!r}; add to "
+        f"block_rules, once you have checked them (they are guesses; blockwise-lr inspect --verify says what feeds the "
+        f"attention), [{shown}]{cut}"
     )

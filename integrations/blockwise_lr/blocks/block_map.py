@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .advice import advice, suggested_rules
 from .depth import Depths
 from .dims import HeadCounts
 from .families import family_rules
+from .globs import matches
 from .layout import MATRIX, ParamLayout, Piece, Rate
 from .lookup import alias_layout, depths_of
 from .marks import marks_of
@@ -144,10 +145,11 @@ class BlockMap(Mapping[str, ParamLayout]):
                 counts[block] += numel
         return {block: numel for block, numel in counts.items() if numel}
 
-    def rate_numel(self) -> dict[Rate, int]:
-        """Elements by what their learning rates follow from: block types in their order, then the user's own blocks."""
+    def rate_numel(self, names: Container[str] | None = None) -> dict[Rate, int]:
+        """Elements (of these parameters alone) by what their learning rates follow from: block types in their order, then
+        the user's own blocks."""
         counts: dict[Rate, int] = {}
-        for layout in self.values():
+        for layout in self.values() if names is None else (self[name] for name in self if name in names):
             for block, numel in layout.block_numel().items():
                 rate = layout.rate(block)
                 counts[rate] = counts.get(rate, 0) + numel
@@ -227,7 +229,8 @@ def map_blocks(
     aliases, names = _aliases(named), [*(name for name, _ in everything), *(elsewhere or ())]
     depths = depths_of(shapes, own, structure, aliases, names)
     copies, whole = embedding_copies(named), elsewhere is None
-    block_map = _map(shapes, own, strict, structure, aliases, copies, depths=depths, whole=whole)
+    off = [name for name, _ in frozen]
+    block_map = _map(shapes, own, strict, structure, aliases, copies, depths=depths, whole=whole, frozen=off)
     block_map.frozen = _frozen_layouts(frozen, own, structure, depths)
     block_map.bind(everything)
     return block_map
@@ -305,7 +308,8 @@ def map_named(
     trained, frozen = ([(name, p) for name, p in named if p.requires_grad is wanted] for wanted in (True, False))
     shapes, aliases = {name: full_shape(p) for name, p in trained}, [[name] for name, _ in trained]
     depths = depths_of(shapes, own, structure, aliases, [*(name for name, _ in named), *(elsewhere or ())])
-    block_map = _map(shapes, own, True, structure, aliases, depths=depths, whole=elsewhere is None)
+    off, whole = [name for name, _ in frozen], elsewhere is None
+    block_map = _map(shapes, own, True, structure, aliases, depths=depths, whole=whole, frozen=off)
     block_map.frozen = _frozen_layouts(frozen, own, structure, depths)
     block_map.bind(named)
     return block_map
@@ -321,8 +325,10 @@ def _map(
     extra: tuple[Rule, ...] = (),
     depths: Depths | None = None,
     whole: bool = True,
+    frozen: Iterable[str] = (),
 ) -> BlockMap:
-    """Maps every alias group. Of a whole model, each of the ``own`` rules must match something; ``extra`` ones need not."""
+    """Maps every alias group. Of a whole model, each of the ``own`` rules must match something, be it ``frozen``; ``extra``
+    ones need not."""
     copies = list(copies)
     given, own = own, own + extra + tuple(Rule(name, BlockType.EMBEDDING) for name in copies)
     used: set[Rule] = set()
@@ -330,7 +336,8 @@ def _map(
     unmapped = [(names[0], shapes[names[0]]) for names, layout in zip(aliases, found) if layout is None]
     layouts = [layout or _base_layout(names[0], shapes[names[0]]) for names, layout in zip(aliases, found)]
     layouts = with_rates(layouts, aliases, own, copies, depths, used)
-    unused = [rule for rule in given if rule not in used]
+    off = [plain_name(name) for name in frozen]
+    unused = [rule for rule in given if rule not in used and not any(matches(rule.match, name) for name in off)]
     if whole and unused:
         raise _unused_error(unused[0], shapes, depths)
     if unmapped and strict:

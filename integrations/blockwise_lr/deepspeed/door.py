@@ -19,7 +19,7 @@ from .build import OPTIMIZER_TYPES, build_optimizer
 from .checkpoint import is_ours, load, save
 from .engine import attach, check_built
 from .names import SCHEDULER_TYPES
-from .universal import model_state_files
+from .universal_loading import model_state_files
 
 
 def apply_patches() -> Callable[[], None]:

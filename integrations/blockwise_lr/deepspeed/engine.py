@@ -25,7 +25,7 @@ from .segment_sums_hook import prereduce_once_per_step
 from .shard_maps import shard_map
 from .stages import whole_model_map
 from .state_access import serve_optimizer_states
-from .universal import UniversalFolder, load_universal, load_weights
+from .universal_loading import UniversalFolder, load_universal, load_weights
 from .unsupported import refuse_unsupported
 
 

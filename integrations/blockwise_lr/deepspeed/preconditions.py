@@ -25,7 +25,7 @@ from ..collective import gathered, is_rank_zero
 from ..patches.deepspeed_variants import HAS_RANKS_FILES
 from .flats import contents, difference, layout, order, order_difference, state_file
 from .reading import read
-from .universal import check_universal
+from .universal_loading import check_universal
 
 log = logging.getLogger("blockwise_lr")
 

@@ -8,9 +8,9 @@ import sys
 
 _USAGE = """usage: torchrun … -m blockwise_lr.megatron [--on-cpu] SCRIPT ARGS…
 
-Runs SCRIPT, for example Megatron-LM's own pretrain_gpt.py, with --optimizer blockwise_adamw and blockwise_adam_mini and
-the flags --block-lr-ratios, --block-weight-decay, --block-rules, --[no-]block-strict added to Megatron's parser; SCRIPT
---help lists them. --on-cpu trains on gloo without a GPU (add --distributed-backend gloo)."""
+Runs SCRIPT, for example Megatron-LM's own pretrain_gpt.py, with {optimizers} as values of
+--optimizer, and flags of ours such as --block-lr-ratios in Megatron's parser; the end of SCRIPT --help lists them.
+--on-cpu trains on gloo without a GPU (add --distributed-backend gloo)."""
 
 
 def main() -> None:
@@ -18,7 +18,9 @@ def main() -> None:
     on_cpu = arguments[:1] == ["--on-cpu"]
     arguments = arguments[1:] if on_cpu else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
+        from .settings import KINDS
+
+        print(_USAGE.replace("{optimizers}", ", ".join(KINDS)))
         sys.exit(0 if arguments else 2)
     if not os.path.isfile(arguments[0]):
         sys.exit(f"blockwise_lr.megatron: there is no script {arguments[0]!r}")

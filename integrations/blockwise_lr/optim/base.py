@@ -411,7 +411,7 @@ class BlockwiseOptimizer(Saving):
         tensors = [p for p in self.all_tensors() if p.requires_grad]
         kernels = dict.fromkeys(self._kernel(p).name for p in tensors)
         plans = sum(self.plan_of(p).nbytes for p in tensors)
-        rates = self.block_map.rate_numel()
+        rates = self.block_map.rate_numel(self._held())
         numels: dict[str, int] = {}
         for rate, numel in rates.items():
             numels[rate.block] = numels.get(rate.block, 0) + numel
@@ -427,6 +427,13 @@ class BlockwiseOptimizer(Saving):
             f"peak learning rates: {', '.join(said)}"
         )
 
+    def _held(self) -> set[str] | None:
+        """The parameters in the param groups, where these hold parameters and not all of the model's; None: all."""
+        if self.shards is not None:
+            return None
+        names = {self.block_map.name_of(p) for p in self.all_tensors()}
+        return None if None in names else {str(name) for name in names}
+
     # ---- learning rates
 
     @property
@@ -437,7 +444,7 @@ class BlockwiseOptimizer(Saving):
     def block_lrs(self) -> list[dict[str, float]]:
         """Per param group: block type, or own block -> its learning rate now, for those of the model. Where rules scale it
         differently (by layer), its highest, and its lowest as ``<block>.lowest``."""
-        rates = self.block_map.rate_numel()
+        rates = self.block_map.rate_numel(self._held())
         return [block_lrs(group, rates) for group in self.param_groups]
 
     @property
@@ -451,14 +458,17 @@ class BlockwiseOptimizer(Saving):
         step. They are saved and loaded with the state, while the settings the optimizer was built with stay on record.
 
         Args:
-            ratios: as the option ``block_lr_ratios``.
+            ratios: by block type or own block; those not named stay as they are. Or a preset's name, as for the option
+                ``block_lr_ratios``: all change.
 
         Raises:
             BlockError: as the option; nothing has been changed then.
         """
         new = {str(block): ratio for block, ratio in lr_ratios(ratios, self.own_blocks).items()}
+        is_partial = not isinstance(ratios, str) and "preset" not in ratios
+        named = {str(block) for block in ratios} if is_partial else set(new)
         for group in self.param_groups:
-            change_ratios(group, new)
+            change_ratios(group, {**group["block_lr_ratios"], **{block: new[block] for block in named}})
 
     def lower_lrs(self, factor: float, steps: int) -> None:
         """Multiplies every rate by a factor in the next steps, whatever schedules say in the meantime; then it is gone. Saved

@@ -39,7 +39,7 @@ def verdict(search: Search, losses: Losses) -> str:
 def table(search: Search, losses: Losses) -> Table:
     """All runs of the search, best first."""
     found = Table(title=f"{len(losses)} runs")
-    for column in ("loss", "lr", *(block.value for block in search.blocks), "seed"):
+    for column in ("loss", "lr", *(block.value for block in search.stated), "seed"):
         found.add_column(column, justify="right")
     for setting, loss in sorted(losses.items(), key=lambda item: item[1]):
         shown = "stopped" if math.isinf(loss) else f"{loss:.4f}"

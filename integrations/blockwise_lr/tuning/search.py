@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..blocks.presets import lr_ratios
-from ..blocks.types import BlockError, BlockType
+from ..blocks.types import DEFAULT_RATIO_OF, BlockError, BlockType
 from .statistics import interval
 
 _FARTHEST = 20  # factors of 2 from the first learning rate, in either direction
@@ -23,7 +23,7 @@ _FARTHEST = 20  # factors of 2 from the first learning rate, in either direction
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: the base learning rate, a ratio per block type (in the order of ``Search.blocks``), and a seed."""
+    """One run: the base learning rate, a ratio per block type (in the order of ``Search.stated``), and a seed."""
 
     lr: float
     ratios: tuple[float, ...]
@@ -60,11 +60,14 @@ class Search:
 
     Attributes:
         lr: where AdamW's learning rates start.
-        blocks: block types whose ratios are searched; the others follow (see blocks.types.DEFAULT_RATIO_OF).
+        blocks: block types whose ratios are searched; the others keep those they start from: 1 where AdamW's search has ended,
+            ``start``'s where theirs has.
         start: ratios to start from, a preset's name or by block type.
         seeds: seeds in all.
         trials: runs at most, those with further seeds among them.
         margin: by how many nats a move must improve to be made.
+        stated: block types whose ratios every run is told: ``blocks``, and all that follow no other (see
+            blocks.types.DEFAULT_RATIO_OF). So a run of AdamW is one, whatever is searched.
     """
 
     lr: float
@@ -73,6 +76,7 @@ class Search:
     seeds: int = 3
     trials: int = 60
     margin: float = 0.0
+    stated: tuple[BlockType, ...] = field(init=False)
     _ones: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,11 +86,13 @@ class Search:
             raise BlockError(
                 "give at least 1 seed, 7 trials (three rates of AdamW and of the ratios) and one block type"
             )
-        object.__setattr__(self, "_ones", (1.0,) * len(self.blocks))
+        others = (block for block in BlockType if block not in DEFAULT_RATIO_OF and block not in self.blocks)
+        object.__setattr__(self, "stated", (*self.blocks, *others))
+        object.__setattr__(self, "_ones", (1.0,) * len(self.stated))
 
     def ratios(self, setting: Setting) -> dict[str, float]:
         """A setting's ratios by block type."""
-        return {block.value: ratio for block, ratio in zip(self.blocks, setting.ratios)}
+        return {block.value: ratio for block, ratio in zip(self.stated, setting.ratios)}
 
     def next_runs(self, losses: Losses) -> list[Setting]:
         """The runs that the losses so far call for, side by side if there are processors; none when the search is over."""
@@ -122,7 +128,7 @@ class Search:
         if missing:
             return missing
         ratios = lr_ratios(self.start)
-        start = tuple(ratios[block] for block in self.blocks)
+        start = tuple(ratios[block] for block in self.stated)
         best = adamw
         if start != self._ones:
             middle = self._rounded(adamw.lr / ratios[BlockType.FFN])

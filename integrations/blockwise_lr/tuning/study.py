@@ -54,6 +54,8 @@ class Study:
             "last": self.command.last,
             "blocks": [block.value for block in self.search.blocks],
         }
+        if self.search.stated != self.search.blocks:
+            said["stated"] = [block.value for block in self.search.stated]
         known = self._study.user_attrs.get("search")
         if known is not None and known != json.loads(json.dumps(said)):
             raise BlockError(f"{self.folder} holds the runs of another command or search; give another --out")
@@ -143,5 +145,5 @@ class Study:
         return {"lr": setting.lr, **ratios, "seed": setting.seed}
 
     def _setting(self, params: dict[str, Any]) -> Setting:
-        ratios = tuple(params[f"ratio {block.value}"] for block in self.search.blocks)
+        ratios = tuple(params[f"ratio {block.value}"] for block in self.search.stated)
         return Setting(params["lr"], ratios, params["seed"])
