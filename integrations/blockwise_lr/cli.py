@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
 from .diagnosis import diagnose
-from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
+from .inspection import UNMAPPED, PresetRow, Row, as_json, folded, inspect_model, inspect_presets, load_model, totals
 from .plan_command import plan
 from .schedule_view import ratio_of, schedule
 from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
@@ -65,6 +66,10 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="A row for every parameter; repeated layers are one otherwise.")
     ] = False,
+    presets: Annotated[
+        bool,
+        typer.Option("--presets", help="Show instead what each preset gives; --ratio base_hidden_size=256 for some."),
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run a few layers and see what feeds attention.")] = False,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
@@ -72,7 +77,10 @@ def inspect(
     try:
         ratios = dict(ratio_of(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
-        rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
+        model = load_model(target, vocabulary)
+        if presets:
+            return _write_presets(inspect_presets(model, rules=own, ratios=ratios), form, output)
+        rows = inspect_model(model, rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
         refuse("inspect", error)
     _write(rows, form, output, every)
@@ -120,6 +128,27 @@ def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> N
         typer.echo(as_json(rows)) if output is None else output.write_text(as_json(rows) + "\n")
     else:
         _print_rows(rows, output, every)
+
+
+def _write_presets(rows: list[PresetRow], form: Format, output: Path | None) -> None:
+    if form not in (Format.table, Format.json):
+        refuse("inspect", f"--presets is printed as a table or as JSON, and --format is {form.value}; leave that out")
+    if form is Format.json:
+        text = json.dumps({row.name: asdict(row) for row in rows}, indent=1)
+        typer.echo(text) if output is None else output.write_text(text + "\n")
+        return
+    out = console() if output is None else Console(record=True, width=200, file=io.StringIO())
+    blocks = list(next(row for row in rows if row.ratios).ratios)
+    table = Table("preset", title="ratios, peak learning rate over the base learning rate")
+    for block in blocks:
+        table.add_column(block, justify="right")
+    for row in rows:
+        table.add_row(row.name, *(f"{row.ratios[block]:.4g}" if row.ratios else "?" for block in blocks))
+    out.print(table)
+    for row in rows:
+        out.print(f"{row.name}: {row.missing or row.source}", highlight=False, markup=False)
+    if output is not None:
+        output.write_text(out.export_text())
 
 
 def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
