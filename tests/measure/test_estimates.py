@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from blockwise_lr import BlockError, BlockType, BlockwiseAdamW, map_blocks
 from blockwise_lr.cli import app
-from blockwise_lr.measure import Estimate, Sharpness, measure_sharpness, measure_updates, read_batches
+from blockwise_lr.measure import Estimate, Sharpness, SharpnessEvery, measure_sharpness, measure_updates, read_batches
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
 
@@ -102,6 +102,33 @@ def test_training_goes_on_to_the_bit():
         return [p.detach().clone() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+def test_every_so_many_steps_of_a_loop_it_is_written_and_training_goes_on_to_the_bit():
+    def trained(every):
+        model, written = make("llama"), []
+        optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-2, block_map=map_blocks(model))
+        measure = SharpnessEvery(model, lambda: [IDS], every, draws=2, write=lambda *said: written.append(said))
+        torch.manual_seed(5)
+        found = []
+        for step, batch in enumerate(token_ids(4, 1, 1)[:, 0, 0], 1):
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(measure(step))
+        assert measure.seconds > 0 or not written
+        return [p.detach().clone() for p in model.parameters()], written, found
+
+    plain, nothing, none = trained(9)
+    weights, written, found = trained(2)
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    assert not nothing and none == [None] * 4 and [found[0], found[2]] == [None, None]
+    assert [step for _, step in written] == [2, 4]
+    assert written[1][0]["sharpness/qk"] == found[3].blocks()[BlockType.QK].sharpness
+    assert written[1][0]["sharpness_error/norm"] == found[3].blocks()[BlockType.NORM].error
+    for every in (0, True, 1.5):
+        with pytest.raises(BlockError, match="give a whole number of optimizer steps"):
+            SharpnessEvery(make("llama"), list, every)
 
 
 def under_deepspeed(stage):

@@ -1,6 +1,7 @@
 """Measurements of a model in training: sharpness, what each block type's updates do, and ratios from it."""
 
 from .auto import AutoRatios, rebalanced
+from .every import SharpnessEvery, sharpness_figures
 from .guard import Alarm, Guard, Unstable
 from .loss_ratio import LossRatio
 from .metrics import block_metrics
@@ -18,6 +19,7 @@ __all__ = [
     "Guard",
     "LossRatio",
     "Sharpness",
+    "SharpnessEvery",
     "Unstable",
     "Updates",
     "block_metrics",
@@ -27,6 +29,7 @@ __all__ = [
     "measure_updates",
     "read_batches",
     "rebalanced",
+    "sharpness_figures",
     "snapshot",
     "tensorboard_sink",
     "wandb_sink",

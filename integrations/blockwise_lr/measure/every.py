@@ -1,0 +1,98 @@
+"""The sharpness of every block type every so many steps of a run, as figures for whatever logs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..blocks import BlockError, BlockMap
+from ..collective.errors import is_rank_zero
+from .parts import Predictions, causal_lm
+from .sharpness import Sharpness, measure_sharpness
+
+
+def sharpness_figures(found: Sharpness) -> dict[str, float]:
+    """``sharpness/<block type>`` and its standard error, ``sharpness_error/<block type>``."""
+    figures: dict[str, float] = {}
+    for block, estimate in found.blocks().items():
+        figures[f"sharpness/{block.value}"] = estimate.sharpness
+        figures[f"sharpness_error/{block.value}"] = estimate.error
+    return figures
+
+
+class SharpnessEvery:
+    """Measures the sharpness after every so many optimizer steps, and leaves the training as it was, to the bit.
+
+    A measurement costs (1 + 2 draws) / 3 training steps on as many tokens (under ZeRO-3 draws): with 8 draws on a quarter of
+    a step's tokens, every 1,000 steps, 0.14% of a run.
+
+    Example::
+
+        measure = SharpnessEvery(model, held_out_batches, every=1000, write=lambda figures, step: wandb.log(figures, step))
+        for step, batch in enumerate(data, 1):
+            ...
+            optimizer.step()  # under DeepSpeed engine.step(), and engine.module is the model
+            measure(step)
+
+    Args:
+        model: as for :func:`measure_sharpness`: an engine's module, not the engine.
+        batches: called for each measurement, on every rank; returns what ``predictions`` takes, other on each rank.
+        every: optimizer steps from one measurement to the next.
+        write: called on rank 0 with the figures (see :func:`sharpness_figures`) and the step.
+        draws, seed, block_map, predictions: as for :func:`measure_sharpness`; each measurement draws anew.
+
+    Attributes:
+        history: (step, what was found then).
+        seconds: spent on it so far.
+
+    Raises:
+        BlockError: ``every`` is below 1.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        batches: Callable[[], Iterable[Any]],
+        every: int,
+        *,
+        write: Callable[[Mapping[str, float], int], Any] | None = None,
+        draws: int = 8,
+        seed: int = 0,
+        block_map: BlockMap | None = None,
+        predictions: Predictions = causal_lm,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise BlockError(f"every is {every!r}; give a whole number of optimizer steps, 1 or above")
+        self.model, self.batches, self.every, self.write = model, batches, every, write
+        self.draws, self.seed, self.block_map, self.predictions = draws, seed, block_map, predictions
+        self.history: list[tuple[int, Sharpness]] = []
+        self.seconds = 0.0
+
+    def __call__(self, step: int) -> Sharpness | None:
+        """What is found after a step where it is due, on every rank the same; None otherwise.
+
+        Args:
+            step: how many optimizer steps the run has done, those before a resume included; the same on every rank.
+
+        Raises:
+            BlockError: as :func:`measure_sharpness`.
+        """
+        if step < 1 or step % self.every:
+            return None
+        start = time.perf_counter()
+        found = measure_sharpness(
+            self.model,
+            self.batches(),
+            block_map=self.block_map,
+            draws=self.draws,
+            seed=self.seed + step,
+            predictions=self.predictions,
+        )
+        self.seconds += time.perf_counter() - start
+        self.history.append((step, found))
+        if self.write is not None and is_rank_zero():
+            self.write(sharpness_figures(found), step)
+        return found
