@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from blockwise_lr import BlockError, BlockType, BlockwiseAdamW, map_blocks
 from blockwise_lr.cli import app
 from blockwise_lr.measure import Estimate, Sharpness, SharpnessEvery, measure_sharpness, measure_updates, read_batches
+from blockwise_lr.measure.labels import drawn_labels, logit_gradient, probabilities
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
 
@@ -71,6 +72,30 @@ def test_batches_and_the_draws_of_each_are_averaged():
     layers = apart.grouped(lambda name, block: (name.split(".")[2] if "layers" in name else "", block.value))
     assert {("0", "qk"), ("1", "ffn"), ("", "embedding")} <= set(layers)
     assert sum(of.numel for of in layers.values()) == sum(p.numel() for p in model.parameters())
+
+
+def in_slices(logits, draws):
+    import torch.distributed as dist
+
+    mine, start = logits.chunk(2, -1)[dist.get_rank()], dist.get_rank() * -(-logits.shape[-1] // 2)
+    p = probabilities(mine, dist.group.WORLD)
+    labels = drawn_labels(p, draws, 4, dist.group.WORLD)
+    gradient = logit_gradient(p, labels[0], mine)
+    return torch.where(labels >= 0, labels + start, -1), gradient
+
+
+def test_labels_are_drawn_from_the_predictions_and_the_same_from_slices_of_them():
+    logits = 3 * torch.randn(5, 13, generator=torch.Generator().manual_seed(1))
+    p, draws = logits.softmax(-1), 20_000
+    labels = drawn_labels(probabilities(logits), draws, 4)
+    counts = torch.stack([(labels == value).float().mean(0) for value in range(13)], 1)
+    assert ((counts - p).abs() < 5 * (p * (1 - p) / draws).sqrt() + 1e-6).all()
+    leaf = logits.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, labels[0]).backward()
+    (first, left), (second, right) = pool(2).run(in_slices, logits, draws)
+    assert torch.equal(first.maximum(second), labels) and torch.equal((first < 0), (second >= 0))
+    for gradient in (logit_gradient(probabilities(logits), labels[0], logits), torch.cat([left, right], -1)):
+        torch.testing.assert_close(gradient, leaf.grad)
 
 
 def test_labels_only_say_what_is_left_out():
