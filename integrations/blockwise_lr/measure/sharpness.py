@@ -154,7 +154,7 @@ def measure_sharpness(
     return _over_ranks(traces, tokens, parts)
 
 
-class _Squares:
+class Squares:
     """Sums of squares of gradients by parameter and block type, on the device until they are asked for."""
 
     def __init__(self, parts: BlockParts) -> None:
@@ -186,7 +186,7 @@ def _measure(
     seed: int,
 ) -> int:
     """Adds the draws of one batch to ``traces``; returns how many tokens it predicts."""
-    squares = _Squares(parts)
+    squares = Squares(parts)
     gradients = Gradients(model, {name for name, _ in parts.named}, squares.take)
     with torch.enable_grad(), gradients.watching():
         logits, targets = predictions(model, batch)
