@@ -196,25 +196,33 @@ def sharpness(
     batches: Annotated[int, typer.Option(help="Batches, taken evenly over the file.")] = 4,
     draws: Annotated[int, typer.Option(help="Draws of labels for each batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    gradient_noise: Annotated[
+        bool,
+        typer.Option("--gradient-noise", help="Measure signal and noise of gradients too; an even number of batches."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how sharp the loss is in each block type of a saved model. Exit code 2: bad input."""
-    from .measure import measure_sharpness, read_batches
+    from .measure import measure_gradient_noise, measure_sharpness, read_batches
 
     try:
         from .transformers.checkpoints import load_causal_lm
 
         read = read_batches(tokens, length, batch, batches)
-        found = measure_sharpness(load_causal_lm(folder), read, draws=draws, seed=seed)
+        model = load_causal_lm(folder)
+        noise = measure_gradient_noise(model, read).as_dict() if gradient_noise else None
+        found = measure_sharpness(model, read, draws=draws, seed=seed)
     except ImportError as error:
         refuse_without("sharpness", "transformers", "transformers", error)
     except (BlockError, OSError, ValueError) as error:
         refuse("sharpness", error)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=1))
+        typer.echo(json.dumps(found.as_dict() | ({"gradient_noise": noise} if noise else {}), indent=1))
         return
     table = Table("block", title=f"sharpness, {found.tokens:,} predicted tokens, {draws * batches} draws")
     for column in ("parameters", "trace / parameters", "standard error", "over the norms'"):
+        table.add_column(column, justify="right")
+    for column in ("gradient's signal / noise", "equal at tokens") if noise else ():
         table.add_column(column, justify="right")
     blocks = found.blocks()
     norm = blocks.get(BlockType.NORM)
@@ -226,6 +234,7 @@ def sharpness(
             f"{estimate.sharpness:.3g}",
             f"{estimate.error / estimate.sharpness:.0%}",
             over,
+            *(_noise_cells(noise["blocks"][block.value]) if noise else ()),
         )
     out = console()
     out.print(table)
@@ -235,6 +244,10 @@ def sharpness(
         + "  (~: not told "
         "apart at two standard errors)"
     )
+
+
+def _noise_cells(of: dict[str, float]) -> tuple[str, str]:
+    return f"{of['signal_to_noise']:.2g} ± {of['error']:.1g}", f"{of['noise_scale']:,.0f}"
 
 
 app.command()(tune)

@@ -13,7 +13,15 @@ from typer.testing import CliRunner
 
 from blockwise_lr import BlockError, BlockType, BlockwiseAdamW, map_blocks
 from blockwise_lr.cli import app
-from blockwise_lr.measure import Estimate, Sharpness, SharpnessEvery, measure_sharpness, measure_updates, read_batches
+from blockwise_lr.measure import (
+    Estimate,
+    Sharpness,
+    SharpnessEvery,
+    measure_gradient_noise,
+    measure_sharpness,
+    measure_updates,
+    read_batches,
+)
 from blockwise_lr.measure.labels import drawn_labels, logit_gradient, probabilities
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
@@ -108,7 +116,12 @@ def test_labels_only_say_what_is_left_out():
         measure_sharpness(model, [{"input_ids": both, "labels": torch.full_like(both, -100)}])
 
 
-def test_training_goes_on_to_the_bit():
+@pytest.mark.parametrize(
+    "measure",
+    [lambda model: measure_sharpness(model, [IDS], draws=2), lambda model: measure_gradient_noise(model, [IDS, IDS])],
+    ids=["sharpness", "noise"],
+)
+def test_training_goes_on_to_the_bit(measure):
     def trained(measured):
         model = make("gpt2")
         for module in model.modules():
@@ -120,7 +133,7 @@ def test_training_goes_on_to_the_bit():
             model.train()
             model(batch, labels=batch).loss.backward()
             if measured:
-                measure_sharpness(model, [IDS], draws=2)
+                measure(model)
             assert all(module.training for module in model.modules())
             optimizer.step()
             optimizer.zero_grad()
@@ -300,7 +313,14 @@ def test_the_command_reads_a_saved_model(tmp_path):
     assert torch.stack(batches).shape == (3, 2, 16)
     found = measure_sharpness(lively("llama"), batches)
     assert blocks["qk"]["sharpness"] == pytest.approx(found.blocks()[BlockType.QK].sharpness)
+    noisy = ("--tokens", tmp_path / "ids.npy", "--length", 16, "--batch", 2, "--batches", 4, "--gradient-noise")
+    told = json.loads(run(tmp_path / "model", *noisy, "--json").stdout)["gradient_noise"]
+    four = read_batches(tmp_path / "ids.npy", 16, 2, 4)
+    wanted = measure_gradient_noise(lively("llama"), four).blocks()[BlockType.FFN]
+    assert told["blocks"]["ffn"]["signal_to_noise"] == pytest.approx(wanted.ratio)
+    assert "signal / noise" in run(tmp_path / "model", *noisy).output
     for words, told in (
+        ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", *sizes, "--gradient-noise"), "give an even number"),
         ((tmp_path, "--tokens", tmp_path / "ids.npy", *sizes), "holds no config.json"),
         ((tmp_path / "model", "--tokens", tmp_path / "none.npy"), "none.npy"),
         ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 4001), "token ids in a row are needed"),

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..blocks import BlockError
+from .parts import IGNORED
+
 _AT_ONCE = 2**24  # elements of the distribution function, which is in double precision
 
 
@@ -29,6 +32,19 @@ def probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None = None) 
     if group is not None:
         dist.all_reduce(total, group=group)
     return found.div_(total)
+
+
+def predicted(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which predictions count (predictions,), and the probabilities of these (counted, vocabulary).
+
+    Raises:
+        BlockError: none does.
+    """
+    counted = targets != IGNORED
+    p = probabilities(logits[counted])
+    if not len(p):
+        raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
+    return counted, p
 
 
 def drawn_labels(p: torch.Tensor, draws: int, seed: int, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -19,8 +19,8 @@ from ..blocks import BlockError, BlockMap, BlockType, map_blocks
 from ..collective.agreement import gathered
 from ..collective.errors import run_on_all_ranks
 from .gradients import Gradients
-from .labels import drawn_labels, logit_gradient, probabilities, seed_of
-from .parts import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
+from .labels import drawn_labels, logit_gradient, predicted, seed_of
+from .parts import BlockParts, Predictions, as_it_was, causal_lm
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,7 @@ def _measure(
     gradients = Gradients(model, {name for name, _ in parts.named}, squares.take)
     with torch.enable_grad(), gradients.watching():
         logits, targets = predictions(model, batch)
-        counted = targets != IGNORED
-        p = probabilities(logits[counted])
-        if not len(p):
-            raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
+        counted, p = predicted(logits, targets)
         for draw, labels in enumerate(drawn_labels(p, draws, seed)):
             if draw and gradients.once:
                 logits, _ = predictions(model, batch)
