@@ -102,6 +102,25 @@ def test_data_parallel_ranks_put_their_draws_together():
         )
 
 
+def with_fused_gradients():
+    """What a model finds whose linear layers would add gradients to Megatron's buffers, by a kernel that is not here."""
+    from blockwise_lr.megatron import measure_sharpness
+
+    with megatron(Layout()):
+        model = lively("gpt")
+        linear = [module for module in model.modules() if hasattr(module, "gradient_accumulation_fusion")]
+        for module in linear:
+            module.gradient_accumulation_fusion = True
+        found = measure_sharpness(model, batches(0), draws=DRAWS)
+        return found, len(linear), all(module.gradient_accumulation_fusion for module in linear)
+
+
+def test_no_gradient_goes_into_megatrons_buffers():
+    ((_, ours, _),) = pool(1).run(whole, "gpt")
+    ((found, count, fused),) = pool(1).run(with_fused_gradients)
+    assert found == ours and count == 9 and fused
+
+
 def trained(layout, measured):
     from megatron.core import parallel_state
 
