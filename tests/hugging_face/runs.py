@@ -118,7 +118,7 @@ def train(
     ids = torch.randint(0, VOCABULARY, (2, 2, 9), generator=torch.Generator().manual_seed(9))
     if every:
         rank = trainer.args.process_index
-        trainer.add_callback(door.SharpnessCallback(trainer.log, lambda: [ids[rank]], every, draws=2))
+        trainer.add_callback(door.SharpnessCallback(trainer, lambda: [ids[rank]], every, draws=2))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVE_AT}" if resume else None)
     optimizer = blockwise_lr.deepspeed.optimizer_of(trainer.model_wrapped) if deepspeed else trainer.optimizer.optimizer
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}

@@ -146,7 +146,7 @@ def test_every_so_many_steps_of_a_loop_it_is_written_and_training_goes_on_to_the
     def trained(every):
         model, written = make("llama"), []
         optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-2, block_map=map_blocks(model))
-        measure = SharpnessEvery(model, lambda: [IDS], every, draws=2, write=lambda *said: written.append(said))
+        measure = SharpnessEvery(model, lambda: [IDS], every, draws=2, sinks=[lambda *said: written.append(said)])
         torch.manual_seed(5)
         found = []
         for step, batch in enumerate(token_ids(4, 1, 1)[:, 0, 0], 1):

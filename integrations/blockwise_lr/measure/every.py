@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..blocks import BlockError, BlockMap
 from ..collective.errors import is_rank_zero
 from .parts import Predictions, causal_lm
 from .sharpness import Sharpness, measure_sharpness
+from .sinks import Sink
 
 
 def sharpness_figures(found: Sharpness) -> dict[str, float]:
@@ -31,7 +32,7 @@ class SharpnessEvery:
 
     Example::
 
-        measure = SharpnessEvery(model, held_out_batches, every=1000, write=lambda figures, step: wandb.log(figures, step))
+        measure = SharpnessEvery(model, held_out_batches, every=1000, sinks=[csv_sink("sharpness.csv")])
         for step, batch in enumerate(data, 1):
             ...
             optimizer.step()  # under DeepSpeed engine.step(), and engine.module is the model
@@ -41,7 +42,7 @@ class SharpnessEvery:
         model: as for :func:`measure_sharpness`: an engine's module, not the engine.
         batches: called for each measurement, on every rank; returns what ``predictions`` takes, other on each rank.
         every: optimizer steps from one measurement to the next.
-        write: called on rank 0 with the figures (see :func:`sharpness_figures`) and the step.
+        sinks: each called as ``sink(figures, step)`` on rank 0; the figures are those of :func:`sharpness_figures`.
         draws, seed, block_map, predictions: as for :func:`measure_sharpness`; each measurement draws anew.
 
     Attributes:
@@ -58,7 +59,7 @@ class SharpnessEvery:
         batches: Callable[[], Iterable[Any]],
         every: int,
         *,
-        write: Callable[[Mapping[str, float], int], Any] | None = None,
+        sinks: Iterable[Sink] = (),
         draws: int = 8,
         seed: int = 0,
         block_map: BlockMap | None = None,
@@ -66,7 +67,7 @@ class SharpnessEvery:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise BlockError(f"every is {every!r}; give a whole number of optimizer steps, 1 or above")
-        self.model, self.batches, self.every, self.write = model, batches, every, write
+        self.model, self.batches, self.every, self.sinks = model, batches, every, list(sinks)
         self.draws, self.seed, self.block_map, self.predictions = draws, seed, block_map, predictions
         self.history: list[tuple[int, Sharpness]] = []
         self.seconds = 0.0
@@ -93,6 +94,7 @@ class SharpnessEvery:
         )
         self.seconds += time.perf_counter() - start
         self.history.append((step, found))
-        if self.write is not None and is_rank_zero():
-            self.write(sharpness_figures(found), step)
+        if is_rank_zero():
+            for sink in self.sinks:
+                sink(sharpness_figures(found), step)
         return found

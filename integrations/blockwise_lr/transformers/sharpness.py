@@ -10,16 +10,17 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..measure.every import SharpnessEvery, sharpness_figures
 from ..measure.parts import Predictions, causal_lm
+from .logs import log_beside
 
 
 class SharpnessCallback(TrainerCallback):
-    """``trainer.add_callback(SharpnessCallback(trainer.log, held_out_batches, every=1000))``.
+    """``trainer.add_callback(SharpnessCallback(trainer, held_out_batches, every=1000))``.
 
     The figures go where the Trainer's own go: its log history and what ``report_to`` names. Training goes on as it would
     without, to the bit, and costs what :class:`~blockwise_lr.measure.SharpnessEvery` says. With DeepSpeed as well.
 
     Args:
-        log: the Trainer's ``log``.
+        trainer: whose log the figures go to.
         batches, every, draws, seed, predictions: as for :class:`~blockwise_lr.measure.SharpnessEvery`. Batches have to be on
             the model's device.
 
@@ -29,7 +30,7 @@ class SharpnessCallback(TrainerCallback):
 
     def __init__(
         self,
-        log: Callable[[dict[str, float]], None],
+        trainer: Any,
         batches: Callable[[], Iterable[Any]],
         every: int,
         *,
@@ -37,7 +38,7 @@ class SharpnessCallback(TrainerCallback):
         seed: int = 0,
         predictions: Predictions = causal_lm,
     ) -> None:
-        self.log = log
+        self.trainer = trainer
         self.measure = SharpnessEvery(
             torch.nn.Module(), batches, every, draws=draws, seed=seed, predictions=predictions
         )
@@ -48,6 +49,4 @@ class SharpnessCallback(TrainerCallback):
         self.measure.model = model
         found = self.measure(state.global_step)
         if found is not None:
-            due = control.should_log  # a log of anything counts as the one that is due
-            self.log(sharpness_figures(found))
-            control.should_log = due
+            log_beside(self.trainer, control, sharpness_figures(found))
