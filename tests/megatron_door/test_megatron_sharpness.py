@@ -1,5 +1,7 @@
 """Sharpness of sharded Megatron models beside that of the whole model in one process, the same labels drawn."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("megatron.core")
@@ -12,6 +14,7 @@ from megatron_door.twin import model_inputs
 from ranks import pool
 
 from blockwise_lr import BlockError
+from blockwise_lr.measure import SharpnessEvery
 from blockwise_lr.measure import measure_sharpness as measure_whole
 
 DRAWS = 3
@@ -133,15 +136,11 @@ def trained(layout, measured):
             chunks = build_chunks("gpt", layout)
             wrapped = wrap(chunks, layout)
             optimizer = make_optimizer(wrapped, "blockwise_adamw", layout)
-            found = []
-
-            def watch():
-                if measured:
-                    found.append(measure_sharpness(wrapped, batches(parallel_state.get_data_parallel_rank()), draws=1))
-
+            held_out, steps = batches(parallel_state.get_data_parallel_rank()), itertools.count(1)
+            every = SharpnessEvery(wrapped, lambda: held_out, 1, measure=measure_sharpness, draws=1)
             torch.manual_seed(3)
-            losses = train(wrapped, optimizer, 3, watch)
-            assert len(found) == 3 * measured and all(chunk.training for chunk in wrapped)
+            losses = train(wrapped, optimizer, 3, (lambda: every(next(steps))) if measured else None)
+            assert len(every.history) == 3 * measured and all(chunk.training for chunk in wrapped)
             weights = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
             return losses, weights, torch.rand(1)
         finally:

@@ -104,7 +104,8 @@ PRESETS: Mapping[str, Preset] = {
     "depth_mup": Preset(
         _roles(1.0, 1.0, Scaled(width=-1, depth=-0.5), Scaled(depth=-0.5)),
         "the same with alpha 1/2 (depth-muP, arXiv 2310.02244): matrices by 1 / (width sqrt(depth)), norms by "
-        "1 / sqrt(depth); for models that multiply logits by 1 / width and residual branches by 1 / sqrt(depth)",
+        "1 / sqrt(depth), the last one too; for models that multiply logits by 1 / width and residual branches by "
+        "1 / sqrt(depth)",
     ),
     "nanochat": Preset(
         _roles(Scaled(10.0, width=-0.5), Scaled(0.2, width=-0.5), 1.0, 0.25, 0.25),
@@ -115,8 +116,9 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "modded_nanogpt": Preset(
         _roles(0.008 / 0.023, 0.008 / 0.023, 1.0, 0.008 / 0.023, 0.008 / 0.023),
-        "KellerJordan/modded-nanogpt f411b3d over NorMuon's lr of 0.023: embedding, head and scalars 0.008; its down "
-        "projections' factor of 2 needs a rule with lr_scale",
+        "KellerJordan/modded-nanogpt f411b3d over NorMuon's lr of 0.023: embedding and head 0.008, and norms, routers and "
+        "state-space mixers, which it has none of, as its post_lambdas; its down projections' factor of 2 needs a rule "
+        "with lr_scale",
         is_muons=True,
     ),
 }

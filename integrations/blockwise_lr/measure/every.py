@@ -6,11 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
-from ..blocks import BlockError, BlockMap
+from ..blocks import BlockError
 from ..collective.errors import is_rank_zero
-from .parts import Predictions, causal_lm
 from .sharpness import Sharpness, measure_sharpness
 from .sinks import Sink
 
@@ -39,11 +36,13 @@ class SharpnessEvery:
             measure(step)
 
     Args:
-        model: as for :func:`measure_sharpness`: an engine's module, not the engine.
-        batches: called for each measurement, on every rank; returns what ``predictions`` takes, other on each rank.
+        model: as ``measure`` takes it: an engine's module, not the engine.
+        batches: called for each measurement, on every rank; returns what ``measure`` takes.
         every: optimizer steps from one measurement to the next.
         sinks: each called as ``sink(figures, step)`` on rank 0; the figures are those of :func:`sharpness_figures`.
-        draws, seed, block_map, predictions: as for :func:`measure_sharpness`; each measurement draws anew.
+        seed: of the draws, which are others in each measurement.
+        measure: :func:`measure_sharpness`, or ``blockwise_lr.megatron.measure_sharpness`` for a Megatron model.
+        options: what else it takes, as ``draws``.
 
     Attributes:
         history: (step, what was found then).
@@ -55,20 +54,19 @@ class SharpnessEvery:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         batches: Callable[[], Iterable[Any]],
         every: int,
         *,
         sinks: Iterable[Sink] = (),
-        draws: int = 8,
         seed: int = 0,
-        block_map: BlockMap | None = None,
-        predictions: Predictions = causal_lm,
+        measure: Callable[..., Sharpness] = measure_sharpness,
+        **options: Any,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise BlockError(f"every is {every!r}; give a whole number of optimizer steps, 1 or above")
         self.model, self.batches, self.every, self.sinks = model, batches, every, list(sinks)
-        self.draws, self.seed, self.block_map, self.predictions = draws, seed, block_map, predictions
+        self.seed, self.measure, self.options = seed, measure, options
         self.history: list[tuple[int, Sharpness]] = []
         self.seconds = 0.0
 
@@ -79,19 +77,12 @@ class SharpnessEvery:
             step: how many optimizer steps the run has done, those before a resume included; the same on every rank.
 
         Raises:
-            BlockError: as :func:`measure_sharpness`.
+            BlockError: as ``measure``.
         """
         if step < 1 or step % self.every:
             return None
         start = time.perf_counter()
-        found = measure_sharpness(
-            self.model,
-            self.batches(),
-            block_map=self.block_map,
-            draws=self.draws,
-            seed=self.seed + step,
-            predictions=self.predictions,
-        )
+        found = self.measure(self.model, self.batches(), seed=self.seed + step, **self.options)
         self.seconds += time.perf_counter() - start
         self.history.append((step, found))
         if is_rank_zero():
