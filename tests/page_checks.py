@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import blockwise_lr
 from blockwise_lr.blocks import BlockType
+from blockwise_lr.blocks.presets import SIZES
 from blockwise_lr.blocks.rules import ROLES
 from blockwise_lr.blocks.user_rules import UserRule
 from blockwise_lr.cli import app
@@ -143,7 +144,7 @@ def known_keys():
     return {
         *known_options(),
         *map(str, BlockType),
-        *(*UserRule.model_fields, *ROLES, *schedule, *OTHER_KEYS, *OWN_BLOCKS, "preset"),
+        *(*UserRule.model_fields, *ROLES, *schedule, *OTHER_KEYS, *OWN_BLOCKS, "preset", *SIZES),
         *(ZERO_OPTIMIZATION, *in_ds_config, *DeepSpeedZeroConfig.model_fields),
     }
 

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -117,17 +117,40 @@ def speed_table(rows: Rows) -> str:
 
 
 def base_table(rows: Rows) -> str:
-    """What ``adamw_lr`` makes of AdamW's best learning rate (over the FFN's ratio), beside the best that was found."""
-    lines = []
+    """What ``adamw_lr`` makes of AdamW's best learning rate (over the FFN's ratio), beside the best that was found and what
+    the mean ratio of all parameters would make of it; last, how often each is within a factor of 2."""
+    lines, right = [], []
     for cell, arms in results(rows).items():
         for arm, result in arms.items():
             tuned = ARMS[arm].optimizer in ("BlockwiseAdamW", "BlockwiseAdamMini") and not ARMS[arm].rate_of
             if BASE not in arms or not tuned:
                 continue
-            rule = arms[BASE].lr / lr_ratios(ARMS[arm].options.get("block_lr_ratios"))[BlockType.FFN]
+            ratios = lr_ratios(ARMS[arm].options.get("block_lr_ratios"))
+            rule, by_mean = (
+                arms[BASE].lr / of for of in (ratios[BlockType.FFN], _mean_ratio(ratios, cell.split("-")[0]))
+            )
             found = f"{result.lr:g}" + ("" if result.inside else " at the edge so far")
-            lines.append([cell, arm, f"{arms[BASE].lr:g}", f"{rule:.2g}", found, f"{rule / result.lr:.2g}"])
-    return _markdown(["cell", "arm", "AdamW's best lr", "`adamw_lr` gives", "best lr found", "over the best"], lines)
+            over = (rule / result.lr, by_mean / result.lr)
+            lines.append([cell, arm, f"{arms[BASE].lr:g}", f"{rule:.2g}", found, *(f"{one:.2g}" for one in over)])
+            if result.inside:
+                right.append([0.495 < one < 2.02 for one in over])  # learning rates are rounded
+    counts = [f"{sum(column)} of {len(right)}" for column in zip(*right)]
+    lines.append(["within a factor of 2, best inside", *[""] * 4, *counts])
+    head = ["cell", "arm", "AdamW's best lr", "`adamw_lr` gives", "best lr found", "over the best", "by the mean ratio"]
+    return _markdown(head, lines)
+
+
+def _mean_ratio(ratios: Mapping[BlockType | str, float], rung: str) -> float:
+    """Over a rung's parameters, its norms left out, which are few."""
+    of = RUNGS[rung]
+    numel = {
+        BlockType.EMBEDDING: of.vocabulary * of.width,
+        BlockType.HEAD: of.vocabulary * of.width,
+        BlockType.QK: of.layers * 2 * of.width**2,
+        BlockType.VO: of.layers * 2 * of.width**2,
+        BlockType.FFN: of.layers * 3 * of.width * of.ffn,
+    }
+    return sum(ratios[block] * count for block, count in numel.items()) / sum(numel.values())
 
 
 def cost_table(rows: Rows) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from .blocks import PRESETS, BlockError, BlockType
 from .diagnosis import diagnose
-from .inspection import UNMAPPED, Row, as_json, folded, inspect_model, load_model, totals
+from .inspection import UNMAPPED, PresetRow, Row, as_json, folded, inspect_model, inspect_presets, load_model, totals
 from .plan_command import plan
 from .schedule_view import ratio_of, schedule
 from .submit_command import jobs, submit
@@ -66,6 +67,10 @@ def inspect(
     every: Annotated[
         bool, typer.Option("--all", help="A row for every parameter; repeated layers are one otherwise.")
     ] = False,
+    presets: Annotated[
+        bool,
+        typer.Option("--presets", help="Show instead what each preset gives; --ratio base_hidden_size=256 for some."),
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Run a few layers and see what feeds attention.")] = False,
 ) -> None:
     """Show which row of which parameter is which block type. Exit code 3: something is unmapped; 4: what the model runs
@@ -73,7 +78,10 @@ def inspect(
     try:
         ratios = dict(ratio_of(item) for item in ratio or ())
         own = json.loads(rules.read_text()) if rules else None
-        rows = inspect_model(load_model(target, vocabulary), rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
+        model = load_model(target, vocabulary)
+        if presets:
+            return _write_presets(inspect_presets(model, rules=own, ratios=ratios), form, output)
+        rows = inspect_model(model, rules=own, lr=lr, weight_decay=weight_decay, ratios=ratios)
     except (BlockError, OSError, ValueError) as error:
         refuse("inspect", error)
     _write(rows, form, output, every)
@@ -123,6 +131,27 @@ def _write(rows: list[Row], form: Format, output: Path | None, every: bool) -> N
         _print_rows(rows, output, every)
 
 
+def _write_presets(rows: list[PresetRow], form: Format, output: Path | None) -> None:
+    if form not in (Format.table, Format.json):
+        refuse("inspect", f"--presets is printed as a table or as JSON, and --format is {form.value}; leave that out")
+    if form is Format.json:
+        text = json.dumps({row.name: asdict(row) for row in rows}, indent=1)
+        typer.echo(text) if output is None else output.write_text(text + "\n")
+        return
+    out = console() if output is None else Console(record=True, width=200, file=io.StringIO())
+    blocks = list(next(row for row in rows if row.ratios).ratios)
+    table = Table("preset", title="ratios, peak learning rate over the base learning rate")
+    for block in blocks:
+        table.add_column(block, justify="right")
+    for row in rows:
+        table.add_row(row.name, *(f"{row.ratios[block]:.4g}" if row.ratios else "?" for block in blocks))
+    out.print(table)
+    for row in rows:
+        out.print(f"{row.name}: {row.missing or row.source}", highlight=False, markup=False)
+    if output is not None:
+        output.write_text(out.export_text())
+
+
 def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
     out = console() if output is None else Console(record=True, width=200, file=io.StringIO())
     table = Table()
@@ -168,25 +197,33 @@ def sharpness(
     batches: Annotated[int, typer.Option(help="Batches, taken evenly over the file.")] = 4,
     draws: Annotated[int, typer.Option(help="Draws of labels for each batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    gradient_noise: Annotated[
+        bool,
+        typer.Option("--gradient-noise", help="Measure signal and noise of gradients too; an even number of batches."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure how sharp the loss is in each block type of a saved model. Exit code 2: bad input."""
-    from .measure import measure_sharpness, read_batches
+    from .measure import measure_gradient_noise, measure_sharpness, read_batches
 
     try:
         from .transformers.checkpoints import load_causal_lm
 
         read = read_batches(tokens, length, batch, batches)
-        found = measure_sharpness(load_causal_lm(folder), read, draws=draws, seed=seed)
+        model = load_causal_lm(folder)
+        noise = measure_gradient_noise(model, read).as_dict() if gradient_noise else None
+        found = measure_sharpness(model, read, draws=draws, seed=seed)
     except ImportError as error:
         refuse_without("sharpness", "transformers", "transformers", error)
     except (BlockError, OSError, ValueError) as error:
         refuse("sharpness", error)
     if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=1))
+        typer.echo(json.dumps(found.as_dict() | ({"gradient_noise": noise} if noise else {}), indent=1))
         return
     table = Table("block", title=f"sharpness, {found.tokens:,} predicted tokens, {draws * batches} draws")
     for column in ("parameters", "trace / parameters", "standard error", "over the norms'"):
+        table.add_column(column, justify="right")
+    for column in ("gradient's signal / noise", "equal at tokens") if noise else ():
         table.add_column(column, justify="right")
     blocks = found.blocks()
     norm = blocks.get(BlockType.NORM)
@@ -198,6 +235,7 @@ def sharpness(
             f"{estimate.sharpness:.3g}",
             f"{estimate.error / estimate.sharpness:.0%}",
             over,
+            *(_noise_cells(noise["blocks"][block.value]) if noise else ()),
         )
     out = console()
     out.print(table)
@@ -207,6 +245,10 @@ def sharpness(
         + "  (~: not told "
         "apart at two standard errors)"
     )
+
+
+def _noise_cells(of: dict[str, float]) -> tuple[str, str]:
+    return f"{of['signal_to_noise']:.2g} ± {of['error']:.1g}", f"{of['noise_scale']:,.0f}"
 
 
 app.command()(tune)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .argument_file import megatron_model
-from .blocks import BlockError, BlockMap, BlockType, ParamLayout, map_blocks
+from .blocks import PRESETS, BlockError, BlockMap, BlockType, ParamLayout, lr_ratios, map_blocks
+from .blocks.presets import SIZES
 from .plan.step_plan import StepClass
 from .rules.options import OptimizerOptions
 from .rules.param_groups import class_decay, group_lr
@@ -125,8 +126,54 @@ def inspect_model(
     """
     block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
     options = dict(lr=lr, weight_decay=weight_decay, block_lr_ratios=ratios)
-    group = OptimizerOptions.checked(options, own=block_map.own_blocks).group_defaults()
+    group = OptimizerOptions.checked(options, own=block_map.own_blocks, config=block_map.config).group_defaults()
     return [row for name in block_map for row in _rows(name, block_map, group)]
+
+
+@dataclass(frozen=True)
+class PresetRow:
+    """What a preset of ratios gives a model.
+
+    Attributes:
+        name: of the preset.
+        ratios: block type of the model -> peak learning rate over the base learning rate; empty where a size is missing.
+        source: who found them, on what; what a model must have for them.
+        missing: what it needs and was not given.
+    """
+
+    name: str
+    ratios: dict[str, float]
+    source: str
+    missing: str
+
+
+def inspect_presets(
+    model: torch.nn.Module, *, rules: Iterable[dict] | None = None, ratios: Mapping[str, Any] | None = None
+) -> list[PresetRow]:
+    """What every preset gives a model.
+
+    Args:
+        model, rules: as for :func:`inspect_model`.
+        ratios: sizes for the presets that depend on them (``base_hidden_size``, ...), and ratios that take the place of all
+            presets'.
+
+    Raises:
+        BlockError: a bad rule, size or ratio.
+    """
+    block_map = map_blocks(model, rules=rules, strict=False, family=getattr(model, "blockwise_family", None))
+    blocks = [block for block in BlockType if block_map.block_numel().get(block)]
+    own = {name: 1.0 if ratio is None else ratio for name, ratio in block_map.own_blocks.items()}
+    given = {key: value for key, value in (ratios or {}).items() if key not in ("preset", *SIZES)}
+    lr_ratios(given, own)
+    rows = []
+    for name, preset in PRESETS.items():
+        sizes = {key: value for key, value in (ratios or {}).items() if key in preset.sizes}
+        try:
+            found = lr_ratios({"preset": name, **sizes, **given}, own, block_map.config)
+            rows.append(PresetRow(name, {str(block): found[block] for block in blocks}, preset.source, ""))
+        except BlockError as error:
+            rows.append(PresetRow(name, {}, preset.source, str(error)))
+    return rows
 
 
 def _rows(name: str, block_map: BlockMap, group: dict[str, Any]) -> list[Row]:

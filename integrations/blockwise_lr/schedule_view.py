@@ -163,12 +163,10 @@ def ratio_of(item: str) -> tuple[str, float | str]:
     Raises:
         BlockError: neither.
     """
-    name, _, value = item.partition("=")
-    if name in PRESETS and not value:
+    name, equals, value = item.partition("=")
+    if not equals:
         return "preset", name
     try:
         return name, float(value)
     except ValueError:
-        raise BlockError(
-            f"--ratio {item} is not BLOCK=NUMBER, as in qk=4, and no preset ({', '.join(PRESETS)})"
-        ) from None
+        raise BlockError(f"--ratio {item} is not BLOCK=NUMBER, as in qk=4") from None

@@ -69,7 +69,12 @@ def _reset_state() -> None:
 
 @own_state()
 def train(
-    folder: str, deepspeed: dict | None, kind: str = "BlockwiseAdamW", resume: bool = False, model: str = "llama"
+    folder: str,
+    deepspeed: dict | None,
+    kind: str = "BlockwiseAdamW",
+    resume: bool = False,
+    model: str = "llama",
+    every: int = 0,
 ) -> dict[str, Any]:
     """Trains with the Trainer, saving after SAVE_AT steps.
 
@@ -78,9 +83,11 @@ def train(
         deepspeed: a ds_config; None trains with plain DDP through ``optimizer_cls_and_kwargs``.
         kind: the optimizer, where deepspeed does not say it.
         resume: go on from the checkpoint at SAVE_AT.
+        every: measure the sharpness every so many steps.
 
     Returns:
-        losses by step, the learning rates of the block types at the end, and the optimizer's class.
+        losses by step, the learning rates of the block types at the end, and the optimizer's class, the
+        weights, and what was logged of the sharpness.
     """
     import transformers
 
@@ -108,10 +115,20 @@ def train(
     )
     settings = {} if deepspeed else {"optimizer_cls_and_kwargs": (getattr(door, kind + "Factory"), dict(OPTIMIZER))}
     trainer = transformers.Trainer(model=make(model), args=arguments, train_dataset=Tokens(), **settings)
+    ids = torch.randint(0, VOCABULARY, (2, 2, 9), generator=torch.Generator().manual_seed(9))
+    if every:
+        rank = trainer.args.process_index
+        trainer.add_callback(door.SharpnessCallback(trainer, lambda: [ids[rank]], every, draws=2))
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVE_AT}" if resume else None)
     optimizer = blockwise_lr.deepspeed.optimizer_of(trainer.model_wrapped) if deepspeed else trainer.optimizer.optimizer
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    return {"losses": losses, "lrs": optimizer.block_lrs()[0], "optimizer": type(optimizer).__name__}
+    return {
+        "losses": losses,
+        "lrs": optimizer.block_lrs()[0],
+        "optimizer": type(optimizer).__name__,
+        "weights": [p.detach().clone() for p in trainer.model.parameters()],
+        "sharpness": {entry["step"]: entry for entry in trainer.state.log_history if "sharpness/qk" in entry},
+    }
 
 
 @own_state()

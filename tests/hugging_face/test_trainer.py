@@ -1,6 +1,7 @@
 """The real Trainer and Accelerate on two ranks: with DeepSpeed, and without; stopped and resumed."""
 
 import pytest
+import torch
 from hugging_face import runs
 from ranks import pool
 from twins import RATIOS, paper_lr
@@ -25,6 +26,21 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, deepspee
     later = {step: loss for step, loss in whole["losses"].items() if step > runs.SAVE_AT}
     assert {step: loss for step, loss in resumed["losses"].items() if step > runs.SAVE_AT} == later
     assert resumed["lrs"] == whole["lrs"]
+
+
+@pytest.mark.parametrize("deepspeed", [runs.ds_config("BlockwiseAdamW", 2), None], ids=["ZeRO-2", "DDP"])
+def test_training_with_the_sharpness_callback_is_training_without(tmp_path, deepspeed):
+    kind = "BlockwiseAdamW"
+    plain = pool(2).run(runs.train, str(tmp_path), deepspeed, kind)
+    watched = pool(2).run(runs.train, str(tmp_path), deepspeed, kind, False, "llama", 2)
+    assert watched[0]["losses"] == plain[0]["losses"] and len(plain[0]["losses"]) == runs.STEPS
+    assert all(torch.equal(a, b) for a, b in zip(watched[0]["weights"], plain[0]["weights"], strict=True))
+    (found, other), steps = (one["sharpness"] for one in watched), [2, 4, 6]
+    assert not plain[0]["sharpness"] and list(found) == list(other) == steps
+    for step in steps:
+        figures = {name: value for name, value in found[step].items() if name.startswith("sharpness")}
+        assert len(figures) == 12 and all(0 < value < float("inf") for value in figures.values())
+        assert figures.items() <= other[step].items()  # the same on both ranks
 
 
 @pytest.mark.parametrize("stage", [1, 3])

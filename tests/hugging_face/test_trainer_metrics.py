@@ -34,6 +34,7 @@ def logged(folder, deepspeed, optimizer=None):
     trainer = transformers.Trainer(model=make("llama"), args=arguments, train_dataset=runs.Tokens(), **own)
     trainer.add_callback(BlockMetricsCallback(trainer, every=2))
     trainer.train()
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4]
     return [line for line in trainer.state.log_history if "blocks/weight_rms/qk" in line]
 
 

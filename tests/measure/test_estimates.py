@@ -13,7 +13,16 @@ from typer.testing import CliRunner
 
 from blockwise_lr import BlockError, BlockType, BlockwiseAdamW, map_blocks
 from blockwise_lr.cli import app
-from blockwise_lr.measure import Estimate, Sharpness, measure_sharpness, measure_updates, read_batches
+from blockwise_lr.measure import (
+    Estimate,
+    Sharpness,
+    SharpnessEvery,
+    measure_gradient_noise,
+    measure_sharpness,
+    measure_updates,
+    read_batches,
+)
+from blockwise_lr.measure.labels import drawn_labels, logit_gradient, probabilities
 
 IDS = torch.randint(0, VOCABULARY, (1, 7), generator=torch.Generator().manual_seed(3))
 
@@ -73,6 +82,30 @@ def test_batches_and_the_draws_of_each_are_averaged():
     assert sum(of.numel for of in layers.values()) == sum(p.numel() for p in model.parameters())
 
 
+def in_slices(logits, draws):
+    import torch.distributed as dist
+
+    mine, start = logits.chunk(2, -1)[dist.get_rank()], dist.get_rank() * -(-logits.shape[-1] // 2)
+    p = probabilities(mine, dist.group.WORLD)
+    labels = drawn_labels(p, draws, 4, dist.group.WORLD)
+    gradient = logit_gradient(p, labels[0], mine)
+    return torch.where(labels >= 0, labels + start, -1), gradient
+
+
+def test_labels_are_drawn_from_the_predictions_and_the_same_from_slices_of_them():
+    logits = 3 * torch.randn(5, 13, generator=torch.Generator().manual_seed(1))
+    p, draws = logits.softmax(-1), 20_000
+    labels = drawn_labels(probabilities(logits), draws, 4)
+    counts = torch.stack([(labels == value).float().mean(0) for value in range(13)], 1)
+    assert ((counts - p).abs() < 5 * (p * (1 - p) / draws).sqrt() + 1e-6).all()
+    leaf = logits.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(leaf, labels[0]).backward()
+    (first, left), (second, right) = pool(2).run(in_slices, logits, draws)
+    assert torch.equal(first.maximum(second), labels) and torch.equal((first < 0), (second >= 0))
+    for gradient in (logit_gradient(probabilities(logits), labels[0], logits), torch.cat([left, right], -1)):
+        torch.testing.assert_close(gradient, leaf.grad)
+
+
 def test_labels_only_say_what_is_left_out():
     model, both = lively("llama"), torch.cat([IDS, IDS.flip(1)])
     labels = both.clone()
@@ -83,7 +116,12 @@ def test_labels_only_say_what_is_left_out():
         measure_sharpness(model, [{"input_ids": both, "labels": torch.full_like(both, -100)}])
 
 
-def test_training_goes_on_to_the_bit():
+@pytest.mark.parametrize(
+    "measure",
+    [lambda model: measure_sharpness(model, [IDS], draws=2), lambda model: measure_gradient_noise(model, [IDS, IDS])],
+    ids=["sharpness", "noise"],
+)
+def test_training_goes_on_to_the_bit(measure):
     def trained(measured):
         model = make("gpt2")
         for module in model.modules():
@@ -95,13 +133,40 @@ def test_training_goes_on_to_the_bit():
             model.train()
             model(batch, labels=batch).loss.backward()
             if measured:
-                measure_sharpness(model, [IDS], draws=2)
+                measure(model)
             assert all(module.training for module in model.modules())
             optimizer.step()
             optimizer.zero_grad()
         return [p.detach().clone() for p in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
+def test_every_so_many_steps_of_a_loop_it_is_written_and_training_goes_on_to_the_bit():
+    def trained(every):
+        model, written = make("llama"), []
+        optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-2, block_map=map_blocks(model))
+        measure = SharpnessEvery(model, lambda: [IDS], every, draws=2, sinks=[lambda *said: written.append(said)])
+        torch.manual_seed(5)
+        found = []
+        for step, batch in enumerate(token_ids(4, 1, 1)[:, 0, 0], 1):
+            model(batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(measure(step))
+        assert measure.seconds > 0 or not written
+        return [p.detach().clone() for p in model.parameters()], written, found
+
+    plain, nothing, none = trained(9)
+    weights, written, found = trained(2)
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    assert not nothing and none == [None] * 4 and [found[0], found[2]] == [None, None]
+    assert [step for _, step in written] == [2, 4]
+    assert written[1][0]["sharpness/qk"] == found[3].blocks()[BlockType.QK].sharpness
+    assert written[1][0]["sharpness_error/norm"] == found[3].blocks()[BlockType.NORM].error
+    for every in (0, True, 1.5):
+        with pytest.raises(BlockError, match="give a whole number of optimizer steps"):
+            SharpnessEvery(make("llama"), list, every)
 
 
 def under_deepspeed(stage):
@@ -248,7 +313,14 @@ def test_the_command_reads_a_saved_model(tmp_path):
     assert torch.stack(batches).shape == (3, 2, 16)
     found = measure_sharpness(lively("llama"), batches)
     assert blocks["qk"]["sharpness"] == pytest.approx(found.blocks()[BlockType.QK].sharpness)
+    noisy = ("--tokens", tmp_path / "ids.npy", "--length", 16, "--batch", 2, "--batches", 4, "--gradient-noise")
+    told = json.loads(run(tmp_path / "model", *noisy, "--json").stdout)["gradient_noise"]
+    four = read_batches(tmp_path / "ids.npy", 16, 2, 4)
+    wanted = measure_gradient_noise(lively("llama"), four).blocks()[BlockType.FFN]
+    assert told["blocks"]["ffn"]["signal_to_noise"] == pytest.approx(wanted.ratio)
+    assert "signal / noise" in run(tmp_path / "model", *noisy).output
     for words, told in (
+        ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", *sizes, "--gradient-noise"), "give an even number"),
         ((tmp_path, "--tokens", tmp_path / "ids.npy", *sizes), "holds no config.json"),
         ((tmp_path / "model", "--tokens", tmp_path / "none.npy"), "none.npy"),
         ((tmp_path / "model", "--tokens", tmp_path / "ids.npy", "--length", 4001), "token ids in a row are needed"),

@@ -159,3 +159,27 @@ def test_collectives_of_an_iteration(ranks, layout, more):
     assert adam[0] > 2
     assert pool(ranks).run(collectives, "blockwise_adamw", layout) == adam
     assert pool(ranks).run(collectives, "blockwise_adam_mini", layout) == [count + more for count in adam]
+
+
+def rates_of_a_preset_by_size(mup):
+    from megatron_door.training import make_optimizer, wrap
+
+    import blockwise_lr.megatron
+
+    layout, ratios = Layout(), {"preset": "depth_mup", "base_hidden_size": 8, "base_num_layers": 2}
+    with megatron(layout):
+        undo = blockwise_lr.megatron.register(block_lr_ratios=ratios)
+        try:
+            chunks = build_chunks("llama", layout)
+            chunks[0].config.use_mup = mup
+            optimizer = make_optimizer(wrap(chunks, layout), "blockwise_adamw", layout)
+            return optimizer.chained_optimizers[0].optimizer.block_lrs()[0]
+        finally:
+            undo()
+
+
+def test_a_preset_by_size_reads_megatrons_config():
+    (rates,) = pool(1).run(rates_of_a_preset_by_size, False)
+    assert rates["qk"] == rates["ffn"] == pytest.approx(rates["embedding"] / 4)
+    (error,) = pool(1).run(rates_of_a_preset_by_size, True, errors=True)
+    assert "--use-mup and the preset depth_mup of --block-lr-ratios both scale learning rates by width" in str(error)

@@ -123,6 +123,20 @@ def test_blocks_of_ones_own_come_from_a_rules_file_before_them(parse, capsys, tm
     assert "unknown block type 'vision'" in (said := capsys.readouterr().err) and "a --block-rules before it" in said
 
 
+def test_presets_by_size_are_checked_before_there_is_a_model(parse, capsys):
+    found = parse("--block-lr-ratios", "mup", "base_hidden_size=16")
+    assert found.block_lr_ratios == {"preset": "mup", "base_hidden_size": 16.0}
+    assert BlockSettings(block_lr_ratios=found.block_lr_ratios).block_lr_ratios == found.block_lr_ratios
+    for flags, words in (
+        (["mup"], "the preset mup of block_lr_ratios needs base_hidden_size"),
+        (["mupp"], "did you mean 'mup'?"),
+        (["auto"], "block_lr_ratios is 'auto'"),
+    ):
+        with pytest.raises(SystemExit):
+            parse("--block-lr-ratios", *flags)
+        assert words in capsys.readouterr().err
+
+
 def config(optimizer="adam"):
     return types.SimpleNamespace(optimizer=optimizer)
 

@@ -35,7 +35,11 @@ BAD = [
     ("block_lr_ratios", {"qk": "8"}, r"block_lr_ratios\['qk'\] is '8'"),
     ("block_lr_ratios", {"qkv": 1.0}, "unknown block type 'qkv'"),
     ("block_lr_ratios", [8.0], "must map block types"),
-    ("block_lr_ratios", "papers", "names the preset 'papers'; use one of paper, uniform, embedding"),
+    (
+        "block_lr_ratios",
+        "papers",
+        "names the preset 'papers' .did you mean 'paper'..; use one of paper, uniform, embedding",
+    ),
     ("block_lr_ratios", {"preset": 3}, "names the preset 3"),
     ("block_lr_ratios", {"preset": "uniform", "qk": 0}, "above 0"),
     ("adamw_lr", -1, "adamw_lr is -1; give a finite number, 0 or above"),

@@ -137,6 +137,11 @@ class BlockMap(Mapping[str, ParamLayout]):
         self._layouts[name] = layout
         del self.frozen[name]
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the model, which the head counts were read from; empty where they were not."""
+        return {} if self.heads is None else self.heads.config
+
     def block_numel(self) -> dict[BlockType, int]:
         """Elements per block type, over all parameters."""
         counts = dict.fromkeys(BlockType, 0)

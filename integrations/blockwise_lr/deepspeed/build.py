@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..blocks.presets import ANY_SIZE
 from ..collective.errors import run_on_all_ranks
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
@@ -37,7 +38,7 @@ def _build(
     kind: str, module: torch.nn.Module, model_parameters: Iterable[Any], settings: Mapping[str, Any]
 ) -> BlockwiseOptimizer:
     cls = OPTIMIZER_TYPES[kind]
-    options = cls.Options.checked(settings, f"optimizer {kind}: ")
+    options = cls.Options.checked(settings, f"optimizer {kind}: ", config=ANY_SIZE)
     block_map = map_engine_module(module, options.block_rules, options.block_strict)
     arguments = {key: value for key, value in settings.items() if key not in _MAPPING_KEYS}
     return cls(list(model_parameters), block_map=block_map, **arguments)

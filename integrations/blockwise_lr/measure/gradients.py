@@ -78,15 +78,25 @@ class Gradients:
 
         self._handles.append(p.register_hook(give))
 
-    def backward(self, loss: torch.Tensor, *, keep: bool) -> None:
-        """Gives every parameter's gradient of a loss away.
+    def backward(
+        self, output: torch.Tensor, gradient: torch.Tensor, *, keep: bool, entered: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Gives every parameter's gradient away.
 
         Args:
+            output: of the model.
+            gradient: of the loss, with respect to the output.
             keep: whether another backward pass through the same graph follows.
+            entered: what the model was given, where its gradient is wanted.
+
+        Returns:
+            The gradient with respect to ``entered``.
 
         Raises:
             BlockError: no parameter took part.
         """
         if not self._leaves:
             raise BlockError("the predictions use none of the model's trained parameters; give those of this model")
-        torch.autograd.grad(loss, list(self._leaves.values()), retain_graph=keep, allow_unused=True)
+        wanted = [*([] if entered is None else [entered]), *self._leaves.values()]
+        found = torch.autograd.grad(output, wanted, gradient, retain_graph=keep, allow_unused=True)
+        return None if entered is None else found[0]

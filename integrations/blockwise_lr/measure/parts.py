@@ -64,14 +64,19 @@ class BlockParts:
 
     Args:
         gathered_in_use: take parameters that FSDP2 or ZeRO-3 shards, and gathers whenever they are used.
+        slices: take tensor-parallel slices; the block map is of slices too.
 
     Raises:
         BlockError: a parameter that is sharded (but for these) or sliced over ranks, or that the block map does not know.
     """
 
-    def __init__(self, model: torch.nn.Module, block_map: BlockMap, *, gathered_in_use: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, block_map: BlockMap, *, gathered_in_use: bool = False, slices: bool = False
+    ) -> None:
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         for name, p in self.named:
+            if not slices:
+                _refuse_slices(name, p)
             _refuse_shards(name, p, gathered_in_use)
         self.plans: Mapping[str, StepPlan] = {name: _plan(block_map, name, p) for name, p in self.named}
 
@@ -102,12 +107,15 @@ def _plan(block_map: BlockMap, name: str, p: torch.Tensor) -> StepPlan:
     return element_plan(numel, [Fragment(known, 0, numel, 0)], [block_map[known]])
 
 
-def _refuse_shards(name: str, p: torch.Tensor, gathered_in_use: bool) -> None:
+def _refuse_slices(name: str, p: torch.Tensor) -> None:
     if marks_of(p).split_axis is not None or (isinstance(p, DTensor) and not _is_fully_sharded(p)):
         raise BlockError(
             f"{name} is sliced by tensor parallelism, and this is measured on whole parameters; load a checkpoint into one "
-            f"process, or measure without tensor parallelism"
+            f"process, or measure without tensor parallelism (a Megatron model by blockwise_lr.megatron.measure_sharpness)"
         )
+
+
+def _refuse_shards(name: str, p: torch.Tensor, gathered_in_use: bool) -> None:
     if not gathered_in_use and (isinstance(p, DTensor) or full_shape(p) != tuple(p.shape)):
         raise BlockError(
             f"{name} is sharded over ranks (FSDP2 or ZeRO-3), and this is measured on whole parameters; load a checkpoint "

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..blocks import BlockError, BlockMap, BlockType, map_blocks
 from ..collective.agreement import gathered
 from ..collective.errors import run_on_all_ranks
 from .gradients import Gradients
-from .parts import IGNORED, BlockParts, Predictions, as_it_was, causal_lm
+from .labels import drawn_labels, logit_gradient, predicted, seed_of
+from .parts import BlockParts, Predictions, as_it_was, causal_lm
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure_sharpness(
         tokens = 0
         with as_it_was(model):
             for number, batch in enumerate(batches):
-                tokens += _measure(model, batch, predictions, parts, traces, draws, _generator_seed(seed, number))
+                tokens += _measure(model, batch, predictions, parts, traces, draws, seed_of(seed, _rank(), number))
         if not tokens:
             raise BlockError("there is no batch to measure on; give at least one on every rank")
         return parts, traces, tokens
@@ -154,7 +154,7 @@ def measure_sharpness(
     return _over_ranks(traces, tokens, parts)
 
 
-class _Squares:
+class Squares:
     """Sums of squares of gradients by parameter and block type, on the device until they are asked for."""
 
     def __init__(self, parts: BlockParts) -> None:
@@ -186,23 +186,20 @@ def _measure(
     seed: int,
 ) -> int:
     """Adds the draws of one batch to ``traces``; returns how many tokens it predicts."""
-    squares = _Squares(parts)
+    squares = Squares(parts)
     gradients = Gradients(model, {name for name, _ in parts.named}, squares.take)
-    generator = log_p = None
     with torch.enable_grad(), gradients.watching():
-        for draw in range(draws):
-            if log_p is None or gradients.once:
-                logits, targets = predictions(model, batch)
-                log_p = logits.float().log_softmax(-1)[targets != IGNORED]
-            if not len(log_p):
-                raise BlockError("a batch predicts no token: all of its labels are -100; give batches with some")
-            generator = generator or torch.Generator(device=log_p.device).manual_seed(seed)
-            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-            gradients.backward(-log_p.gather(1, drawn).mean(), keep=draw + 1 < draws and not gradients.once)
+        logits, targets = predictions(model, batch)
+        counted, p = predicted(logits, targets)
+        for draw, labels in enumerate(drawn_labels(p, draws, seed)):
+            if draw and gradients.once:
+                logits, _ = predictions(model, batch)
+            gradient = torch.zeros_like(logits)
+            gradient[counted] = logit_gradient(p, labels, logits)
+            gradients.backward(logits, gradient, keep=draw + 1 < draws and not gradients.once)
             for key, square in zip(squares.keys, squares.drawn()):
-                traces.setdefault(key, []).append(len(log_p) * square)
-    assert log_p is not None
-    return len(log_p)
+                traces.setdefault(key, []).append(len(p) * square)
+    return len(p)
 
 
 def _over_ranks(traces: Mapping[tuple[str, BlockType], list[float]], tokens: int, parts: BlockParts) -> Sharpness:
@@ -214,6 +211,5 @@ def _over_ranks(traces: Mapping[tuple[str, BlockType], list[float]], tokens: int
     return Sharpness(estimates, sum(count for _, count in answers))
 
 
-def _generator_seed(seed: int, number: int) -> int:
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    return int(np.random.SeedSequence((seed, rank, number)).generate_state(1, np.uint64)[0] >> 1)
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

@@ -12,5 +12,15 @@ from .build import optimizers_of  # noqa: E402
 from .door import Registration, register  # noqa: E402
 from .sequence_length import cut_batches, length_schedule  # noqa: E402
 from .settings import KINDS, BlockSettings  # noqa: E402
+from .sharpness import measure_sharpness  # noqa: E402
 
-__all__ = ["KINDS", "BlockSettings", "Registration", "cut_batches", "length_schedule", "optimizers_of", "register"]
+__all__ = [
+    "KINDS",
+    "BlockSettings",
+    "Registration",
+    "cut_batches",
+    "length_schedule",
+    "measure_sharpness",
+    "optimizers_of",
+    "register",
+]

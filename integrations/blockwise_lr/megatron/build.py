@@ -24,7 +24,7 @@ from ..rules.base import UpdateRule
 from ..rules.param_groups import LOWEST, block_lrs
 from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
-from .refusals import ours_in, refuse_cut_heads, refuse_other_settings, refuse_unsupported
+from .refusals import ours_in, refuse_cut_heads, refuse_mup_twice, refuse_other_settings, refuse_unsupported
 from .schedule import BlockSchedule
 from .settings import KINDS, BlockSettings, megatron_arguments
 from .shard_maps import shard_map
@@ -58,6 +58,7 @@ def build(
         config.optimizer = "adam"
     maps = map_chunks(model_chunks, rules=settings.block_rules, strict=settings.block_strict)
     refuse_cut_heads(settings, maps.ours)
+    refuse_mup_twice(settings, model_chunks)
     rates = _rates_of_groups(param_groups, maps.ours)
     with _in_place_of_adam(_factory(settings, maps.ours, config)):
         wrapper = original(config=config, model_chunks=model_chunks, param_groups=param_groups, **arguments)

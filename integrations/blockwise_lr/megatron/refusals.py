@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_model_config
 
-from ..blocks import BlockError, BlockMap
+from ..blocks import PRESETS, BlockError, BlockMap
+from ..blocks.presets import preset_of
 from ..collective.agreement import find_difference
 from ..optim.base import BlockwiseOptimizer
 from .settings import KINDS, BlockSettings
@@ -80,6 +81,19 @@ def refuse_unsupported(config: Any, chunks: Sequence[torch.nn.Module], arguments
             "blockwise optimizers do not support the layer-wise distributed optimizer; use --use-distributed-optimizer"
         )
     _refuse_other_groups(arguments.get("pg_collection"))
+
+
+def refuse_mup_twice(settings: BlockSettings, chunks: Sequence[torch.nn.Module]) -> None:
+    """Refuses presets that scale rates by width where Megatron's own muP has done so already.
+
+    Raises:
+        BlockError: both are asked for.
+    """
+    name = preset_of(settings.block_lr_ratios)
+    if name is not None and PRESETS[name].wanted and getattr(get_model_config(chunks[0]), "use_mup", False):
+        raise BlockError(
+            f"--use-mup and the preset {name} of --block-lr-ratios both scale learning rates by width; leave one of them out"
+        )
 
 
 def _refuse(config: Any, flags: Mapping[str, str], usual: int | None = None) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..blocks import PRESETS, BlockError
+from ..blocks.presets import ANY_SIZE
 from ..blocks.types import block_values, shown
 from ..blocks.user_rules import own_blocks, user_rules
 from ..optim import CLASSES
@@ -80,7 +81,8 @@ class BlockSettings:
                 name: getattr(self, name)
                 for name in vars(self)
                 if name in OptimizerOptions.model_fields and (name, getattr(self, name)) != ("block_clip", None)
-            }
+            },
+            config=ANY_SIZE,
         )
         BlockSchedule.checked(self.block_schedule)
         object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
@@ -219,7 +221,8 @@ class BlockValues(argparse.Action):
         option = {self.dest: dict(values)}
         try:
             # a ratio that is still to come may be missing
-            OptimizerOptions.checked(option, own={name: 1.0 if ratio is None else ratio for name, ratio in own.items()})
+            stated = {name: 1.0 if ratio is None else ratio for name, ratio in own.items()}
+            OptimizerOptions.checked(option, own=stated, config=ANY_SIZE)
         except BlockError as error:
             hint = (
                 "; blocks of your own come from a --block-rules before it" if "unknown block type" in str(error) else ""
@@ -265,7 +268,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action=BlockValues,
         metavar="BLOCK=RATIO",
         help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
-        f"same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1. Or a preset: {', '.join(PRESETS)}.",
+        f"same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1. Or a preset, those of muP with base_hidden_size=256 "
+        f"(and base_num_layers=8) beside it: {', '.join(PRESETS)}.",
     )
     group.add_argument(
         "--block-weight-decay",
@@ -369,7 +373,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _ratio(text: str) -> tuple[str, float | str]:
-    return ("preset", text) if text in PRESETS else _pair(text)
+    return _pair(text) if "=" in text else ("preset", text)
 
 
 def _limit(text: str) -> tuple[str, float]:

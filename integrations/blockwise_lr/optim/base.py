@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
 from ..blocks.block_map import full_shape, map_named
 from ..blocks.layout import Rate
-from ..blocks.presets import lr_ratios
+from ..blocks.presets import PRESETS, lr_ratios, preset_of
 from ..collective.agreement import same_on_all_ranks
 from ..collective.errors import is_rank_zero
 from ..kernels import Kernel, StepValues, Work, kernel_for
@@ -54,6 +54,15 @@ _KEPT = (
 logger = logging.getLogger(__name__)
 
 _holding: ContextVar[bool] = ContextVar("holding_steps", default=False)
+
+
+def _refuse_muons(preset: str | None, options: OptimizerOptions) -> None:
+    """Ratios over the learning rate of Muon's matrices mean nothing for other optimizers."""
+    if preset is not None and PRESETS[preset].is_muons and getattr(options, "matrix_scale", None) != "original":
+        raise BlockError(
+            f"the preset {preset} of block_lr_ratios is over the learning rate of Muon's matrices; use BlockwiseMuon with "
+            f"matrix_scale 'original', or another preset"
+        )
 
 
 def _to_power(grad: torch.Tensor | None, power: float) -> None:
@@ -136,8 +145,9 @@ class BlockwiseOptimizer(Saving):
 
     def _build(self, params: list[Any], given: Mapping[str, Any], block_map: BlockMap | None) -> None:
         own = None if block_map is None else {**block_map.own_blocks, **own_of_rules(given.get("block_rules"))}
-        options = self.rule.Options.checked(given, own=own)
+        options = self.rule.Options.checked(given, own=own, config=None if block_map is None else block_map.config)
         self.own_blocks = own_of_rules(options.block_rules) if own is None else own
+        _refuse_muons(preset_of(given.get("block_lr_ratios")), options)
         self.kernel_name, self.bias_segments = options.kernel, getattr(options, "bias_segments", None)
         self.accept_mismatch, self.ratio_fade_steps = options.accept_mismatch, options.ratio_fade_steps
         self._block_rules, self._map_given = options.block_rules, block_map is not None
@@ -195,7 +205,11 @@ class BlockwiseOptimizer(Saving):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         number = len(self.param_groups)
         said = self.rule.Options.checked_group(
-            param_group, self.defaults["lr"], f"param group {number}: ", self.own_blocks
+            param_group,
+            self.defaults["lr"],
+            f"param group {number}: ",
+            self.own_blocks,
+            self.block_map.config if self._map_given else None,
         )
         # a group taken from another optimizer of ours knows whether its weight_decay was the user's own
         group = {"group_decay": "weight_decay" in said, **param_group, **said}
@@ -464,7 +478,8 @@ class BlockwiseOptimizer(Saving):
         Raises:
             BlockError: as the option; nothing has been changed then.
         """
-        new = {str(block): ratio for block, ratio in lr_ratios(ratios, self.own_blocks).items()}
+        found = lr_ratios(ratios, self.own_blocks, self.block_map.config)
+        new = {str(block): ratio for block, ratio in found.items()}
         is_partial = not isinstance(ratios, str) and "preset" not in ratios
         named = {str(block) for block in ratios} if is_partial else set(new)
         for group in self.param_groups:

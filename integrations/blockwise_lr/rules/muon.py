@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo
 
-from ..blocks.presets import lr_ratios
 from ..blocks.types import BlockType
 from .adamw import AdamW, AdamWOptions
-from .options import NotNegative, Truth, as_number, one_of, own_of
+from .options import NotNegative, Truth, as_number, one_of, ratios_of
 
 MATRIX_BLOCKS = (BlockType.QK, BlockType.VO, BlockType.FFN)
 MATCH_RMS, ORIGINAL = "match_rms_adamw", "original"
@@ -20,7 +19,7 @@ def _ratios(value: Any, info: ValidationInfo) -> dict[str, float]:
     """Muon's own blocks have one rate where nothing is said: no others are published."""
     if value is None or (isinstance(value, Mapping) and "preset" not in value):
         value = {**dict.fromkeys((block.value for block in MATRIX_BLOCKS), 1.0), **(value or {})}
-    return {str(block): ratio for block, ratio in lr_ratios(value, own_of(info)).items()}
+    return ratios_of(value, info)
 
 
 def _momentum(value: Any) -> float:

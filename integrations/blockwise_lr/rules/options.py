@@ -106,8 +106,13 @@ def own_of(info: ValidationInfo) -> Mapping[str, float | None]:
     return info.context["own"] if info.context else {}
 
 
-def _ratios(value: Any, info: ValidationInfo) -> dict[str, float]:
-    return {str(block): ratio for block, ratio in lr_ratios(value, own_of(info)).items()}
+def ratios_of(value: Any, info: ValidationInfo) -> dict[str, float]:
+    """Ratios by block type and own block, a preset's by the size of the model that is told in a check of options."""
+    return {str(block): ratio for block, ratio in lr_ratios(value, own_of(info), _config_of(info)).items()}
+
+
+def _config_of(info: ValidationInfo) -> Mapping[str, Any] | None:
+    return info.context["config"] if info.context else None
 
 
 def _decays(value: Any, info: ValidationInfo) -> dict[str, float]:
@@ -164,13 +169,20 @@ class CheckedOptions(BaseModel):
         return tuple(cls.model_fields)
 
     @classmethod
-    def checked(cls, values: Mapping[str, Any], where: str = "", own: Mapping[str, float | None] | None = None) -> Any:
+    def checked(
+        cls,
+        values: Mapping[str, Any],
+        where: str = "",
+        own: Mapping[str, float | None] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> Any:
         """The model of some options.
 
         Args:
             values: option -> value, as the user gave them.
             where: what they are the options of, for the error ("optimizer BlockwiseAdamW: ").
             own: the blocks of the user's own and the ratios that their rules state; None: those of ``block_rules``.
+            config: the model's, where presets of ratios find its size.
 
         Raises:
             BlockError: an unknown option, or a bad value.
@@ -186,7 +198,7 @@ class CheckedOptions(BaseModel):
                 {**values, "block_rules": _read(values["block_rules"])} if "block_rules" in values else dict(values)
             )
             made = own_of_rules(values.get("block_rules")) if own is None else own
-            return cls.model_validate(values, context={"own": made})
+            return cls.model_validate(values, context={"own": made, "config": config})
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             raised = problem.get("ctx", {}).get("error")
@@ -206,11 +218,11 @@ class GroupOptions(CheckedOptions):
     )
     block_lr_ratios: Annotated[
         dict[str, float],
-        BeforeValidator(_ratios),
+        BeforeValidator(ratios_of),
         Field(
             description="peak learning rate of block types over ``lr``; those not named keep the paper's (embedding 10, qk 8, "
-            "ffn 6, vo 4, norm 1; the head follows the embedding), own blocks their rule's. Or a name: paper, uniform, "
-            "embedding (see :mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
+            "ffn 6, vo 4, norm 1; the head follows the embedding), own blocks their rule's. Or the name of a preset (see "
+            ":mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
         ),
     ] = {}
     block_weight_decay: Annotated[
@@ -312,7 +324,7 @@ class OptimizerOptions(GroupOptions):
             raise BlockError(
                 f"adamw_lr is {shown(values['adamw_lr'])}, and the rates of this optimizer do not follow from AdamW's; give lr"
             )
-        return with_base_lr(values, own_of(info))
+        return with_base_lr(values, own_of(info), _config_of(info))
 
     @field_validator("accept_mismatch", mode="before")
     @classmethod
@@ -346,7 +358,12 @@ class OptimizerOptions(GroupOptions):
 
     @classmethod
     def checked_group(
-        cls, group: Mapping[str, Any], lr: Any, where: str, own: Mapping[str, float | None] = MappingProxyType({})
+        cls,
+        group: Mapping[str, Any],
+        lr: Any,
+        where: str,
+        own: Mapping[str, float | None] = MappingProxyType({}),
+        config: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What a param group says for itself, checked as the optimizer's own options are; ratios are filled up.
 
@@ -354,7 +371,7 @@ class OptimizerOptions(GroupOptions):
             group: a param group; keys that are no options (frameworks add their own) are passed over.
             lr: the rate that holds where the group has none.
             where: which group, for the error.
-            own: as for :meth:`checked`.
+            own, config: as for :meth:`checked`.
 
         Raises:
             BlockError: a bad value, an option of torch's Adam that is not offered here, or a misspelt name of one that
@@ -375,14 +392,18 @@ class OptimizerOptions(GroupOptions):
         said = {name: group[name] for name in names if name in group}
         if "block_lr_ratios" not in said:  # which are the optimizer's then, and complete
             own = {name: 1.0 for name in own}
-        checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where, own)
+        checked = cls.checked({"lr": lr, **said} if "min_lr" in said else said, where, own, config)
         return {name: getattr(checked, name) for name in said}
 
 
 FROM_ADAMW = "from_adamw"
 
 
-def with_base_lr(values: Mapping[str, Any], own: Mapping[str, float | None] = MappingProxyType({})) -> dict[str, Any]:
+def with_base_lr(
+    values: Mapping[str, Any],
+    own: Mapping[str, float | None] = MappingProxyType({}),
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Options with the ``lr`` that follows from ``adamw_lr``, where that is given.
 
     The rate of the FFN, which has most of the weights, is AdamW's. Where that was right and where not is tabled in
@@ -407,7 +428,7 @@ def with_base_lr(values: Mapping[str, Any], own: Mapping[str, float | None] = Ma
         rate = _at_least_0(given)
     except ValueError as error:
         raise BlockError(f"adamw_lr is {shown(given)}; {error}") from None
-    return {**values, "lr": rate / lr_ratios(values.get("block_lr_ratios"), own)[BlockType.FFN]}
+    return {**values, "lr": rate / lr_ratios(values.get("block_lr_ratios"), own, config)[BlockType.FFN]}
 
 
 def checked_accepts(given: Any, known: Iterable[str]) -> tuple[str, ...]:

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from .metrics import BlockMetricsCallback
 from .sequence_length import SequenceLengthCallback
+from .sharpness import SharpnessCallback
 from .trainer import FACTORIES, OptimizerFactory
 
-__all__ = ["FACTORIES", "BlockMetricsCallback", "OptimizerFactory", "SequenceLengthCallback", *FACTORIES]
+__all__ = [
+    "FACTORIES",
+    "BlockMetricsCallback",
+    "OptimizerFactory",
+    "SequenceLengthCallback",
+    "SharpnessCallback",
+    *FACTORIES,
+]
 
 
 def __getattr__(name: str) -> type[OptimizerFactory]:

@@ -9,6 +9,7 @@ from transformers.trainer_callback import TrainerCallback
 from ..blocks import BlockError
 from ..measure import BlockMonitor
 from ..optim.base import BlockwiseOptimizer
+from .logs import log_beside
 
 
 class BlockMetricsCallback(TrainerCallback):
@@ -47,7 +48,7 @@ class BlockMetricsCallback(TrainerCallback):
         """Reports, where it is time."""
         figures = None if self.monitor is None else self.monitor.report()
         if figures:
-            self.trainer.log({f"blocks/{name}": value for name, value in figures.items()})
+            log_beside(self.trainer, control, {f"blocks/{name}": value for name, value in figures.items()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Watches no more."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..blocks import BlockError, map_blocks
+from ..blocks.presets import ANY_SIZE
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 
@@ -37,7 +38,7 @@ class OptimizerFactory:
                 f'TrainingArguments: give {{"lr": ...}} beside it'
                 + (', or {"adamw_lr": ...}, the rate of an AdamW run' if self.optimizer.Options.FOLLOWS_ADAMW else "")
             )
-        options = self.optimizer.Options.checked(settings, f"{self.optimizer.__name__}: ")
+        options = self.optimizer.Options.checked(settings, f"{self.optimizer.__name__}: ", config=ANY_SIZE)
         settings = {key: value for key, value in settings.items() if key not in ("block_rules", "block_strict")}
         block_map = map_blocks(model, rules=options.block_rules, strict=options.block_strict)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
