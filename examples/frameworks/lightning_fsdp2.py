@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 examples/frameworks/lightning_fsdp2.py --devices 8
     torchrun --nproc_per_node 2 examples/frameworks/lightning_fsdp2.py --devices 2 --accelerator cpu
 
-The model and the tokens are stand-ins.
+The model and the tokens, the same at every step, are stand-ins.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=torch.accelerator.device_count())
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="of the schedule")
+    parser.add_argument("--until", type=int, help="stop after so many steps")
     parser.add_argument("--save", help="write a checkpoint there at the end")
     parser.add_argument("--resume", help="a checkpoint to go on from")
     args = parser.parse_args()
@@ -64,12 +65,12 @@ def main() -> None:
         accelerator=args.accelerator,
         devices=args.devices,
         strategy=ModelParallelStrategy(data_parallel_size=args.devices, tensor_parallel_size=1),
-        max_steps=args.steps,
+        max_steps=args.until or args.steps,
         enable_checkpointing=False,
         enable_progress_bar=False,
         logger=False,
     )
-    ids = torch.randint(VOCABULARY, (64 * args.devices, 32), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(VOCABULARY, (4 * args.devices, 32), generator=torch.Generator().manual_seed(1))
     module = Llama(lr=6e-4, steps=args.steps)
     trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=4), ckpt_path=args.resume)
     if args.save:
