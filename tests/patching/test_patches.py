@@ -142,6 +142,15 @@ def test_a_changed_signature_is_refused_and_nothing_is_left_changed():
         patch_of(Symbol("torch.gone:value")).apply()
 
 
+def test_a_module_that_lacks_another_project_says_which(monkeypatch, tmp_path):
+    (tmp_path / "in_need.py").write_text("import one_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        PatchError, match=r"in_need needs one_that_is_not_there, which is not installed \(pip install it\)"
+    ):
+        patch_of(Symbol("in_need:value")).apply()
+
+
 @pytest.mark.parametrize("version, words", [("0.1", "0.1 is installed"), (None, "is not installed; pip install")])
 def test_another_version_is_refused(monkeypatch, version, words):
     def of(package):
