@@ -1,5 +1,5 @@
 # make demo and make test set up what they need: a virtual environment in .venv with Python 3.11, 3.12 or 3.13 and PyTorch's
-# CPU build where the index has one (3.13 is let through, untested). Name another interpreter with PYTHON=..., an
+# CPU build where the index has one. Name another interpreter with PYTHON=..., an
 # environment of your own with VENV=...
 # make test312 does the same in .venv312 with Python 3.12 (PYTHON312=...), the one that megatron-core 0.19 runs on.
 PYTHON ?= python3
@@ -12,6 +12,7 @@ export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 # tests run in so many processes side by side, a file in one of them; JOBS=0 for one after another
 JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+space := $(subst ,, )
 EXTRAS = deepspeed,megatron,transformers,tune,plan,examples,test,dev
 
 .PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
@@ -44,8 +45,10 @@ $(VENV312)/.stamp: VERSIONS = 3.12
 $(VENV312)/.stamp: MEND = name one with make PYTHON312=...
 
 $(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
-	@$(INTERPRETER) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in sys.argv)' $(VERSIONS) 2>/dev/null \
-	  || { echo "$(INTERPRETER) does not start or is none of Python $(VERSIONS); $(MEND)"; exit 1; }
+	@found=$$($(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); case "$$found" in \
+	  "") echo "$(INTERPRETER) does not start; $(MEND)"; exit 1;; \
+	  $(subst $(space),|,$(VERSIONS))) ;; \
+	  *) echo "$(INTERPRETER) is Python $$found, and the tests run on $(VERSIONS); $(MEND)"; exit 1;; esac
 	@test -x $(@D)/bin/pip || $(INTERPRETER) -m venv $(@D) \
 	  || { echo "this Python has no venv module; install it (Debian: apt install python3-venv)"; exit 1; }
 	@echo "setting up $(@D) (a few minutes the first time)"

@@ -104,10 +104,10 @@ OFFLOADED_MICRO_BATCHES: Variants[int | None] = Variants(
 DIVIDES_AT_EACH_OUTPUT = Variants(PACKAGE, {">=0.19.6": False, ">=0.18.3,<0.19.6": True, "<0.18.3": False})
 
 
-# ---- whether ZeRO-3 waits for the last only of the gathers that it starts together: in order on a CUDA stream, on gloo in none, so
-# that a weight may be read before it is there (deepspeedai/DeepSpeed#8539)
+# ---- ZeRO-3: whether each of several parameters is waited for, where they are gathered in one call; CUDA's stream keeps gathers
+# in order, gloo does not (deepspeedai/DeepSpeed#8539)
 
-WAITS_FOR_LAST_GATHER = Variants(PACKAGE, {">=0.19.8": False, "<0.19.8": True})
+WAITS_FOR_EACH_GATHER = Variants(PACKAGE, {">=0.19.8": True, "<0.19.8": False})
 
 
 # ---- a ds_config's settings of fp16 and bf16, section by section

@@ -83,6 +83,11 @@ class Symbol:
         try:
             value: Any = importlib.import_module(module)
         except Exception as error:  # a module that is gone, or that fails on import for reasons of its own
+            needed = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+            if needed and needed.partition(".")[0] != module.partition(".")[0]:  # of another project, and not installed
+                return (
+                    f"{module} needs {needed}, which is not installed (pip install it), so that it cannot be imported"
+                )
             return f"{module} cannot be imported ({type(error).__name__}: {error})"
         names = qualified.split(".")
         for number, name in enumerate(names, 1):

@@ -225,7 +225,9 @@ class TorchRAdam(TorchAdamW):
     """torch.optim.RAdam with a group per block type and decay; the five steps that it takes unrectified have a rate of 0, as
     the official code skips them."""
 
-    kind, UNRECTIFIED = functools.partial(torch.optim.RAdam, decoupled_weight_decay=True), 5
+    # a partial will be a method descriptor some day, as Python 3.13 warns
+    kind = staticmethod(functools.partial(torch.optim.RAdam, decoupled_weight_decay=True))
+    UNRECTIFIED = 5
     steps = 0
 
     def step(self, lr_of: Callable[[float], float]) -> None:

@@ -11,8 +11,6 @@ from kinds import options_of
 from references import once
 from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids
 
-from blockwise_lr.patches.deepspeed_variants import WAITS_FOR_LAST_GATHER
-
 LR, MIN_LR, WARMUP, DECAY, BETAS, CLIP, ACCUMULATION = 2e-3, 1e-4, 3, 0.1, (0.9, 0.95), 0.5, 2
 # Key biases have no gradient but rounding noise (softmax ignores what is the same for all keys), which Adam with a tiny
 # eps blows up to full steps; this eps keeps noise of 1e-9 below what the comparison sees.
@@ -67,28 +65,9 @@ def start(model: torch.nn.Module, settings: dict, **arguments: Any) -> Any:
     if deepspeed.__version__ in ("0.18.7", "0.18.8", "0.18.9"):
         # they flatten with autograd on where memory allows, and gloo gathers into no such tensor
         deepspeed.get_accelerator().available_memory = lambda *_: 0
-    if WAITS_FOR_LAST_GATHER.here:
-        _wait_for_every_gather()
     if "mpu" not in arguments:  # DeepSpeed keeps that of the last engine of the process, and takes it for this one's
         deepspeed.utils.groups.mpu = None
     return deepspeed.initialize(model=model, config=settings, **arguments)[0]
-
-
-def _wait_for_every_gather() -> None:
-    """ZeRO-3 of these versions waits for the last of several gathers, which on gloo says nothing of the others."""
-    from deepspeed.runtime.zero import partition_parameters
-
-    gather = partition_parameters._dist_allgather_fn
-    if getattr(gather, "waits", False):
-        return
-
-    def waiting(*arguments: Any, **options: Any) -> Any:
-        handle = gather(*arguments, **options)
-        handle.wait()
-        return handle
-
-    waiting.waits = True  # type: ignore[attr-defined]
-    partition_parameters._dist_allgather_fn = waiting
 
 
 def train(engine: Any, steps: int, first: int = 0) -> list[float]:

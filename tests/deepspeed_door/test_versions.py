@@ -52,3 +52,34 @@ def test_mics_is_refused(size, refused):
         return
     with pytest.raises(BlockError, match=r"zero_optimization.mics_shard_size \(MiCS, here 2\).*; remove it, or"):
         refuse_unsupported(settings, torch.nn.Linear(2, 2), None, None)
+
+
+def gathered(rounds, without=False):
+    """How often a parameter was not whole right after several had been gathered in one call, a large one first."""
+    import deepspeed
+
+    import blockwise_lr.deepspeed  # noqa: F401
+    from blockwise_lr.patches.deepspeed_gathers import PATCH
+
+    deepspeed.init_distributed("gloo")
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    if without:
+        PATCH.undo()
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = torch.nn.ModuleList(torch.nn.Embedding(size, 1) for size in (4_000_000, 1_000_000, 1))
+        parameters = list(model.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            for number, p in enumerate(parameters, 1):
+                p.data.fill_(number)
+        wrong = 0
+        for _ in range(rounds):
+            with deepspeed.zero.GatheredParameters(parameters):
+                wrong += any(bool((p != number).any()) for number, p in enumerate(parameters, 1))
+        return wrong
+    finally:
+        PATCH.apply()
+
+
+def test_parameters_are_whole_once_they_are_gathered():
+    assert pool(2).run(gathered, 20) == [0, 0]

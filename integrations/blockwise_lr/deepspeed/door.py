@@ -9,6 +9,7 @@ from ..collective.errors import run_on_all_ranks
 from ..optim.base import BlockwiseOptimizer
 from ..patches import (
     deepspeed_checkpoint,
+    deepspeed_gathers,
     deepspeed_megatron_mpu,
     deepspeed_ranks,
     deepspeed_timeouts,
@@ -34,6 +35,7 @@ def apply_patches() -> Callable[[], None]:
         deepspeed_megatron_mpu.PATCH.apply(),
         deepspeed_checkpoint.PATCH.apply(_CHECKPOINT),
         deepspeed_timeouts.PATCH.apply(),
+        deepspeed_gathers.PATCH.apply(),
     ]
 
     def undo() -> None:

@@ -33,6 +33,7 @@ from ..rules.param_groups import advance, block_lrs, change_ratios, class_decay,
 from .attachment import Attachment
 from .clipping import BlockClip
 from .groups import listed, names_of, settings_of, tensors_of
+from .replaced import has_strangers, replacements
 from .saving import Saving
 from .tensors import empty_moment, is_row, real_layout, refuse_unlike, row, row_numel, write_back
 
@@ -46,6 +47,7 @@ _KEPT = (
     "initial_settings",
     "_block_rules",
     "own_blocks",
+    "places",
     "bias_segments",
     "block_clip",
     "grad_power",
@@ -99,6 +101,7 @@ class BlockwiseOptimizer(Saving):
     rule: ClassVar[UpdateRule]
     Options: ClassVar[type[OptimizerOptions]]
     own_blocks: Mapping[str, float | None] = MappingProxyType({})  # the user's, and the ratios that their rules state
+    places: Sequence[Sequence[str | None]] = ()  # per param group, its parameters' names; as block_clip
     block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
     grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
@@ -156,6 +159,7 @@ class BlockwiseOptimizer(Saving):
         self.rates_of_groups: Sequence[tuple[Rate, ...]] | None = None  # an adapter's, see Attachment
         self.block_clip, self.grad_power = options.block_clip, options.grad_power
         self.initial_settings: list[dict[str, Any]] = []
+        self.places = []
         self._forget_tensors()
         self._set_saving()
         super().__init__(params, options.group_defaults())
@@ -237,6 +241,7 @@ class BlockwiseOptimizer(Saving):
             self._complete_map(named)
         for name, p in ((self.block_map.require_name(p), p) for _, p in named if p.requires_grad):
             self._check_layout(name, p)
+        self.places = [*self.places, *([self.block_map.name_of(p) for p in group["params"]] for group in groups)]
         self.initial_settings = [
             *self.initial_settings,
             *(settings_of(group, self.rule.Options.group_names()) for group in groups),
@@ -347,6 +352,31 @@ class BlockwiseOptimizer(Saving):
         sharded = dtensor_shards(trained, self.block_map.require_name)
         if sharded is not None:
             self.attach_shards(sharded)
+
+    def take_replaced(self) -> None:
+        """Takes over the DTensors that a framework has put in the places of the parameters (:mod:`.replaced`).
+
+        Collective where there are any, as building was; each step and each load asks.
+
+        Raises:
+            BlockError: they do not fit the places, the optimizer has a state of the parameters before, or ranks differ.
+        """
+        if not has_strangers(self.param_groups, self.places, self.block_map):
+            return
+        groups = groups_of(self.all_tensors())
+        same_on_all_ranks(groups, self._take_replaced, self._described, f"sharding what {type(self).__name__} trains")
+
+    def _take_replaced(self) -> None:
+        found = replacements(self.param_groups, self.places, self.block_map)
+        if self.state:
+            raise BlockError(
+                "the parameters were sharded after the optimizer had made or loaded a state; shard the model first, as "
+                "accelerator.prepare(model, optimizer) does, and step or load then"
+            )
+        self.block_map.bind(found)
+        self._forget_tensors()
+        self._attach_dtensors()
+        self._note_record()
 
     def plan_of(self, tensor: torch.Tensor) -> StepPlan:
         """The plan of one of the optimizer's tensors: a flat shard, or a whole parameter.
@@ -564,6 +594,7 @@ class BlockwiseOptimizer(Saving):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.take_replaced()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         due = [self._checked(group, p) for group, p in work]
         if self.block_clip:

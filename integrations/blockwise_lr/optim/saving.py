@@ -43,6 +43,9 @@ class Saving(torch.optim.Optimizer):
     def all_tensors(self) -> list[torch.Tensor]:
         raise NotImplementedError
 
+    def take_replaced(self) -> None:
+        raise NotImplementedError
+
     def plan_of(self, tensor: torch.Tensor) -> StepPlan:
         raise NotImplementedError
 
@@ -163,6 +166,7 @@ class Saving(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self.take_replaced()
         states, groups, record = prepare_state_dict(self, state_dict)
         self.was_loaded, self.loaded_record = True, record
         if not self.saving.external_state:
