@@ -34,7 +34,7 @@ def tune(
     blocks: Annotated[
         str, typer.Option(help="Block types whose ratios are searched.")
     ] = "embedding,head,qk,vo,ffn,norm",
-    trials: Annotated[int, typer.Option(help="Runs at most.")] = 60,
+    trials: Annotated[int, typer.Option(help="Runs at most; 7 or more.")] = 60,
     seeds: Annotated[int, typer.Option(help="Seeds in all, for AdamW's best and the best ratios.")] = 3,
     jobs: Annotated[int, typer.Option(help="Runs side by side.")] = 1,
     margin: Annotated[float, typer.Option(help="Nats by which a ratio must improve the loss to be taken.")] = 0.0,

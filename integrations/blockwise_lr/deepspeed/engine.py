@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch.distributed as dist
@@ -82,7 +83,11 @@ def attach(engine: Any) -> None:
     if DIVIDES_AT_EACH_OUTPUT.here and not is_pipeline:
         _divide_loss(engine)
     _report_to_monitor(engine, optimizer)
-    log_dist(f"{optimizer.describe()}; get_lr() is the base rate, block_lrs(engine) has all", ranks=[0])
+    log_dist(
+        f"{optimizer.describe()}; get_lr() is the base rate, block_lrs(engine) has all",
+        ranks=[0],
+        level=logging.WARNING,
+    )
 
 
 def _refuse_partial_norms(engine: Any, optimizer: BlockwiseOptimizer) -> None:
