@@ -104,8 +104,8 @@ OFFLOADED_MICRO_BATCHES: Variants[int | None] = Variants(
 DIVIDES_AT_EACH_OUTPUT = Variants(PACKAGE, {">=0.19.6": False, ">=0.18.3,<0.19.6": True, "<0.18.3": False})
 
 
-# ---- ZeRO-3: whether each of several parameters is waited for, where they are gathered in one call; a CUDA stream keeps them in
-# order, gloo does not (deepspeedai/DeepSpeed#8539)
+# ---- ZeRO-3: whether each of several parameters is waited for, where they are gathered in one call; a CUDA stream keeps them
+# in order, gloo does not (deepspeedai/DeepSpeed#8539)
 
 WAITS_FOR_EACH_GATHER = Variants(PACKAGE, {">=0.19.8": True, "<0.19.8": False})
 

@@ -154,24 +154,26 @@ def _write_presets(rows: list[PresetRow], form: Format, output: Path | None) -> 
 
 def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
     out = console() if output is None else Console(record=True, width=200, file=io.StringIO())
+    is_narrow = out.width < 100  # then names come first: shapes and decay are in --format json
     table = Table()
     table.add_column("parameter", overflow="fold")
-    table.add_column("shape", no_wrap=True)
+    if not is_narrow:
+        table.add_column("shape", no_wrap=True)
     table.add_column("rows or columns")
     table.add_column("block", no_wrap=True)
-    for column in ("ratio", "peak lr", "weight decay"):
+    for column in ("ratio", "peak lr") if is_narrow else ("ratio", "peak lr", "weight decay"):
         table.add_column(column, justify="right")
     for row, _ in [(row, 1) for row in rows] if every else folded(rows):
-        style = "red" if row.block == UNMAPPED else None
+        shape, decay = " x ".join(map(str, row.shape)), f"{row.weight_decay:g}"
         table.add_row(
             row.parameter,
-            " x ".join(map(str, row.shape)),
+            *([] if is_narrow else [shape]),
             row.where,
             row.block,
             f"{row.ratio:g}",
             f"{row.peak_lr:.3g}",
-            f"{row.weight_decay:g}",
-            style=style,
+            *([] if is_narrow else [decay]),
+            style="red" if row.block == UNMAPPED else None,
         )
     out.print(table)
     sums = Table("block", title="totals")

@@ -110,6 +110,7 @@ def test_an_interrupt_ends_the_runs_and_a_second_start_goes_on(tmp_path):
         ((), (sys.executable, "-c", "print('done')", *PLACES), "printed no loss that --loss matches"),
         ((), ("python", "train.py", "--lr", "{lr}"), "has no place for what is tuned"),
         ((), ("python", "train.py", "{lr}", "{ratios}"), "has no {seed}"),
+        ((), ("sh", "-c", "train {lr} {ratio_words} {seed}"), "{ratio_words} becomes several words"),
         (("--loss", "loss (.*)"), (sys.executable, *PLACES), "needs the groups"),
         (("--loss", "("), (sys.executable, *PLACES), "is no regular expression"),
         (("--start", "mine"), (sys.executable, *PLACES), "--start is mine; use one of paper"),

@@ -5,6 +5,15 @@ Not needed with DeepSpeed: use ``TrainingArguments(deepspeed=...)`` and ``import
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ModuleNotFoundError(
+        "blockwise_lr.transformers needs transformers, which is not installed; pip install 'blockwise-lr[transformers]', or "
+        "'.[transformers]' in a checkout",
+        name="transformers",
+    )
+
 from .metrics import BlockMetricsCallback
 from .sequence_length import SequenceLengthCallback
 from .sharpness import SharpnessCallback

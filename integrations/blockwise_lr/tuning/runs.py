@@ -58,6 +58,11 @@ class Command:
             raise BlockError(
                 "the command has no place for what is tuned; write {lr}, and {ratios} or {ratio_words}, or {ds_config} into it"
             )
+        joined = next((word for word in words if "{ratio_words}" in word and word != "{ratio_words}"), None)
+        if joined is not None:
+            raise BlockError(
+                f"{{ratio_words}} becomes several words, and stands inside {joined!r}; write it alone, or {{ratios}} there"
+            )
         base = None if ds_config is None else json.loads(ds_config.read_text())
         if base is not None and "params" not in base.get("optimizer", {}):
             raise BlockError(f"{ds_config} has no optimizer.params; name a blockwise optimizer there, as in the README")
