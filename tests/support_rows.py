@@ -8,6 +8,7 @@ _PARALLEL, _ORDER = "tests/deepspeed_door/test_parallel.py::", "tests/deepspeed_
 _FEATURES = "tests/deepspeed_door/test_features.py::"
 _FSDP, _CONTRACT = "tests/optim/test_fsdp.py::", "tests/optim/test_contract.py::"
 _RATES, _REFUSALS = "tests/megatron_door/test_rates_and_decays.py::", "tests/megatron_door/test_refusals.py::"
+_LENGTHS = "tests/sequence_length/"
 _MEGATRON, _SAVED = "tests/megatron_door/test_megatron_parity.py::", "tests/megatron_door/test_megatron_checkpoint.py::"
 
 
@@ -169,5 +170,24 @@ SECTIONS = {
             "checkpoints of Megatron's Adam, and for it",
             {ADAMW: f"{_SAVED}test_(?:plain_adam_goes|blockwise_adamw_goes)"},
         ),
+    ],
+    "Beside the optimizer": [
+        Row("sequence length warmup, ZeRO 0 to 3", {ADAMW: f"{_LENGTHS}test_deepspeed.py::test_trains_and_resumes"}),
+        Row("the same, PipelineModule", {ADAMW: f"{_LENGTHS}test_deepspeed.py::test_a_pipeline_trains"}),
+        Row("the same, Trainer", {ADAMW: f"{_LENGTHS}test_length_trainer.py::test_trains_and_resumes"}),
+        Row(
+            "the same, Megatron's TP, SP, PP, CP, virtual stages", {ADAMW: f"{_LENGTHS}test_megatron.py::test_loss_and"}
+        ),
+        Row("block_clip, ZeRO 0 to 3", each("tests/optim/test_clipping.py::test_in_deepspeed_it_is_the_twins")),
+        Row("block_clip, Megatron", each("tests/megatron_door/test_block_clip.py::test_norms_are_those")),
+        Row("block_metrics, ZeRO 1 to 3", each("tests/measure/test_monitor.py::test_a_ds_config_writes")),
+        Row("--block-metrics-interval, TP, PP, CP, EP", {ADAMW: "tests/megatron_door/test_megatron_metrics.py::"}),
+        Row("guard, ZeRO-2 and 3", {ADAMW: "tests/measure/test_guard.py::test_an_engine_goes_back"}),
+        Row("sharpness, DeepSpeed and FSDP2", {ADAMW: "tests/measure/test_estimates.py::test_(?:ranks_find|sharded)"}),
+        Row(
+            "sharpness, Megatron's TP, SP, PP", {ADAMW: "tests/megatron_door/test_megatron_sharpness.py::test_sharded"}
+        ),
+        Row("preemption and restart", {ADAMW: "tests/deepspeed_door/test_preemption.py::test_a_signal"}),
+        Row("blockwise-lr submit, Slurm", {ADAMW: "tests/jobs/test_slurm.py::"}, "where Slurm is installed"),
     ],
 }
