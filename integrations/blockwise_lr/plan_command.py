@@ -51,6 +51,11 @@ def plan(
         bool, typer.Option("--checkpointing", help="Activations are recomputed, layer by layer.")
     ] = False,
     vocabulary: Annotated[int | None, typer.Option(help="Rows of the embedding, for an argument file.")] = None,
+    length_start: Annotated[
+        int | None,
+        typer.Option("--length-warmup-start", help="First length of a sequence length warmup, linear to --length."),
+    ] = None,
+    length_steps: Annotated[int | None, typer.Option("--length-warmup-steps", help="Steps of it.")] = None,
     runs: Annotated[
         Path | None,
         typer.Option(help="CSV of your own runs (flops,parameters,loss): the size law is fitted on these as well."),
@@ -72,6 +77,9 @@ def plan(
         if counted is not None:
             kept = _activations(counted[0], sequences, length, checkpointing)
             memory = _memory(counted[0], zero, shared, optimizer, kept)
+        if (length_start is None) != (length_steps is None):
+            raise BlockError("--length-warmup-start and --length-warmup-steps go together; give both")
+        grows = None if length_start is None or length_steps is None else (length_start, length_steps)
         made = recipe(
             budget,
             body=found.body if found else None,
@@ -80,6 +88,7 @@ def plan(
             ranks=shared,
             size=found,
             memory=memory,
+            length_warmup=grows,
         )
         fitted = None if runs is None else fit_optima(_read_runs(runs))
         if write is not None:

@@ -98,6 +98,10 @@ def test_words_and_shapes_tell_a_fused_projection_and_an_output_layer():
     ]
     assert "they are guesses; blockwise-lr inspect --verify" in str(error)
     assert not map_blocks(Own(), rules=error.rules).unmapped
+    grouped = Own()
+    for layer in grouped.stack:
+        layer["mix"]["in_qkv"] = nn.Linear(32, 64)  # of grouped queries: the smaller rate of the two
+    assert advice(grouped).rules[0] == {"match": "stack.*.mix.in_qkv.{weight,bias}", "block": "vo"}
 
 
 def test_rules_of_a_model_hold_for_it_with_frozen_layers_too():

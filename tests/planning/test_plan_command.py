@@ -51,6 +51,30 @@ def test_it_writes_what_it_recommends(tmp_path):
     assert config["optimizer"]["params"]["adamw_lr"] / 6 == pytest.approx(float(flags["--lr"]), rel=1e-2)
 
 
+def test_under_a_sequence_length_warmup_the_same_tokens_take_more_steps(tmp_path):
+    """GPT-2 1.5B as arXiv 2108.06084 trained it: 157B tokens in batches of 4096, from 64 to 1024 tokens over 45,000 steps."""
+    words = ("--parameters", 1.5e9, "--tokens", 157286400000, "--length", 1024, "--batch", 4096 * 1024, "--ranks", 128)
+    grows = ("--length-warmup-start", 64, "--length-warmup-steps", 45000)
+    done = plan(*words, *grows, "--write", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    steps, tokens = 0, 0
+    while tokens < 157286400000:  # the pacing function, written out
+        steps += 1
+        length = 1024 if steps >= 45000 else int(64 + (1024 - 64) * steps / 45000)
+        tokens += 4096 * (length if length == 1024 else max(length - length % 8, 64))
+    assert found["steps"] == steps and 37500 < steps < 75000
+    config = json.loads((tmp_path / "ds_config.json").read_text())
+    assert config["sequence_length_warmup"] == {"start": 64, "end": 1024, "steps": 45000}
+    assert config["scheduler"]["params"]["total_num_tokens"] == 157286400000
+    flags = (tmp_path / "megatron.args").read_text().splitlines()
+    assert "--sequence-length-warmup-start 64" in flags and "--lr-decay-tokens 157286400000" in flags
+    assert f"--train-iters {steps}" in flags
+    assert "37,500 at full length" in plan(*words, *grows).stdout
+    alone = plan(*words, *grows[:2])
+    assert alone.exit_code == 2 and "go together" in alone.output
+
+
 def test_a_law_of_ones_own_runs_is_said_beside(tmp_path):
     file = tmp_path / "runs.csv"
     rows = [

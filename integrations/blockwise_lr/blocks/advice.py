@@ -87,7 +87,11 @@ class _Evidence:
         that; qk and vo together: vo, whose learning rate is smaller. Without such neighbours a vector is a norm, and
         anything else ffn."""
         if self._is_fused(module):
-            return {"split": {"q": 1, "k": 1, "v": 1}}
+            rows, *columns = self._shapes[module]
+            even = (
+                len(columns) == 1 and rows == 3 * columns[0]
+            )  # else of grouped queries, in shares that no shape tells
+            return {"split": {"q": 1, "k": 1, "v": 1}} if even else {"block": BlockType.VO.value}
         if self._shapes[module] in self._tables:
             return {"block": BlockType.HEAD.value}
         for prefix in (module, module.rpartition(".")[0]):
@@ -99,8 +103,7 @@ class _Evidence:
         return {"block": (BlockType.NORM if len(self._shapes[module]) <= 1 else BlockType.FFN).value}
 
     def _is_fused(self, module: str) -> bool:
-        shape, name = self._shapes[module], module.rpartition(".")[2].lower()
-        return "qkv" in name and len(shape) == 2 and shape[0] == 3 * shape[1]
+        return "qkv" in module.rpartition(".")[2].lower() and len(self._shapes[module]) == 2
 
 
 def advice(unmapped: Unmapped, rules: Sequence[Mapping[str, str]], nearest: str) -> str:

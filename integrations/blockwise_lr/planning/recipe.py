@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..blocks import BlockError, BlockType, lr_ratios
+from ..sequence_length import LengthSchedule, WarmupOptions
 from .laws import LAWS, Budget, Law, chinchilla, optimum, optimum_range
 from .size import Size
 from .state import StateBytes
@@ -47,6 +48,7 @@ class Recipe:
         warmup_steps: as many tokens as the model has parameters, at most a tenth of the run.
         size: of the user's model, if there is one.
         memory: of the user's model, if there is one.
+        lengths: of a sequence length warmup, under which tokens take more steps.
     """
 
     budget: Budget
@@ -57,6 +59,7 @@ class Recipe:
     warmup_steps: int
     size: Size | None = None
     memory: Memory | None = None
+    lengths: LengthSchedule | None = None
 
     @property
     def batch(self) -> int:
@@ -65,6 +68,9 @@ class Recipe:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.lengths is not None:
+            return self.lengths.steps_for(round(self.budget.tokens), self.sequences)
         return max(round(self.budget.tokens / self.batch), 1)
 
     @property
@@ -93,6 +99,7 @@ class Recipe:
             "batch_sequences": self.sequences,
             "batch_tokens": self.batch,
             "steps": self.steps,
+            "sequence_length_warmup": None if self.lengths is None else _warmup(self.lengths),
             "warmup_steps": self.warmup_steps,
             "adamw_lr": self.adamw_lr,
             "base_lr": {"paper": self.base_lr("paper"), "embedding": self.base_lr("embedding")},
@@ -129,6 +136,7 @@ def recipe(
     ranks: int = 1,
     size: Size | None = None,
     memory: Memory | None = None,
+    length_warmup: tuple[int, int] | None = None,
 ) -> Recipe:
     """The recipe of a budget, by the laws of arXiv 2406.19146.
 
@@ -137,9 +145,10 @@ def recipe(
         length: tokens of a sequence.
         batch: tokens of a batch; the law's otherwise. Rounded to whole sequences on every rank.
         ranks: data parallel.
+        length_warmup: the first length and the steps of a sequence length warmup, linear up to ``length``.
 
     Raises:
-        BlockError: a size below 1.
+        BlockError: a size below 1, or a warmup that is none.
     """
     for name, value in (("length", length), ("ranks", ranks), ("batch", 1 if batch is None else batch)):
         if value < 1:
@@ -150,7 +159,18 @@ def recipe(
     sequences = max(round(tokens / length / ranks), 1) * ranks
     steps = max(round(budget.tokens / (sequences * length)), 1)
     warmup = min(max(round(budget.parameters / (sequences * length)), 1), max(steps // 10, 1))
-    return Recipe(budget, body, length, sequences, porian.lr(budget, body), warmup, size, memory)
+    lengths = None
+    if length_warmup is not None:
+        first, over = length_warmup
+        lengths = LengthSchedule(
+            WarmupOptions.checked({"start": first, "end": length, "steps": over}, "length warmup: ")
+        )
+    return Recipe(budget, body, length, sequences, porian.lr(budget, body), warmup, size, memory, lengths)
+
+
+def _warmup(lengths: LengthSchedule) -> dict[str, Any]:
+    """What a ds_config says of it."""
+    return {"start": lengths.options.start, "end": lengths.options.end, "steps": lengths.options.steps}
 
 
 _CLASS_OF = {"adamw": "BlockwiseAdamW", "adam_mini": "BlockwiseAdamMini"}
@@ -166,7 +186,7 @@ def ds_config(made: Recipe, *, micro_batch: int = 1, stage: int = 1, optimizer: 
         raise BlockError(
             f"the laws are AdamW's, and say no learning rate for {optimizer}; use {' or '.join(_CLASS_OF)}"
         )
-    config = {
+    config: dict[str, Any] = {
         "train_batch_size": made.sequences,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_clipping": 1.0,
@@ -181,6 +201,12 @@ def ds_config(made: Recipe, *, micro_batch: int = 1, stage: int = 1, optimizer: 
             "params": {"warmup_num_steps": made.warmup_steps, "total_num_steps": made.steps},
         },
     }
+    if made.lengths is not None:
+        config["sequence_length_warmup"] = _warmup(made.lengths)
+        config["scheduler"] = {
+            "type": "BlockwiseTokenCosine",
+            "params": {"warmup_num_steps": made.warmup_steps, "total_num_tokens": round(made.budget.tokens)},
+        }
     return json.dumps(config, indent=2)
 
 
@@ -213,6 +239,13 @@ def megatron_args(made: Recipe, *, micro_batch: int = 1, optimizer: str = "adamw
         "--bf16",
         "--use-distributed-optimizer",
     ]
+    if made.lengths is not None:
+        options = made.lengths.options
+        lines += [
+            f"--sequence-length-warmup-start {options.start}",
+            f"--sequence-length-warmup-steps {options.steps}",
+            f"--lr-decay-tokens {round(made.budget.tokens)}",
+        ]
     return "\n".join(lines) + "\n"
 
 

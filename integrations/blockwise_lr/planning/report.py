@@ -49,7 +49,7 @@ def _budget(made: Recipe, days: str | None) -> Table:
         ),
         ("20 tokens each", f"{short(chinchilla(budget.flops).parameters)}"),
         ("batch", f"{short(made.batch)} tokens, {made.sequences:,} sequences of {made.length:,}"),
-        ("steps", f"{made.steps:,}, warmup {made.warmup_steps:,}"),
+        ("steps", f"{made.steps:,}, warmup {made.warmup_steps:,}" + _growing(made)),
         ("adamw_lr", f"{made.adamw_lr:.3g} (AdamW's single rate)"),
         ("lr, paper's ratios", f"{made.base_lr('paper'):.3g} (what adamw_lr makes of it)"),
         ("lr, embedding preset", f"{made.base_lr('embedding'):.3g}"),
@@ -57,6 +57,14 @@ def _budget(made: Recipe, days: str | None) -> Table:
     for name, said in rows:
         table.add_row(name, said)
     return table
+
+
+def _growing(made: Recipe) -> str:
+    if made.lengths is None:
+        return ""
+    options = made.lengths.options
+    plain = round(made.budget.tokens / made.batch)
+    return f"; {plain:,} at full length (from {options.start} tokens over {options.steps:,} steps; decay by tokens)"
 
 
 def _laws(made: Recipe) -> Table:
