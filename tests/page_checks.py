@@ -124,6 +124,7 @@ def known_flags():
         *(flag for file in programs if file not in CHECKS for flag in flags_added_in(file)),
         *(flag for command in commands for parameter in command.params for flag in parameter.opts),
         *("--help", "--on-cpu", "--durations", "--timeout"),  # the last two are pytest's
+        *("--partition", "--account"),  # sbatch's
     }
 
 
@@ -326,6 +327,8 @@ def wrong_run(words, out):
         words = [
             str(out / {"FOLDER": "model"}.get(word, word)) if word in ("FOLDER", "ids.npy") else word for word in words
         ]
+    if words[0] == "submit":  # there is no cluster to send it to
+        words = ["submit", "--dry-run", *words[1:]]
     result = CliRunner().invoke(app, words)
     return None if result.exit_code == 0 else result.output
 
