@@ -70,7 +70,7 @@ def test_a_kubernetes_job_is_what_kubeflows_own_models_take():
     models = pytest.importorskip("kubeflow_trainer_api.models")
     job = Job(COMMAND, nodes=2, gpus=4, container="registry/image:1", env={"A": "1 2"}, cpus=16)
     manifest = Kubernetes().manifest(job)
-    taken = models.TrainerV1alpha1TrainJob.model_validate(manifest)
+    taken = models.TrainerV1alpha1TrainJob.from_dict(manifest)
     assert json.loads(taken.to_json()) == manifest  # nothing that they do not know
     assert manifest["spec"]["trainer"]["command"][-1].endswith("exec torchrun train.py --deepspeed_config 'a b.json'")
     done = submit("--cluster", "kubernetes", "--container", "registry/image:1", "--nodes", "2", "--dry-run")

@@ -85,7 +85,14 @@ def test_an_interrupt_ends_the_runs_and_a_second_start_goes_on(tmp_path):
         sys.executable,
         str(script),
     ]
-    search = subprocess.Popen([sys.executable, *words, *PLACES], stderr=subprocess.PIPE, text=True)
+    search = subprocess.Popen(
+        [sys.executable, *words, *PLACES],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background ignores it, and hands that on
+    )
     logs = tmp_path / "out"
     deadline = time.monotonic() + 60
     while len([log for log in logs.glob("run-*/log") if log.stat().st_size]) < 2 and time.monotonic() < deadline:
