@@ -14,6 +14,7 @@ from pathlib import Path
 from report import report
 
 OUT = Path("runs/demo")
+EXTENSIONS = Path(__file__).resolve().parents[2] / "build" / "torch_extensions" / str(sys.implementation.cache_tag)
 
 
 def main() -> int:
@@ -27,6 +28,8 @@ def main() -> int:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "DS_LOG_LEVEL": "error",
     }
+    # not PyTorch's own folder, where a build that was killed has left a lock that DeepSpeed would wait for without end
+    environment.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
     command = [
         sys.executable,
         "-m",

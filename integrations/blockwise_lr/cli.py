@@ -318,7 +318,10 @@ def doctor(
     wrong = [(patch, state) for patch, state in states if report.is_problem(state)]
     for patch, state in wrong:
         out.print(f"[red]{patch.name}[/red] ({patch.package} {patch.versions}): {state}", highlight=False)
-    if not wrong:
+    locks = report.stale_locks()
+    for lock in locks:
+        out.print(f"[red]{lock}[/red]: a build that was killed has left it, and the next one waits for it; remove it")
+    if not wrong and not locks:
         out.print("no problems: all that is installed is of a supported version, or not patched")
     found = Table("package", "version", title=f"blockwise-lr {__version__}")
     for package, version in report.versions().items():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from .patches import Declared, InstancePatch, Patch, all_instance_patches, all_patches, all_upstreams
 from .patches.symbols import has_module, is_in
@@ -82,6 +85,18 @@ def patches() -> Sequence[tuple[Declared, str]]:
     return [
         (declared, patch_state(declared)) for declared in (*all_patches(), *all_instance_patches(), *all_upstreams())
     ]
+
+
+_MINUTES = 10  # no extension takes so long to build
+
+
+def stale_locks() -> list[Path]:
+    """Locks in PyTorch's folder of extensions that a killed build has left: DeepSpeed, and our C++ kernel, wait for them
+    without end."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(folder) if folder else Path.home() / ".cache" / "torch_extensions"
+    old = time.time() - 60 * _MINUTES
+    return sorted(lock for lock in root.glob("**/lock") if lock.is_file() and lock.stat().st_mtime < old)
 
 
 def kernels() -> dict[str, str]:

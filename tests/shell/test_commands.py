@@ -1,6 +1,7 @@
 """blockwise-lr on the command line."""
 
 import json
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -111,6 +112,19 @@ def test_doctor_names_versions_patches_and_kernels():
     assert len(result.output.splitlines()) < 40 and "deepspeed-types" not in result.output
     listed = run("doctor", "--patches").output
     assert "deepspeed-types" in listed and "DeepSpeedEngine._configure_basic_optimizer" in listed
+
+
+def test_doctor_finds_the_lock_of_a_build_that_was_killed(tmp_path, monkeypatch):
+    import os
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("old", 3600), ("new", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (time.time() - age,) * 2)
+    said = run("doctor").output.replace("\n", "")
+    assert "old/lock" in said and "a build that was killed has left it" in said and "remove it" in said
+    assert "new/lock" not in said and "no problems" not in said
 
 
 def test_doctor_says_first_what_is_wrong(monkeypatch):

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sysconfig
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,7 @@ def _build() -> str:
         _find_ninja()
         file = folder / f"{name}.cpp"
         _write(file, text)
+        _tell_of_stale_lock(folder / "lock")
         cpp_extension.load(
             name,
             [str(file)],
@@ -115,6 +117,16 @@ def _build() -> str:
         )
         finished.touch()
     return str(built)
+
+
+def _tell_of_stale_lock(lock: Path) -> None:
+    """PyTorch waits for another build's lock without a word and without end, also where a kill has left it."""
+    if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+        _LOG.warning(
+            "blockwise_lr: building the C++ kernel waits for %s, which is older than ten minutes: a build that was killed has "
+            "left it; remove it",
+            lock,
+        )
 
 
 def _write(file: Path, text: str) -> None:
