@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,16 +86,14 @@ def patches() -> Sequence[tuple[Declared, str]]:
     ]
 
 
-_MINUTES = 10  # no extension takes so long to build
-
-
 def stale_locks() -> list[Path]:
     """Locks in PyTorch's folder of extensions that a killed build has left: DeepSpeed, and our C++ kernel, wait for them
     without end."""
+    from .kernels.cpu import is_stale
+
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
     root = Path(folder) if folder else Path.home() / ".cache" / "torch_extensions"
-    old = time.time() - 60 * _MINUTES
-    return sorted(lock for lock in root.glob("**/lock") if lock.is_file() and lock.stat().st_mtime < old)
+    return sorted(lock for lock in root.glob("**/lock") if is_stale(lock))
 
 
 def kernels() -> dict[str, str]:

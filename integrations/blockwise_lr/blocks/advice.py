@@ -87,11 +87,10 @@ class _Evidence:
         that; qk and vo together: vo, whose learning rate is smaller. Without such neighbours a vector is a norm, and
         anything else ffn."""
         if self._is_fused(module):
-            rows, *columns = self._shapes[module]
-            even = (
-                len(columns) == 1 and rows == 3 * columns[0]
-            )  # else of grouped queries, in shares that no shape tells
-            return {"split": {"q": 1, "k": 1, "v": 1}} if even else {"block": BlockType.VO.value}
+            rows, columns = self._shapes[module]
+            if rows == 3 * columns:
+                return {"split": {"q": 1, "k": 1, "v": 1}}
+            return {"block": BlockType.VO.value}  # of grouped queries, in shares that no shape tells
         if self._shapes[module] in self._tables:
             return {"block": BlockType.HEAD.value}
         for prefix in (module, module.rpartition(".")[0]):

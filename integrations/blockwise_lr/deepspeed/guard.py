@@ -12,6 +12,7 @@ from ..checkpoint import CheckpointError
 from ..measure import Alarm, Guard
 from ..patches.deepspeed_instances import GUARDED_CHECKPOINTS
 from .checkpoint import load_newest
+from .client_state import keep_in_checkpoints
 from .engine import optimizer_of
 from .metrics import figures_of
 
@@ -31,7 +32,7 @@ class EngineGuard(Guard):
             **options,
         )
         self.steps_done = engine.global_steps
-        self._keep_in_checkpoints(engine)
+        keep_in_checkpoints(engine, GUARDED_CHECKPOINTS, _KEY, self.state_dict, self._loaded)
 
     @property
     def _engine(self) -> Any:
@@ -58,23 +59,12 @@ class EngineGuard(Guard):
     def _save_now(self) -> None:
         self._engine.save_checkpoint(self._folder)
 
-    def _keep_in_checkpoints(self, engine: Any) -> None:
-        save, load = engine.save_checkpoint, engine.load_checkpoint
-
-        def save_checkpoint(
-            save_dir: Any, tag: Any = None, client_state: Any = None, *rest: Any, **options: Any
-        ) -> Any:
-            return save(save_dir, tag, {**(client_state or {}), _KEY: self.state_dict()}, *rest, **options)
-
-        def load_checkpoint(*arguments: Any, **options: Any) -> Any:
-            path, client_state = load(*arguments, **options)
-            state = client_state.pop(_KEY, None) if isinstance(client_state, dict) else None
-            if state is not None and self._engine.global_steps == state["steps_done"]:
-                self.load_state_dict(state)
-            self.steps_done = self._engine.global_steps
-            return path, client_state
-
-        GUARDED_CHECKPOINTS.apply(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint)
+    def _loaded(self, state: dict[str, Any] | None) -> None:
+        if (
+            state is not None and self._engine.global_steps == state["steps_done"]
+        ):  # not where weights alone were loaded
+            self.load_state_dict(state)
+        self.steps_done = self._engine.global_steps
 
 
 def guard(

@@ -21,6 +21,7 @@ from ..schedules import BlockwiseTokenCosine
 from ..sequence_length import LengthSchedule, WarmupOptions, warmup_of
 from ..sequence_length.cutting import map_tensors
 from ..sequence_length.warmup import SequenceLengthWarmup, cut_of_trainer
+from .client_state import keep_in_checkpoints
 
 KEY = "sequence_length_warmup"
 
@@ -70,7 +71,7 @@ class EngineWarmup(SequenceLengthWarmup):
             self._cut_in_pipeline()
         else:
             self._hook = engine.register_forward_pre_hook(self._before_forward, with_kwargs=True, prepend=True)
-        self._save_with_checkpoints()
+        keep_in_checkpoints(engine, CHECKPOINTED_TOKENS, KEY, self.state_dict, self._loaded)
 
     @property
     def completed(self) -> int:
@@ -128,24 +129,9 @@ class EngineWarmup(SequenceLengthWarmup):
             self.engine.reset_activation_shape()
             self._shape = length
 
-    def _save_with_checkpoints(self) -> None:
-        engine = self.engine
-        upstream_save, upstream_load = engine.save_checkpoint, engine.load_checkpoint
-
-        def save_checkpoint(
-            save_dir: Any, tag: Any = None, client_state: Any = None, *rest: Any, **options: Any
-        ) -> Any:
-            state = {**(client_state or {}), KEY: self.state_dict()}
-            return upstream_save(save_dir, tag, state, *rest, **options)
-
-        def load_checkpoint(*arguments: Any, **options: Any) -> Any:
-            path, client_state = upstream_load(*arguments, **options)
-            state = client_state.pop(KEY, None) if isinstance(client_state, dict) else None
-            if state is not None and engine.global_steps == state["steps"]:  # not where weights alone were loaded
-                self.load_state_dict(state)
-            return path, client_state
-
-        CHECKPOINTED_TOKENS.apply(engine, save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint)
+    def _loaded(self, state: dict[str, Any] | None) -> None:
+        if state is not None and self.engine.global_steps == state["steps"]:  # not where weights alone were loaded
+            self.load_state_dict(state)
 
 
 def length_of(engine: Any) -> int | None:

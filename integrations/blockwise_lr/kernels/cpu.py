@@ -119,9 +119,14 @@ def _build() -> str:
     return str(built)
 
 
+def is_stale(lock: Path) -> bool:
+    """Whether a lock of PyTorch's extension builds is one that a kill has left: no build takes ten minutes, and the next one
+    waits for it without a word and without end."""
+    return lock.is_file() and time.time() - lock.stat().st_mtime > 600
+
+
 def _tell_of_stale_lock(lock: Path) -> None:
-    """PyTorch waits for another build's lock without a word and without end, also where a kill has left it."""
-    if lock.exists() and time.time() - lock.stat().st_mtime > 600:
+    if is_stale(lock):
         _LOG.warning(
             "blockwise_lr: building the C++ kernel waits for %s, which is older than ten minutes: a build that was killed has "
             "left it; remove it",

@@ -132,7 +132,9 @@ class BlockMonitor:
     def _before(self, optimizer: BlockwiseOptimizer, *_: Any) -> None:
         if not self.is_due:
             return
-        sums = self._sums.setdefault(id(optimizer), BlockSums(optimizer))
+        if id(optimizer) not in self._sums:  # ZeRO steps its tensors one after another
+            self._sums[id(optimizer)] = BlockSums(optimizer)
+        sums = self._sums[id(optimizer)]
         for tensor in optimizer.all_tensors():
             if tensor.grad is not None:
                 sums.add_gradient(tensor, tensor.grad)

@@ -23,10 +23,9 @@ def has_strangers(groups: Sequence[Mapping[str, Any]], places: Places, block_map
     """Whether a group begins with a DTensor that is not the one of its place; a look-up per group, so that each step can
     ask."""
     return any(
-        isinstance(first, DTensor) and names[:1] != [block_map.name_of(first)]
-        for first, names in (
-            (group["params"][0], list(names)) for group, names in zip(groups, places) if group["params"]
-        )
+        isinstance(group["params"][0], DTensor) and list(names[:1]) != [block_map.name_of(group["params"][0])]
+        for group, names in zip(groups, places)
+        if group["params"]
     )
 
 
