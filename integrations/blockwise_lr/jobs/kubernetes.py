@@ -17,7 +17,6 @@ class Kubernetes(Cluster):
     """A Kubernetes cluster with Kubeflow Trainer v2."""
 
     name = "kubernetes"
-    needs = ("kubectl",)
 
     def manifest(self, job: Job) -> dict[str, Any]:
         """The TrainJob."""

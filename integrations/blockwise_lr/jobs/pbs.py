@@ -17,7 +17,6 @@ class PBS(Cluster):
     """A PBS cluster."""
 
     name = "pbs"
-    needs = ("qsub", "qstat", "qdel")
 
     def script(self, job: Job) -> str:
         """The job's file."""

@@ -17,7 +17,6 @@ class Slurm(Cluster):
     """A Slurm cluster."""
 
     name = "slurm"
-    needs = ("sbatch", "squeue", "scontrol", "scancel")
 
     def words(self, job: Job) -> list[str]:
         """The command line of sbatch."""

@@ -95,7 +95,6 @@ class Cluster(ABC):
     """How one kind of cluster is told of a job. Methods that run its commands raise BlockError with what these say."""
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]  # its commands
 
     @abstractmethod
     def shown(self, job: Job) -> str:
