@@ -185,7 +185,8 @@ SECTIONS = {
         Row("guard, ZeRO-2 and 3", {ADAMW: "tests/measure/test_guard.py::test_an_engine_goes_back"}),
         Row("sharpness, DeepSpeed and FSDP2", {ADAMW: "tests/measure/test_estimates.py::test_(?:ranks_find|sharded)"}),
         Row(
-            "sharpness, Megatron's TP, SP, PP", {ADAMW: "tests/megatron_door/test_megatron_sharpness.py::test_sharded"}
+            "sharpness, Megatron's TP, SP, PP, CP, EP",
+            {ADAMW: "tests/megatron_door/test_megatron_sharpness.py::test_(?:sharded|experts)"},
         ),
         Row("preemption and restart", {ADAMW: "tests/deepspeed_door/test_preemption.py::test_a_signal"}),
         Row("blockwise-lr submit, Slurm", {ADAMW: "tests/jobs/test_slurm.py::"}, "where Slurm is installed"),

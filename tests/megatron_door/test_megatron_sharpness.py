@@ -26,9 +26,9 @@ def batches(replica):
     return list(ids[replica])
 
 
-def lively(variant):
+def lively(variant, layers=2):
     """Weights of a whole model whose predictions differ from token to token."""
-    model = start_model(variant)
+    model = start_model(variant, layers=layers)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -42,13 +42,13 @@ def logits(model, ids):
     return model(*model_inputs(padded))[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
 
-def whole(variant):
+def whole(variant, layers=2):
     """(what one process finds by blockwise_lr.measure, what it finds by blockwise_lr.megatron, the weights)."""
     from blockwise_lr.megatron import measure_sharpness
     from blockwise_lr.megatron.mapping import map_chunks
 
-    with megatron(Layout()):
-        model = lively(variant)
+    with megatron(Layout(layers=layers)):
+        model = lively(variant, layers)
         ours, maps = measure_sharpness(model, batches(0), draws=DRAWS), map_chunks([model])
         for p in model.parameters():
             p.tensor_model_parallel = False  # Megatron marks slices, and one that is the whole as well
@@ -84,11 +84,15 @@ def alike(found, wanted):
         ("llama", 2, Layout(pp=2)),  # an embedding on both stages
         ("moe", 2, Layout(tp=2, sp=True)),
         ("gqa", 4, Layout(tp=2, pp=2, sp=True, distributed=True)),
+        ("llama", 2, Layout(pp=2, vpp=2, layers=4)),  # an embedding in the first chunk of one and the last of the other
+        ("gqa", 2, Layout(cp=2)),
+        ("llama", 4, Layout(pp=2, cp=2)),
+        ("moe", 2, Layout(tp=2, ep=2, sp=True)),  # experts whole on either rank
     ],
     ids=str,
 )
 def test_sharded_equals_whole(variant, ranks, layout):
-    ((plain, ours, weights),) = pool(1).run(whole, variant)
+    ((plain, ours, weights),) = pool(1).run(whole, variant, layout.layers)
     alike(ours, plain)
     for found in pool(ranks).run(sharded, variant, layout, weights):
         alike(found, plain)
@@ -103,6 +107,49 @@ def test_data_parallel_ranks_put_their_draws_together():
         assert len(both.traces) == 2 * len(part.traces) and both.traces[: len(part.traces)] == pytest.approx(
             part.traces, rel=1e-4, abs=1e-9
         )
+
+
+def whole_of_two():
+    """(traces by parameter and draw that all of two replicas' tokens have together, the weights), by loss and backward."""
+    from blockwise_lr.measure.labels import drawn_labels, probabilities, seed_of
+
+    with megatron(Layout()):
+        model = lively("moe").eval()
+        traces = {}
+        for number in range(2):
+            for draw in range(DRAWS):
+                loss, tokens = 0.0, 0
+                for replica in range(2):
+                    predictions, _ = logits(model, batches(replica)[number])
+                    labels = drawn_labels(probabilities(predictions), DRAWS, seed_of(0, replica, number))[draw]
+                    loss += torch.nn.functional.cross_entropy(predictions, labels, reduction="sum")
+                    tokens += len(labels)
+                model.zero_grad()
+                (loss / tokens).backward()
+                for name, p in model.named_parameters():
+                    traces.setdefault(name, []).append(tokens * float(p.grad.square().sum()))
+        return traces, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# gloo gathers no parts of unequal size, which the other dispatcher would have it do
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+
+
+@pytest.mark.parametrize(
+    "ranks, layout",
+    [(2, Layout(ep=2)), (4, Layout(tp=2, ep=2, etp=2, sp=True, distributed=True, extra=ALLGATHER))],
+    ids=str,
+)
+def test_experts_on_several_ranks(ranks, layout):
+    """A draw is of both ranks' tokens, which the experts of either get."""
+    ((traces, weights),) = pool(1).run(whole_of_two)
+    for found in pool(ranks).run(sharded, "moe", layout, weights):
+        assert found.tokens == 2 * 2 * 2 * (LENGTH - 1)
+        by_name = found.grouped(lambda name, _: name)
+        assert by_name.keys() == traces.keys()
+        for name, wanted in traces.items():
+            assert by_name[name].numel == weights[name].numel(), name
+            assert by_name[name].traces == pytest.approx(wanted, rel=1e-4, abs=1e-9), name
 
 
 def with_fused_gradients():
@@ -167,11 +214,8 @@ def refused(variant, layout, ids, words):
 @pytest.mark.parametrize(
     "variant, ranks, layout, words",
     [
-        ("moe", 2, Layout(ep=2), "expert parallelism"),
         ("moe", 2, Layout(tp=2), "experts under tensor parallelism without --sequence-parallel"),
         ("deepseek", 1, Layout(), "multi-token prediction"),
-        ("gpt", 2, Layout(cp=2), "context parallelism"),
-        ("llama", 2, Layout(pp=2, vpp=2, layers=4), "virtual pipeline stages"),
     ],
     ids=str,
 )
@@ -189,3 +233,14 @@ def test_what_is_not_measured_is_named(variant, ranks, layout, words):
 )
 def test_bad_batches_stop_every_rank(ids, words):
     assert all(pool(2).run(refused, "gpt", Layout(tp=2), ids, words))
+
+
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ([torch.zeros(2, LENGTH, dtype=torch.long)], "rank 0 has 1 batches"),
+        ([torch.zeros(2, 6, dtype=torch.long)], "6 tokens cannot be cut"),
+    ],
+)
+def test_bad_batches_of_a_draw_together_stop_every_rank(ids, words):
+    assert all(pool(2).run(refused, "gpt", Layout(cp=2), ids, words))

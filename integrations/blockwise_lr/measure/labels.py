@@ -47,16 +47,27 @@ def predicted(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor
     return counted, p
 
 
-def drawn_labels(p: torch.Tensor, draws: int, seed: int, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def drawn_labels(
+    p: torch.Tensor,
+    draws: int,
+    seed: int,
+    group: dist.ProcessGroup | None = None,
+    *,
+    rows: torch.Tensor | None = None,
+    of: int | None = None,
+) -> torch.Tensor:
     """(draws, predictions) labels as columns of ``p``; -1 where another rank's slice has the label. Collective.
 
     Args:
         p: from :func:`probabilities`.
         seed: the same on all ranks of the group.
         group: as for :func:`probabilities`.
+        rows: which of ``of`` predictions these are, where ranks share them; all by default.
     """
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(p), draws, generator=generator, dtype=torch.float64).to(p.device)
+    uniform = torch.rand(of or len(p), draws, generator=generator, dtype=torch.float64).to(p.device)
+    if rows is not None:
+        uniform = uniform[rows]
     mass = p.sum(-1, dtype=torch.float64)
     masses, rank = mass[None], 0
     if group is not None:
@@ -68,27 +79,28 @@ def drawn_labels(p: torch.Tensor, draws: int, seed: int, group: dist.ProcessGrou
     wanted = (uniform * ends[-1, :, None]).minimum(ends[-1, :, None] * (1 - 1e-15))
     mine = (wanted >= start[:, None]) & (wanted < ends[rank, :, None])
     inside = wanted - start[:, None]
-    rows = max(_AT_ONCE // p.shape[-1], 1)
+    at_once = max(_AT_ONCE // p.shape[-1], 1)
     found = [
         torch.searchsorted(part.cumsum(-1, dtype=torch.float64), numbers.contiguous(), right=True)
-        for part, numbers in zip(p.split(rows), inside.split(rows))
+        for part, numbers in zip(p.split(at_once), inside.split(at_once))
     ]
     labels = torch.cat(found).clamp_(max=p.shape[-1] - 1)
     return torch.where(mine, labels, -1).T
 
 
-def logit_gradient(p: torch.Tensor, labels: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def logit_gradient(p: torch.Tensor, labels: torch.Tensor, like: torch.Tensor, *, of: int | None = None) -> torch.Tensor:
     """The gradient of the mean cross-entropy with those labels, in this rank's columns of the logits.
 
     Args:
         p: from :func:`probabilities`.
         labels: (predictions,) from :func:`drawn_labels`.
         like: of the type that the gradient shall have.
+        of: how many predictions the mean is over, where these are not all.
     """
     gradient = p.clone()
     rows = torch.nonzero(labels >= 0).flatten()
     gradient[rows, labels[rows]] -= 1
-    return gradient.div_(len(p)).to(like.dtype)
+    return gradient.div_(of or len(p)).to(like.dtype)
 
 
 def seed_of(*numbers: int) -> int:
