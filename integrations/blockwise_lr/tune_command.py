@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -64,11 +66,16 @@ def tune(
         from .tuning.study import Study
 
         study = Study(out, search, given, halving)
+        begun, ended_before = time.monotonic(), len(study.losses())
 
         def told(setting: Setting, value: float, ended: int) -> None:
             ratios = " ".join(f"{name}={ratio:g}" for name, ratio in search.ratios(setting).items())
+            left = (time.monotonic() - begun) / (ended - ended_before) * (trials - ended)
             errors.print(
-                f"run {ended} of at most {trials}: loss {value:.4f} at lr {setting.lr:.3g} {ratios} seed {setting.seed}"
+                f"run {ended} of at most {trials}: loss {value:.4f} at lr {setting.lr:.3g} {ratios} seed {setting.seed}; "
+                f"at most {timedelta(seconds=round(left))} left",
+                soft_wrap=True,
+                highlight=False,
             )
 
         losses = study.run(jobs, told)

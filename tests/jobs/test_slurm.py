@@ -168,6 +168,45 @@ def test_an_array_of_three_runs_a_sweep(slurm, tmp_path):
     assert log.count("==> ") == 3 and log.count("usable") >= 3
 
 
+def tuned(slurm, folder, *start):
+    """What `blockwise-lr tune` finds over a bowl whose far side never ends, each run started by further words."""
+    folder.mkdir()
+    base, script = folder / "base.json", folder / "bowl.py"
+    base.write_text(json.dumps({"optimizer": {"type": "BlockwiseAdamW", "params": {"lr": 1}}}))
+    script.write_text(
+        "import json, math, os, sys, time\n"
+        "params = json.loads(open(sys.argv[1]).read())['optimizer']['params']\n"
+        "print('in job', os.environ.get('SLURM_JOB_ID'), flush=True)\n"
+        "rate = params['lr'] * params['block_lr_ratios']['ffn']\n"
+        "if rate > 0.3:\n"
+        "    print('step 1 loss nan', flush=True)\n"
+        "    time.sleep(600)\n"
+        "print('step 1 loss', 2 + math.log2(rate / 0.2) ** 2, flush=True)\n"
+    )
+    options = ("--ds-config", str(base), "--blocks", "ffn", "--start", "uniform", "--seeds", "1", "--trials", "9")
+    run = (*start, sys.executable, str(script), "{ds_config}")
+    out = folder / "out"
+    said = command(
+        slurm, folder, "tune", "--out", str(out), "--lr", "0.16", "--jobs", "3", "--json", *options, "--", *run
+    )
+    return json.loads(said), [file.read_text().split()[2] for file in sorted(out.glob("run-*/log"))]
+
+
+def test_tune_runs_as_jobs_and_ends_those_that_diverge(slurm, tmp_path):
+    here, without = tuned(slurm, tmp_path / "here")
+    words = ("srun", "--quiet", "--nodes=1", "--cpus-per-task=1", "--job-name=tune")
+    there, jobs = tuned(slurm, tmp_path / "there", *words)
+    assert set(without) == {"None"} and len(set(jobs)) == len(jobs) >= 5  # each run a job of its own
+    losses = [
+        {(row["lr"], row["block_lr_ratios"]["ffn"]): row["loss"] for row in found["runs"]} for found in (here, there)
+    ]
+    common = losses[0].keys() & losses[1].keys()  # which runs follow depends on which ended first
+    assert len(common) >= 3 and None in losses[1].values()
+    assert all(losses[0][key] == losses[1][key] for key in common)
+    assert there["best"]["loss"] == pytest.approx(here["best"]["loss"], abs=0.2)
+    slurm.until(lambda: not slurm.run("squeue", "--noheader", "--name=tune"), 60)
+
+
 def test_a_job_can_be_ended(slurm, tmp_path):
     job = submit(slurm, tmp_path, environment={"PAUSE": "30"})
     wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "RUNNING", 60)
