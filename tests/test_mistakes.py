@@ -12,6 +12,8 @@ from ranks import pool
 from twins import make
 from typer.testing import CliRunner
 
+from blockwise_lr import BlockwiseAdamW
+
 LINES = 14  # of 80 columns
 
 
@@ -69,8 +71,6 @@ def told_by_the_shell(*arguments):
 
 
 def told_by_torch():
-    from blockwise_lr import BlockwiseAdamW
-
     return BlockwiseAdamW(make("llama").parameters(), lr=1e-3)
 
 
@@ -138,6 +138,10 @@ MISTAKES = {
     "parameters without names": (
         lambda: error_of(told_by_torch),
         ["which parameter is which", "pass model.named_parameters()"],
+    ),
+    "a model in place of its parameters": (
+        lambda: error_of(lambda: BlockwiseAdamW(torch.nn.Linear(2, 2), lr=1e-3)),
+        ["BlockwiseAdamW", "pass model.named_parameters()"],
     ),
     "a Trainer's factory without a rate": (
         lambda: error_of(told_by_a_trainer),

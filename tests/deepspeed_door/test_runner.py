@@ -1,6 +1,7 @@
 """``python -m blockwise_lr.deepspeed``: a script or module that knows nothing of this package finds its types."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -37,6 +38,31 @@ def test_a_script_that_imports_nothing_of_ours_finds_the_types(folder, arguments
     name, argv, known, beside = json.loads((folder / "found.json").read_text())
     assert (name, argv[1:], beside) == ("__main__", ["--steps", "3"], "beside") and argv[0].endswith("train_it.py")
     assert known == [True, True, False]
+
+
+WRONG = """
+import torch
+from blockwise_lr import BlockwiseAdamW
+
+def build():
+    return BlockwiseAdamW(torch.nn.Linear(2, 2).parameters())
+
+build()
+"""
+
+
+@pytest.mark.parametrize("arguments", [["wrong.py"], ["-m", "wrong"]])
+def test_under_torchrun_an_error_of_ours_is_a_line_of_each_rank(folder, arguments):
+    (folder / "wrong.py").write_text(WRONG)
+    words = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "blockwise_lr.deepspeed"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *arguments], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    said = [line for line in done.stderr.splitlines() if "pass model.named_parameters()" in line]
+    ended = [line for line in said if line.endswith("wrong.py, line 8)")]
+    assert done.returncode and len(ended) == len(said) and 1 <= len(said) <= 2  # torchrun ends the other
+    assert all(line.startswith("blockwise_lr.deepspeed, rank ") for line in said)
+    assert 'wrong.py", line' not in done.stderr  # what is left of tracebacks is torchrun's own
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,15 @@ import os
 import runpy
 import sys
 
+from ..blocks import BlockError
+from ..collective import errors_in_a_sentence
+from ..patches import PatchError
+
 _USAGE = """usage: torchrun … -m blockwise_lr.megatron [--on-cpu] SCRIPT ARGS…
 
 Runs SCRIPT, for example Megatron-LM's own pretrain_gpt.py, with {optimizers} as values of
 --optimizer, and flags of ours such as --block-lr-ratios in Megatron's parser; the end of SCRIPT --help lists them.
---on-cpu trains on gloo without a GPU (add --distributed-backend gloo)."""
+--on-cpu trains on gloo without a GPU (add --distributed-backend gloo). Errors of blockwise_lr end it without a traceback."""
 
 
 def main() -> None:
@@ -35,10 +39,11 @@ def main() -> None:
         from ..patches.megatron_on_cpu import PATCH
 
         PATCH.apply()
-    from .door import apply_patches
+    with errors_in_a_sentence("blockwise_lr.megatron", BlockError, PatchError):
+        from .door import apply_patches
 
-    apply_patches()
-    runpy.run_path(arguments[0], run_name="__main__")
+        apply_patches()
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

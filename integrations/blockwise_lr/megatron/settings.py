@@ -259,6 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     choice.choices = [*(choice.choices or ()), *KINDS]
     choice.__class__ = ChooseOptimizer
     parser.set_defaults(blockwise_optimizer=None)
+    parser.usage = "%(prog)s FLAGS, listed by --help"  # else 1,500 lines of it stand before an error's sentence
     _fix_help(parser)
     group = parser.add_argument_group(title="blockwise learning rates")
     group.add_argument(

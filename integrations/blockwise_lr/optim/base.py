@@ -122,6 +122,8 @@ class BlockwiseOptimizer(Saving):
     def __init__(
         self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(f"{type(self).__name__} takes parameters with their names; pass model.named_parameters()")
         if isinstance(params, torch.Tensor):
             raise TypeError(
                 "params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "

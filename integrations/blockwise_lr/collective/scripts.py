@@ -1,0 +1,36 @@
+"""How errors end a user's script that a runner of ours runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def errors_in_a_sentence(runner: str, *errors: type[Exception]) -> Iterator[None]:
+    """Ends with an error's sentence, the rank and the script's line, and no traceback.
+
+    Under torchrun each rank's traceback is some sixty lines of PyTorch's, DeepSpeed's and ours.
+
+    Args:
+        runner: whose name stands before it.
+        errors: the types this is for.
+
+    Raises:
+        SystemExit: one of the errors, as exit code 1.
+    """
+    try:
+        yield
+    except errors as error:
+        rank = os.environ.get("RANK")
+        sys.exit(f"{runner}{'' if rank is None else f', rank {rank}'}: {error}{_where(error)}")
+
+
+def _where(error: Exception) -> str:
+    """The line of the script that led to it, if runpy runs one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = max((number for number, frame in enumerate(frames) if "runpy" in frame.filename), default=len(frames))
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in frames[last + 1 : last + 2])
