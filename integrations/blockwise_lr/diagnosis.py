@@ -18,7 +18,7 @@ from .blocks import BlockError, map_blocks
 from .inspection import find_factory, load_model
 from .measure.depth import gradient_norms
 from .measure.placement import DEEPNORM, NONE, POST, PRE, REORDERED, SANDWICH, Sublayer, placement_of, placements
-from .terminal import refuse
+from .terminal import refuse, say
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _VOCABULARY, _MOST = 512, 1_000_000_000
@@ -263,11 +263,11 @@ def diagnose(
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1))
         return
-    typer.echo(f"norms: {found.placement}" + (", with QK norm" if found.qk_norm else ""))
+    say(f"norms: {found.placement}" + (", with QK norm" if found.qk_norm else ""))
     if found.of_attention != found.of_ffn:
-        typer.echo(f"  attention {found.of_attention}, feed-forward {found.of_ffn}")
+        say(f"  attention {found.of_attention}, feed-forward {found.of_ffn}")
     for depth, norms in zip(found.layers, found.gradients):
         shown = " ".join(f"{norm:.3g}" for norm in norms)
-        typer.echo(f"expected gradient norm of the FFN's output weight, {depth} layers: {shown}")
+        say(f"expected gradient norm of the FFN's output weight, {depth} layers: {shown}")
     verdict = {True: "needs a warmup", False: "can train without a warmup", None: "warm up"}[found.needs_warmup]
-    typer.echo(f"{verdict}: {found.why}")
+    say(f"{verdict}: {found.why}")

@@ -16,6 +16,12 @@ def console(width: int = 200) -> Console:
     return found if found.is_terminal else Console(width=width)
 
 
+def say(text: str) -> None:
+    """Prints prose: wrapped at words on a terminal, in one line where it is none."""
+    out = Console()
+    out.print(text, soft_wrap=not out.is_terminal, highlight=False, markup=False)
+
+
 def refuse(command: str, error: object) -> NoReturn:
     """Ends a command with one sentence.
 

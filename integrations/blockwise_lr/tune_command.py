@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .blocks.presets import PRESETS
 from .blocks.types import BlockError
-from .terminal import console, refuse, refuse_without
+from .terminal import console, refuse, refuse_without, say
 from .tuning.runs import LOSS, Command
 from .tuning.search import Search, Setting, searched_blocks
 
@@ -95,7 +95,7 @@ def tune(
     out_console.print(report.table(search, losses))
     best = search.found(losses).best
     if best is not None:
-        out_console.print(report.verdict(search, losses), soft_wrap=True)
+        say(report.verdict(search, losses))
         typer.echo(report.to_paste(search, best))
 
 
