@@ -21,6 +21,7 @@ from .schedule_view import ratio_of, schedule
 from .submit_command import jobs, submit
 from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
 from .tune_command import tune
+from .tune_seqlen_command import tune_seqlen
 
 app = typer.Typer(
     add_completion=False,
@@ -254,6 +255,7 @@ def _noise_cells(of: dict[str, float]) -> tuple[str, str]:
 
 
 app.command()(tune)
+app.command("tune-seqlen")(tune_seqlen)
 app.command()(schedule)
 app.command()(diagnose)
 app.command()(plan)

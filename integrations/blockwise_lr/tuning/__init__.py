@@ -1,4 +1,4 @@
-"""``blockwise-lr tune``: learning rate and ratios for one's own model, by short runs of one's own script."""
+"""``blockwise-lr tune`` and ``tune-seqlen``: what fits one's own model, by short runs of one's own script."""
 
 from .search import Found, Search, Setting
 

@@ -84,10 +84,8 @@ class Command:
         for word in self.words:
             if word == "{ratio_words}":
                 found += [f"{block}={ratio:g}" for block, ratio in ratios.items()]
-                continue
-            for place, value in values.items():
-                word = word.replace(place, value)
-            found.append(word)
+            else:
+                found.append(placed(word, values))
         return found
 
     def with_rates(self, lr: float, ratios: Mapping[str, float]) -> dict[str, Any]:
@@ -98,6 +96,13 @@ class Command:
         params.pop("adamw_lr", None)
         params.update(lr=float(f"{lr:.6g}"), block_lr_ratios=dict(ratios))
         return config
+
+
+def placed(word: str, values: Mapping[str, str]) -> str:
+    """A word of a command with its places filled."""
+    for place, value in values.items():
+        word = word.replace(place, value)
+    return word
 
 
 class Running:
@@ -128,13 +133,20 @@ class Running:
 
 
 def run(
-    command: Command, words: Sequence[str], out: Path, stop: Callable[[int, float], bool], running: Running
+    words: Sequence[str],
+    out: Path,
+    loss: re.Pattern[str],
+    stop: Callable[[int, float], bool],
+    running: Running,
+    last: int = 1,
 ) -> float:
     """Runs a command to its end, its output in ``out/log``; its final loss, infinite where it diverged or was stopped.
 
     Args:
+        loss: a pattern as :class:`Command` has; without the group step, or where it matches nothing, losses are counted.
         stop: called with each step and loss; True ends the run early.
         running: takes note of its process meanwhile.
+        last: its loss is the mean of so many last ones.
 
     Raises:
         BlockError: it failed while its losses were finite, or printed none.
@@ -148,7 +160,7 @@ def run(
     ):
         running.add(process)
         try:
-            if _read(process, command.loss, log, losses, stop):
+            if _read(process, loss, log, losses, stop):
                 return math.inf
             code = process.wait()
         finally:
@@ -160,7 +172,7 @@ def run(
     if code or not losses:
         what = f"ended with exit code {code}" if code else "printed no loss that --loss matches"
         raise BlockError("\n".join([f"a run {what}: {' '.join(words)}", *tail]))
-    kept = losses[-command.last :]
+    kept = losses[-last:]
     return sum(kept) / len(kept)
 
 
@@ -178,7 +190,8 @@ def _read(
         log.flush()
         for match in pattern.finditer(text):
             losses.append(float(match["loss"]))
-            if not math.isfinite(losses[-1]) or stop(int(match["step"]), losses[-1]):
+            step = match.groupdict().get("step")
+            if not math.isfinite(losses[-1]) or stop(len(losses) if step is None else int(step), losses[-1]):
                 return True
     return False
 

@@ -104,7 +104,7 @@ class Study:
         words = self.command.filled(setting.lr, self.search.ratios(setting), setting.seed, out)
         stop = self._stopper(trial) if self.halving and setting.seed == 0 else lambda step, loss: False
         try:
-            loss = run(self.command, words, out, stop, processes)
+            loss = run(words, out, self.command.loss, stop, processes, self.command.last)
         except BaseException:
             self._study.tell(trial, state=TrialState.FAIL)
             raise
