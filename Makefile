@@ -15,11 +15,12 @@ SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 space := $(subst ,, )
 EXTRAS = deepspeed,megatron,transformers,tune,plan,examples,test,dev
 
-.PHONY: demo demo-megatron test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
+.PHONY: demo demo-megatron seqlen-demo test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
+	@echo "make seqlen-demo    a small GPT at high rates with and without sequence length warmup, three seeds (10 minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test-gpu       run the tests that need a GPU, in an environment whose PyTorch has CUDA (GPU_PYTHON=...)"
@@ -58,6 +59,10 @@ $(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
 
 demo: setup
 	@$(RUN) examples/demo/run.py
+
+# the paper's case of sequence length warmup, small
+seqlen-demo: setup
+	@$(RUN) examples/sequence_length/run.py
 
 demo-megatron: setup312
 	@$(VENV312)/bin/python examples/megatron/run.py
@@ -111,6 +116,7 @@ dist: setup
 figures: setup
 	@$(RUN) examples/reproduce/figures.py
 	@$(RUN) examples/demo/report.py
+	@$(RUN) examples/sequence_length/run.py --report
 
 bench: setup
 	@$(RUN) tests/bench/step.py

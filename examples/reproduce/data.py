@@ -111,10 +111,10 @@ class Text:
     ``digest`` tells texts apart: other versions of Python or PyTorch bring other text.
     """
 
-    def __init__(self, folder: Path, rung: str = "0.3M") -> None:
+    def __init__(self, folder: Path, rung: str = "0.3M", length: int | None = None) -> None:
         of = RUNGS[rung]
         self.training, validation = (_tokens(folder, side, of.vocabulary, of.corpus) for side in (False, True))
-        self.length = of.length
+        self.length = length or of.length
         self.digest = hashlib.sha256(self.training.tobytes() + validation.tobytes()).hexdigest()[:16]
         windows = (len(validation) - 1) // self.length
         order = np.random.default_rng(0).permutation(windows)
