@@ -71,6 +71,7 @@ ARMS = {
     "low-vo": Arm("BlockwiseAdamW", 4, _ratios(vo=0.5)),
     "embedding-10": Arm("BlockwiseAdamW", 4, _ratios(embedding=10, head=1)),
     "embedding-head-10": Arm("BlockwiseAdamW", 2, _ratios(embedding=10)),
+    "mini-embedding-head-10": Arm("BlockwiseAdamMini", 2, _ratios(embedding=10)),
     "head-1": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"head": 1}}),
     "norm-6": Arm("BlockwiseAdamW", -2, {"block_lr_ratios": {"norm": 6}}),
     "matrices-only": Arm("BlockwiseAdamW", -2, _ratios(qk=8, ffn=6, vo=4)),
