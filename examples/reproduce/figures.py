@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -140,6 +141,35 @@ def base_table(rows: Rows) -> str:
     return _markdown(head, lines)
 
 
+def same_rate_table(rows: Rows) -> str:
+    """Every arm of AdamW's family at AdamW's own best learning rate, on seed 0: what ratios alone do, nothing tuned again."""
+    by_run = {Run(**row["run"]): row for row in rows.values()}
+    lines = []
+    for cell, arms in results(rows).items():
+        if BASE not in arms or not arms[BASE].inside:
+            continue
+        base = next(
+            run
+            for run, row in by_run.items()
+            if (run.cell, run.arm, row["lr"], run.seed) == (cell, BASE, arms[BASE].lr, 0)
+        )
+        for arm in ("blockwise", "blockwise-adamw-lr", "embedding-head-10", "found", "tuned", "mini-embedding-head-10"):
+            other = by_run.get(replace(base, arm=arm))
+            if other is not None and other["final"] is not None:
+                lost = by_run[base]["final"]
+                lines.append(
+                    [
+                        cell,
+                        arm,
+                        f"{arms[BASE].lr:g}",
+                        f"{lost:.3f}",
+                        f"{other['final']:.3f}",
+                        f"{lost - other['final']:+.3f}",
+                    ]
+                )
+    return _markdown(["cell", "arm", "AdamW's best lr", "AdamW", "the arm at the same lr", "gain"], lines)
+
+
 def _mean_ratio(ratios: Mapping[BlockType | str, float], rung: str) -> float:
     """Over a rung's parameters, its norms left out, which are few."""
     of = RUNGS[rung]
@@ -215,6 +245,7 @@ TABLES = {
     "final": final_table,
     "gain": gain_table,
     "base": base_table,
+    "same": same_rate_table,
     "speed": speed_table,
     "cost": cost_table,
     "ratios": ratio_table,
