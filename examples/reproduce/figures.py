@@ -328,7 +328,8 @@ def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
 
 def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
     """The gain of BlockwiseAdamW on AdamW over the batch and over the steps, with 95% intervals."""
-    figure, axes = _grid(2)
+    figure, (*axes, beside) = _grid(3)
+    beside.axis("off")
     lines: dict[str, list[tuple[int, int, float, float]]] = {}
     for arms in found.values():
         if _comparable(arms.get(BASE), arms.get("blockwise")):
@@ -353,8 +354,7 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
         one.axhline(0, color="#888888", lw=0.8, ls="--")
         one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
         _log_ticks(one)
-        if lines:
-            one.legend(frameon=False, fontsize=7)
+    beside.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left")
     _save(figure, file)
 
 
