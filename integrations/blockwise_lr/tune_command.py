@@ -94,8 +94,8 @@ def tune(
     out_console = console(120)
     out_console.print(report.table(search, losses))
     best = search.found(losses).best
-    if best is not None:
-        say(report.verdict(search, losses))
+    say(report.verdict(search, losses))
+    if best is not None and search.has_other_ratios(losses):
         typer.echo(report.to_paste(search, best))
 
 

@@ -169,6 +169,36 @@ def test_every_so_many_steps_of_a_loop_it_is_written_and_training_goes_on_to_the
             SharpnessEvery(make("llama"), list, every)
 
 
+def test_batches_are_a_list_or_a_function_and_no_iterator():
+    model = make("llama")
+    by_list, by_function = (SharpnessEvery(model, batches, 1, draws=1) for batches in ([IDS], lambda: [IDS]))
+    assert by_list(1) == by_function(1) and by_list(2) == by_function(2)
+    with pytest.raises(BlockError, match="one measurement uses up"):
+        SharpnessEvery(model, iter([IDS]), 1)
+
+
+def test_a_model_that_is_called_otherwise_needs_predictions():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, idx):
+            return self.table(idx)
+
+    model = Own()
+    blocks = map_blocks(model, rules=[{"match": "table.weight", "block": "embedding"}])
+    with pytest.raises(BlockError, match="give predictions="):
+        measure_sharpness(model, [IDS], block_map=blocks)
+    found = measure_sharpness(
+        model,
+        [IDS],
+        block_map=blocks,
+        predictions=lambda model, ids: (model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+    )
+    assert found.tokens == IDS[:, 1:].numel()
+
+
 def under_deepspeed(stage):
     """What two ranks find with batches of their own, and whether training goes on as without."""
     import torch.distributed as dist

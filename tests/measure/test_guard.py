@@ -37,6 +37,13 @@ def test_rates_are_lowered_for_a_while_whatever_the_schedule_says():
     assert (alarm.step, alarm.action) == (3, "lower") and "1.32 times the lowest" in alarm.reason
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_loss_may_be_a_tensor_with_its_graph():
+    loss = torch.tensor([1.5], requires_grad=True) * 2
+    guard = Guard(optimizer_of(), after=0)
+    assert guard.step(loss.sum()) is None and guard.loss_ratio.lowest == 3.0
+
+
 def test_a_step_at_lowered_rates_is_a_step_at_that_lr():
     def moved(lower):
         model = make("llama")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from blockwise_lr import BlockError, BlockType
-from blockwise_lr.tuning import Search, Setting
+from blockwise_lr.tuning import Search, Setting, report
 from blockwise_lr.tuning.search import searched_blocks
 
 BLOCKS = (BlockType.EMBEDDING, BlockType.QK, BlockType.FFN, BlockType.NORM)
@@ -83,6 +83,29 @@ def test_rates_that_diverge_lead_downwards():
     assert math.isinf(losses[Setting(1.0, (1.0,) * 5)]) and min(losses.values()) < 3.1
     with pytest.raises(BlockError, match="no best learning rate or ratio was found"):
         carried_out(Search(1.0, BLOCKS, "paper", seeds=1, trials=200), of=lambda setting: math.inf)
+
+
+@pytest.mark.parametrize(
+    "trials, best, words",
+    [
+        (7, 8.0, ["ended before AdamW's best rate was found", "begin at --lr"]),
+        (7, 0.0, ["ended before any ratios were tried", "more --trials"]),
+        (60, 0.0, ["Nothing tried is better than one learning rate"]),
+    ],
+)
+def test_a_search_that_was_too_short_says_so_and_judges_no_ratios(trials, best, words, tmp_path):
+    """The best rate is ``best`` factors of 2 above where the search starts."""
+    search = Search(1e-3, BLOCKS, "uniform", seeds=3, trials=trials)
+    losses = carried_out(
+        search,
+        lambda setting: (
+            3 + abs(math.log2(setting.lr / 1e-3) - best) / 10 + sum(abs(math.log2(ratio)) for ratio in setting.ratios)
+        ),
+    )
+    said = report.verdict(search, losses)
+    assert all(word in said for word in words) and search.has_other_ratios(losses) == (trials == 60)
+    report.draw(search, losses, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 5_000
 
 
 def test_a_move_must_improve_by_the_margin():

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def errors_in_a_sentence(runner: str, *errors: type[Exception]) -> Iterator[None]:
-    """Ends with an error's sentence, the rank and the script's line, and no traceback.
+    """Ends with an error's sentence, the rank and the script's line, and no traceback; of an error of all ranks alike, once on
+    each node.
 
     Under torchrun each rank's traceback is some sixty lines of PyTorch's, DeepSpeed's and ours.
 
@@ -26,7 +27,11 @@ def errors_in_a_sentence(runner: str, *errors: type[Exception]) -> Iterator[None
         yield
     except errors as error:
         rank = os.environ.get("RANK")
-        sys.exit(f"{runner}{'' if rank is None else f', rank {rank}'}: {error}{_where(error)}")
+        if not getattr(error, "raised_on_all_ranks", False) or os.environ.get("LOCAL_RANK", "0") == "0":
+            # one write, so that ranks' lines do not run together
+            sys.stderr.write(f"{runner}{'' if rank is None else f', rank {rank}'}: {error}{_where(error)}\n")
+            sys.stderr.flush()
+        sys.exit(1)
 
 
 def _where(error: Exception) -> str:

@@ -120,9 +120,12 @@ def _build() -> str:
 
 
 def is_stale(lock: Path) -> bool:
-    """Whether a lock of PyTorch's extension builds is one that a kill has left: no build takes ten minutes, and the next one
+    """Whether a lock of PyTorch's extension builds is one that a kill has left. Before PyTorch 2.14, whose locks their holders'
+    end frees, and whose files stay: no build takes ten minutes, and the next one
     waits for it without a word and without end."""
-    return lock.is_file() and time.time() - lock.stat().st_mtime > 600
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "FileBaton") and lock.is_file() and time.time() - lock.stat().st_mtime > 600
 
 
 def _tell_of_stale_lock(lock: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from ..blocks import BlockError, BlockType
 from ..collective.errors import is_rank_zero
 from ..optim.base import BlockwiseOptimizer
-from .parts import Predictions, causal_lm
+from .parts import Predictions, causal_lm, several_times
 from .updates import Updates, measure_updates, snapshot
 
 log = logging.getLogger("blockwise_lr")
@@ -60,7 +60,7 @@ class AutoRatios:
     Args:
         model: whose whole float32 parameters the optimizer steps: no engine that shards, or that keeps masters of its own.
         optimizer: a blockwise one; its ratios when it is built are where the search starts.
-        batches: called for each measurement; returns batches of data that the steps do not see.
+        batches: of data that the steps do not see: a list, or a function that is called for each measurement.
         at: the numbers of the optimizer steps, from 1, after which to measure. Not earlier than the end of the warmup: at
             initialization the order of the blocks is another one.
         power, most: see :func:`rebalanced`.
@@ -74,7 +74,7 @@ class AutoRatios:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[], Iterable[Any]] | Iterable[Any],
         at: Collection[int],
         *,
         power: float = 0.5,
@@ -90,7 +90,8 @@ class AutoRatios:
             )
         if not 0 < power <= 1 or not most > 1:
             raise BlockError(f"power is {power} and most is {most}; give a power above 0, up to 1, and most above 1")
-        self.model, self.optimizer, self.batches, self.at = model, optimizer, batches, frozenset(at)
+        self.model, self.optimizer, self.at = model, optimizer, frozenset(at)
+        self.batches = several_times(batches)
         self.power, self.most, self.predictions = power, most, predictions
         self.history: list[tuple[int, Updates, dict[BlockType | str, float]]] = []
 

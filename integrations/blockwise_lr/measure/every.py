@@ -8,6 +8,7 @@ from typing import Any
 
 from ..blocks import BlockError
 from ..collective.errors import is_rank_zero
+from .parts import several_times
 from .sharpness import Sharpness, measure_sharpness
 from .sinks import Sink
 
@@ -37,7 +38,7 @@ class SharpnessEvery:
 
     Args:
         model: as ``measure`` takes it: an engine's module, not the engine.
-        batches: called for each measurement, on every rank; returns what ``measure`` takes.
+        batches: what ``measure`` takes, a list of it, or a function that is called for each measurement, on every rank.
         every: optimizer steps from one measurement to the next.
         sinks: each called as ``sink(figures, step)`` on rank 0; the figures are those of :func:`sharpness_figures`.
         seed: of the draws, which are others in each measurement.
@@ -49,13 +50,13 @@ class SharpnessEvery:
         seconds: spent on it so far.
 
     Raises:
-        BlockError: ``every`` is below 1.
+        BlockError: ``every`` is below 1, or the batches are an iterator.
     """
 
     def __init__(
         self,
         model: Any,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[], Iterable[Any]] | Iterable[Any],
         every: int,
         *,
         sinks: Iterable[Sink] = (),
@@ -65,7 +66,7 @@ class SharpnessEvery:
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise BlockError(f"every is {every!r}; give a whole number of optimizer steps, 1 or above")
-        self.model, self.batches, self.every, self.sinks = model, batches, every, list(sinks)
+        self.model, self.batches, self.every, self.sinks = model, several_times(batches), every, list(sinks)
         self.seed, self.measure, self.options = seed, measure, options
         self.history: list[tuple[int, Sharpness]] = []
         self.seconds = 0.0

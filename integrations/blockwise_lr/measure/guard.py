@@ -165,7 +165,7 @@ class Guard:
 
     def _mean(self, loss: float | torch.Tensor) -> tuple[float, bool]:
         """The ranks' mean loss, and whether all of theirs are finite."""
-        value = float(loss)
+        value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         finite = math.isfinite(value)
         if not dist.is_initialized():
             return value, finite

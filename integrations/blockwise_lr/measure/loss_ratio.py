@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class LossRatio:
     """A step's loss over the lowest before it: the paper's measure of instability.
@@ -17,9 +19,9 @@ class LossRatio:
         self.lowest = float("inf")
         self.steps, self.spikes, self.largest = 0, 0, 0.0
 
-    def add(self, loss: float) -> float:
+    def add(self, loss: float | torch.Tensor) -> float:
         """The ratio of a step's loss; a loss that is no number is infinitely high. The first has none: 1."""
-        loss = float(loss)
+        loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         ratio = loss / self.lowest if self.steps else 1.0
         ratio = ratio if ratio == ratio else float("inf")
         self.steps += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,35 @@ def causal_lm(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.T
     """
     arguments = {"input_ids": batch} if isinstance(batch, torch.Tensor) else dict(batch)
     labels = arguments.pop("labels", arguments["input_ids"])
-    logits = model(**arguments).logits[:, :-1]
+    output: Any = model(**arguments) if _takes(model, "input_ids") else None
+    if not hasattr(output, "logits"):
+        raise BlockError(
+            f"{type(model).__name__} is not called as transformers' models are, with input_ids=... and .logits in what it "
+            f"returns; give predictions=, a function of (model, batch) that returns logits and targets"
+        )
+    logits = output.logits[:, :-1]
     return logits.flatten(0, 1), labels[:, 1:].to(logits.device).flatten()
+
+
+def _takes(model: torch.nn.Module, name: str) -> bool:
+    """Whether a model's forward pass takes an argument of that name."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+
+
+def several_times(batches: Callable[[], Iterable[Any]] | Iterable[Any]) -> Callable[[], Iterable[Any]]:
+    """A function that returns batches each time it is called; a list of them is returned as it is.
+
+    Raises:
+        BlockError: an iterator, which the first call would use up.
+    """
+    if callable(batches):
+        return batches
+    if isinstance(batches, Iterator):
+        raise BlockError(
+            "batches is an iterator, which one measurement uses up; give a list, or a function that returns it"
+        )
+    return lambda: batches
 
 
 def read_batches(file: Path, length: int, sequences: int, count: int) -> list[torch.Tensor]:

@@ -31,7 +31,7 @@ class SharpnessCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Any,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[], Iterable[Any]] | Iterable[Any],
         every: int,
         *,
         draws: int = 8,

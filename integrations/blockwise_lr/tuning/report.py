@@ -18,6 +18,16 @@ def verdict(search: Search, losses: Losses) -> str:
     found = search.found(losses)
     if found.adamw is None or found.best is None:
         return "Every run diverged; start from a lower --lr."
+    if not search.is_adamw_found(losses):
+        return (
+            f"The {search.trials} runs ended before AdamW's best rate was found: so far it is {found.adamw.lr:.3g}, at the edge "
+            f"of those tried, and ratios say nothing yet. Give more --trials, or begin at --lr {found.adamw.lr:.3g}."
+        )
+    if not search.has_other_ratios(losses):
+        return (
+            f"The {search.trials} runs ended before any ratios were tried; AdamW's best rate is {found.adamw.lr:.3g}. Give "
+            f"more --trials."
+        )
     if found.best == found.adamw:
         return f"Nothing tried is better than one learning rate of {found.adamw.lr:.3g} for all."
     by_search = losses[found.adamw] - losses[found.best]
@@ -84,19 +94,21 @@ def draw(search: Search, losses: Losses, file: Path) -> None:
     found = search.found(losses)
     if found.best is None or found.adamw is None:
         return
-    panels = len(search.blocks) + 1
+    tried = search.has_other_ratios(losses)
+    panels = (len(search.blocks) if tried else 0) + 1
     columns = min(panels, 4)
     rows = -(-panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.6 * rows), squeeze=False)
     flat = list(axes.flat)
     for axis in flat[panels:]:
         axis.remove()
-    for setting, label, marker in ((found.adamw, "one rate", "o"), (found.best, "best ratios", "s")):
+    drawn = [(found.adamw, "one rate", "o"), (found.best, "best ratios", "s")]
+    for setting, label, marker in drawn if tried else drawn[:1]:
         same = {s.lr: loss for s, loss in losses.items() if s.seed == 0 and s.ratios == setting.ratios}
         _line(flat[0], same, label, marker)
     flat[0].set_xlabel("base learning rate")
     flat[0].legend(fontsize=8)
-    for number, block in enumerate(search.blocks):
+    for number, block in enumerate(search.blocks if tried else ()):
         near = {
             s.ratios[number]: loss
             for s, loss in losses.items()
@@ -105,8 +117,8 @@ def draw(search: Search, losses: Losses, file: Path) -> None:
         _line(flat[number + 1], near, block.value, "s")
         flat[number + 1].axvline(found.best.ratios[number], color="0.8", zorder=0)
         flat[number + 1].set_xlabel(f"ratio of {block.value}")
-    low = min(axis.get_ylim()[0] for axis in flat[1:panels])
-    high = max(axis.get_ylim()[1] for axis in flat[1:panels])
+    low = min((axis.get_ylim()[0] for axis in flat[1:panels]), default=0.0)
+    high = max((axis.get_ylim()[1] for axis in flat[1:panels]), default=1.0)
     for axis in flat[1:panels]:  # so that a ratio that matters looks as if
         axis.set_ylim(low, high)
     for row in axes:

@@ -114,6 +114,14 @@ class Search:
                 gains += [] if None in pair else [pair[0] - pair[1]]  # type: ignore[operator]
         return Found(adamw, best, tuple(gains))
 
+    def is_adamw_found(self, losses: Losses) -> bool:
+        """Whether AdamW's best rate has a worse one on both sides, so that the runs went on to ratios."""
+        return not line(Setting(self.lr, self._ones), losses, _scaled)[0]
+
+    def has_other_ratios(self, losses: Losses) -> bool:
+        """Whether a run had other ratios than ones."""
+        return any(setting.ratios != self._ones for setting in losses)
+
     def _further_seeds(self, losses: Losses) -> list[Setting]:
         found = self.found(losses)
         if found.adamw is None or found.best is None or found.best == found.adamw:
