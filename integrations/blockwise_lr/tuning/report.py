@@ -20,8 +20,8 @@ def verdict(search: Search, losses: Losses) -> str:
         return "Every run diverged; start from a lower --lr."
     if not search.is_adamw_found(losses):
         return (
-            f"The {search.trials} runs ended before AdamW's best rate was found: so far it is {found.adamw.lr:.3g}, at the edge "
-            f"of those tried, and ratios say nothing yet. Give more --trials, or begin at --lr {found.adamw.lr:.3g}."
+            f"The {search.trials} runs ended before AdamW's best rate was found: so far it is {found.adamw.lr:.3g}, at the "
+            f"edge of those tried, and ratios say nothing yet. Give more --trials, or begin at --lr {found.adamw.lr:.3g}."
         )
     if not search.has_other_ratios(losses):
         return (
