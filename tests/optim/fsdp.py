@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from twins import make, token_ids
 
-from blockwise_lr import BlockwiseAdamW, map_blocks
+from blockwise_lr import BlockError, BlockwiseAdamW, map_blocks
 
 SETTINGS = {"lr": 2e-3, "eps": 1e-5}
 
@@ -63,3 +63,19 @@ def refuse_other_placements() -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def shard_too_late():
+    """What is told where the model is sharded after the optimizer was built."""
+    torch.manual_seed(0)
+    model = make("llama")
+    optimizer = BlockwiseAdamW(model.named_parameters(), lr=1e-2, block_map=map_blocks(model))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    ids = torch.arange(8)[None]
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        try:
+            optimizer.step()
+        except BlockError as error:
+            return str(error)
+    return "nothing"

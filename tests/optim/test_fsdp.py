@@ -27,6 +27,11 @@ def test_other_placements_are_refused():
         assert "dimension 0" in message and "wte.weight" in message
 
 
+def test_an_optimizer_of_parameters_that_are_sharded_later_says_so():
+    for message in pool(2).run(fsdp.shard_too_late):
+        assert "build the optimizer after what replaces them (fully_shard" in message
+
+
 def difference(found, wanted):
     return max(float((found[name] - wanted[name]).norm() / (wanted[name].norm() + 1e-30)) for name in wanted)
 

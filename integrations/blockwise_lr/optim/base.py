@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockError, BlockMap, BlockType, ParamLayout
-from ..blocks.block_map import full_shape, map_named
+from ..blocks.block_map import UnmappedParameterError, full_shape, map_named
 from ..blocks.layout import Rate
 from ..blocks.presets import PRESETS, lr_ratios, preset_of
+from ..blocks.rules import Rule
 from ..collective.agreement import same_on_all_ranks
 from ..collective.errors import is_rank_zero
 from ..kernels import Kernel, StepValues, Work, kernel_for
@@ -67,6 +68,15 @@ def _refuse_muons(preset: str | None, options: OptimizerOptions) -> None:
         )
 
 
+def _by_names(named: Sequence[tuple[str, torch.Tensor]], rules: Sequence[Rule]) -> BlockMap:
+    """A map of parameters whose modules are not known."""
+    try:
+        return map_named(named, rules=rules)
+    except UnmappedParameterError as error:
+        hint = "block_map=map_blocks(model) also reads what the modules are, and may know; by the names alone, "
+        raise UnmappedParameterError(f"{hint}{error}", error.rules) from None
+
+
 def _to_power(grad: torch.Tensor | None, power: float) -> None:
     """sign(g) |g|^power, in place."""
     if grad is not None:
@@ -105,6 +115,7 @@ class BlockwiseOptimizer(Saving):
     block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
     grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
+    _idle_steps: int | None = 0  # in which no parameter had a gradient; None: not counted
 
     @staticmethod
     @contextmanager
@@ -123,7 +134,9 @@ class BlockwiseOptimizer(Saving):
         self, params: Iterable[Any], *positional: Any, block_map: BlockMap | None = None, **options: Any
     ) -> None:
         if isinstance(params, torch.nn.Module):
-            raise TypeError(f"{type(self).__name__} takes parameters with their names; pass model.named_parameters()")
+            raise TypeError(
+                f"{type(self).__name__} takes parameters; pass model.named_parameters(), block_map=map_blocks(model)"
+            )
         if isinstance(params, torch.Tensor):
             raise TypeError(
                 "params must be an iterable of parameters, of (name, parameter) pairs or of param groups, and is "
@@ -236,9 +249,9 @@ class BlockwiseOptimizer(Saving):
             if any(name is None for name, _ in named):
                 raise BlockError(
                     f"{type(self).__name__} needs to know which parameter is which; pass "
-                    f"model.named_parameters(), or block_map=map_blocks(model)"
+                    f"block_map=map_blocks(model), or model.named_parameters()"
                 )
-            self.block_map = map_named([(str(name), p) for name, p in named], rules=self._block_rules)
+            self.block_map = _by_names([(str(name), p) for name, p in named], self._block_rules)
         else:
             self._complete_map(named)
         for name, p in ((self.block_map.require_name(p), p) for _, p in named if p.requires_grad):
@@ -310,6 +323,7 @@ class BlockwiseOptimizer(Saving):
         """
         if attachment.shards is not None:
             self.attach_shards(attachment.shards)
+        self._idle_steps = None  # a framework's tensors may have no gradient on this rank
         self.saving = attachment.saving
         self.rates_of_groups = attachment.rates_of_groups
         self._note_record()
@@ -598,6 +612,8 @@ class BlockwiseOptimizer(Saving):
                 loss = closure()
         self.take_replaced()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not work:
+            self._refuse_idle_steps()
         due = [self._checked(group, p) for group, p in work]
         if self.block_clip:
             self.clip.apply([p for p, _, _ in due])
@@ -609,6 +625,18 @@ class BlockwiseOptimizer(Saving):
             self._place(p)
         self._step(due)
         return loss
+
+    def _refuse_idle_steps(self) -> None:
+        """Parameters that were replaced in the model after the optimizer was built never get a gradient."""
+        if self.state or self._idle_steps is None:
+            return
+        self._idle_steps += 1
+        if self._idle_steps > 1:
+            raise BlockError(
+                f"{type(self).__name__} is to take its second step and none of its parameters has ever had a gradient, so the "
+                f"model trains other ones; build the optimizer after what replaces them (fully_shard, to_empty), or see "
+                f"whether loss.backward() is called"
+            )
 
     def _checked(self, group: dict[str, Any], p: torch.Tensor) -> Due:
         """A tensor's plan and the numbers of its next step, once all that it will read and write is seen to be right."""
