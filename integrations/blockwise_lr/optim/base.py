@@ -105,6 +105,7 @@ class BlockwiseOptimizer(Saving):
     block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
     grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
+    matrix_device: torch.device | None = None  # an adapter's; see Attachment
 
     @staticmethod
     @contextmanager
@@ -309,7 +310,7 @@ class BlockwiseOptimizer(Saving):
         if attachment.shards is not None:
             self.attach_shards(attachment.shards)
         self.saving = attachment.saving
-        self.rates_of_groups = attachment.rates_of_groups
+        self.rates_of_groups, self.matrix_device = attachment.rates_of_groups, attachment.matrix_device
         self._note_record()
 
     def _check_fragments(self, size: int, fragments: Iterable[Fragment]) -> None:
