@@ -18,16 +18,16 @@ BF16 = {"dtype": "bf16"}
     "kind, model, stage, ranks, options",
     [
         (MUON, "llama", 1, 2, {}),
-        (MUON, "gpt_neox", 2, 3, {}),
+        pytest.param(MUON, "gpt_neox", 2, 3, {}, marks=pytest.mark.full),
         (MUON, "gpt2", 2, 4, {"zero": OFFLOAD}),
         (MUON, "gpt2", 3, 3, {}),
-        (MUON, "llama_tied", 3, 2, {"zero": OFFLOAD}),
+        pytest.param(MUON, "llama_tied", 3, 2, {"zero": OFFLOAD}, marks=pytest.mark.full),
         (MUON, "llama", 1, 2, BF16_OPTIMIZER),
         (MUON, "llama", 2, 2, FP16),
         (MUON, "gpt2", 3, 4, BF16),
         (MINI, "gpt2", 1, 3, {}),
         (MINI, "llama", 3, 4, {}),
-        (MINI, "llama", 2, 2, BF16),
+        pytest.param(MINI, "llama", 2, 2, BF16, marks=pytest.mark.full),
     ],
 )
 def test_cut_matrices_step_as_whole_ones(kind, model, stage, ranks, options, record_property):
@@ -35,14 +35,14 @@ def test_cut_matrices_step_as_whole_ones(kind, model, stage, ranks, options, rec
         record_property("worst", found["from_torch"])
         assert found["cut"] and not found["unlike"]
         assert found["rest"] <= (1e-6 if kind == MINI else 0.0)
-        assert found["from_torch"] < 0.05
+        assert found["from_torch"] < 1e-5
 
 
 @pytest.mark.parametrize(
     "kind, model, stage, ranks, options",
     [
         (MUON, "llama", 0, 2, {}),
-        (MUON, "gpt2", 1, 1, {}),
+        pytest.param(MUON, "gpt2", 1, 1, {}, marks=pytest.mark.full),
         (MUON, "llama", 2, 3, {}),
         (MUON, "gpt2", 3, 2, {"zero": SUB_GROUPS}),
         (MINI, "gpt_neox", 3, 4, {"zero": {**SUB_GROUPS, **OFFLOAD}}),
@@ -61,7 +61,7 @@ def test_it_trains_as_in_one_process(kind, model, stage, ranks, options, record_
         (MUON, "gpt2", 1, 2, {}, False),
         (MUON, "llama", 2, 3, FP16, True),
         (MUON, "gpt2", 3, 2, {"zero": {**SUB_GROUPS, **OFFLOAD}}, False),
-        (MINI, "gpt_neox", 1, 2, BF16_OPTIMIZER, False),
+        pytest.param(MINI, "gpt_neox", 1, 2, BF16_OPTIMIZER, False, marks=pytest.mark.full),
         (MINI, "gpt2", 3, 3, {}, True),
     ],
 )
@@ -74,7 +74,11 @@ def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, un
 
 @pytest.mark.parametrize(
     "kind, model, source, ranks, target, new_ranks",
-    [(MUON, "gpt2", 1, 4, 2, 3), (MUON, "gpt_neox", 2, 2, 3, 3), (MINI, "llama", 3, 3, 1, 2)],
+    [
+        pytest.param(MUON, "gpt2", 1, 4, 2, 3, marks=pytest.mark.full),
+        (MUON, "gpt_neox", 2, 2, 3, 3),
+        (MINI, "llama", 3, 3, 1, 2),
+    ],
 )
 def test_universal_checkpoints_continue_anywhere(kind, model, source, ranks, target, new_ranks, tmp_path):
     from blockwise_lr.deepspeed.universal import convert

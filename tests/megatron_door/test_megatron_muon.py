@@ -105,7 +105,7 @@ def test_megatron_layers_inside_deepspeed():
 @pytest.mark.parametrize(
     "ranks, layout, kind, variant, options, config, words",
     [
-        (1, Layout(), MUON, "gqa", {}, {"muon_momentum": 0.9}, "--muon-momentum is 0.9, and blockwise_muon takes"),
+        (1, Layout(), MUON, "gqa", {}, {"muon_momentum": 0.8}, "--muon-momentum is 0.8, and blockwise_muon takes"),
         (1, Layout(), "BlockwiseAdamW", "gqa", {"block_muon": {"ns_steps": 4}}, {}, "block_muon (--block-muon) is for"),
     ],
     ids=str,

@@ -17,13 +17,16 @@ RATIOS = {"embedding": 10.0, "head": 10.0, "qk": 1.5, "vo": 0.5, "ffn": 1.0, "no
 OURS = {"lr": LR, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, "block_lr_ratios": {"qk": 1.5, "vo": 0.5}}
 
 
-def followed(model_kind: str, scale: str = "match_rms_adamw", kind: str = "BlockwiseMuon") -> dict[str, float]:
+def followed(
+    model_kind: str, scale: str = "match_rms_adamw", kind: str = "BlockwiseMuon", mesh_shape: tuple[int, ...] = ()
+) -> dict[str, float]:
     """Parameter -> how far from the twin, over how far both have gone."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model, twin = make(model_kind), Twin(model_kind, make(model_kind))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     if ranks > 1:
-        mesh = init_device_mesh("cpu", (ranks,))
+        shape = mesh_shape or (ranks,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         for layer in model.model.layers if hasattr(model, "model") else model.transformer.h:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

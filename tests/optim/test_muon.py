@@ -1,5 +1,6 @@
 """Muon with block rates against torch.optim.Muon on matrices that are taken apart beforehand."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -28,9 +29,9 @@ def test_it_is_torchs_on_the_parts_of_fused_weights(model, scale):
     assert max(apart.values()) < CLOSE, apart
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_matrices_that_fsdp_has_cut_step_as_wholes(ranks):
-    for apart in pool(ranks).run(followed, "llama"):
+@pytest.mark.parametrize("mesh", [(2,), (3,), (2, 2)])
+def test_matrices_that_fsdp_has_cut_step_as_wholes(mesh):
+    for apart in pool(math.prod(mesh)).run(followed, "llama", "match_rms_adamw", "BlockwiseMuon", mesh):
         assert max(apart.values()) < CLOSE, apart
 
 

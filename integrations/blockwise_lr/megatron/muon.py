@@ -14,6 +14,10 @@ from ..rules.muon import MuonOptions
 
 OPTIONS = ("momentum", "nesterov", "ns_steps", "matrix_scale")
 
+# What Megatron's parser sets its own muon_* to where no flag does, which is not what its OptimizerConfig does. Process-wide, as
+# its parsed arguments are.
+_flag_defaults: dict[str, Any] = {}
+
 
 def checked_options(given: Any) -> dict[str, Any]:
     """Muon's own options.
@@ -47,8 +51,8 @@ def refuse_other_muons(rule: UpdateRule, given: Mapping[str, Any] | None, config
             raise BlockError(f"block_muon (--block-muon) is for blockwise_muon, and blockwise_{rule.name} is asked for")
         return
     for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name.startswith("muon_") and field.default is not MISSING and value != field.default:
+        value, usual = getattr(config, field.name), (field.default, _flag_defaults.get(field.name, field.default))
+        if field.name.startswith("muon_") and field.default is not MISSING and value not in usual:
             raise BlockError(
                 f"--{field.name.replace('_', '-')} is {value!r}, and blockwise_{rule.name} takes what it needs from "
                 f"--block-muon ({', '.join(OPTIONS)}); leave it out"
@@ -73,8 +77,12 @@ class MuonValues(argparse.Action):
         setattr(namespace, self.dest, given)
 
 
-def add_arguments(group: Any, pair: Callable[[str], tuple[str, Any]]) -> None:
-    """Adds the flag to an argument group; ``pair`` reads KEY=VALUE."""
+def add_arguments(parser: argparse.ArgumentParser, group: Any, pair: Callable[[str], tuple[str, Any]]) -> None:
+    """Adds the flag to a group of Megatron's parser; ``pair`` reads KEY=VALUE."""
+    _flag_defaults.clear()
+    _flag_defaults.update(
+        (action.dest, action.default) for action in parser._actions if action.dest.startswith("muon_")
+    )
     group.add_argument(
         "--block-muon",
         nargs="+",

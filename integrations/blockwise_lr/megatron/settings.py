@@ -339,7 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Iterations between two reports of every block type's second moments, gradients, weights and updates, in the log, "
         "TensorBoard and Weights & Biases.",
     )
-    muon.add_arguments(group, _setting)
+    muon.add_arguments(parser, group, _setting)
     sequence_length.add_arguments(parser)
     return parser
 

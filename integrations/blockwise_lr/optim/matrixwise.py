@@ -113,7 +113,7 @@ class MatrixSteps(BlockwiseOptimizer):
             fragment.name: self._part_of(one, fragment, groups[id(one.tensor)])
             for one in due
             for fragment in self.fragments_of(one.tensor)
-            if self._is_matrix(fragment.name)
+            if fragment.numel and self._is_matrix(fragment.name)
         }
         for routes in self._rounds(held):
             self._step_matrices(routes, held)
@@ -202,7 +202,10 @@ def _orthogonal(route: Route, whole: torch.Tensor, held: _Held) -> torch.Tensor:
     """A matrix's parts (q, k, v, ...), each orthogonalized by itself; flat, slice after slice, as it was given."""
     made = torch.empty_like(whole)
     given, places = (
-        [_matrices(one, of) for one, of in zip(of_all.view(-1, *held.layout.shape).unbind(), held.layouts)]
+        [
+            _matrices(one, of)
+            for one, of in zip(of_all.view(len(held.layouts), *held.layout.shape).unbind(), held.layouts)
+        ]
         for of_all in (whole, made)
     )
     along, rows_of = _splits_inputs(held.layout, route) + 1, [_rows_of(of) for of in held.layouts]
