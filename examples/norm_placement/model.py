@@ -75,5 +75,5 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-# what ``blockwise-lr diagnose model:post`` takes
+# what ``blockwise-lr diagnose examples.norm_placement.model:post`` takes
 pre, post = functools.partial(Transformer, placement="pre"), functools.partial(Transformer, placement="post")
