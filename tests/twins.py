@@ -11,6 +11,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
@@ -296,11 +298,49 @@ class PlainLion:
             p.grad = None
 
 
+class TorchMuon:
+    """torch.optim.Muon on the leaves that are hidden matrices, the plain form of ``of_rest`` on all others."""
+
+    of_rest: Callable[..., Any] = TorchAdamW
+    HIDDEN = ("qk", "vo", "ffn")
+
+    def __init__(
+        self,
+        twin: Twin,
+        betas: tuple[float, float],
+        eps: float,
+        decay: float,
+        ratios: dict[str, float],
+        scale: str = "match_rms_adamw",
+    ) -> None:
+        self.ratios = ratios
+        hidden = {n for n, leaf in twin.leaves.items() if leaf.block in self.HIDDEN and leaf.tensor.dim() == 2}
+        groups = [{"params": [leaf.tensor], "block": leaf.block} for n, leaf in twin.leaves.items() if n in hidden]
+        self.muon = torch.optim.Muon(groups, weight_decay=decay, adjust_lr_fn=scale)
+        rest = SimpleNamespace(leaves={n: leaf for n, leaf in twin.leaves.items() if n not in hidden})
+        self.rest = self.of_rest(rest, betas, eps, decay, ratios)
+
+    def step(self, lr_of: Callable[[float], float]) -> None:
+        for group in self.muon.param_groups:
+            group["lr"] = lr_of(self.ratios[group["block"]])
+        self.muon.step()
+        self.muon.zero_grad()
+        self.rest.step(lr_of)
+
+
+class TorchMuonMini(TorchMuon):
+    """With Adam-mini's loop for the rest."""
+
+    of_rest = LoopAdamMini
+
+
 REFERENCES = {
     "BlockwiseAdamW": TorchAdamW,
     "BlockwiseAdamMini": LoopAdamMini,
     "BlockwiseLion": PlainLion,
     "BlockwiseRAdam": TorchRAdam,
+    "BlockwiseMuon": TorchMuon,
+    "BlockwiseMuonMini": TorchMuonMini,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from . import framework_marks, optim
 from ._version import __version__
 from .blocks import BlockError, BlockMap, BlockType, map_blocks
-from .optim import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseMuon, BlockwiseRAdam
+from .optim import BlockwiseAdamMini, BlockwiseAdamW, BlockwiseLion, BlockwiseMuon, BlockwiseMuonMini, BlockwiseRAdam
 
 __all__ = [
     "BlockError",
@@ -17,6 +17,7 @@ __all__ = [
     "BlockwiseAdamW",
     "BlockwiseLion",
     "BlockwiseMuon",
+    "BlockwiseMuonMini",
     "BlockwiseRAdam",
     "__version__",
     "map_blocks",

@@ -14,20 +14,20 @@ from twins import RATIOS, REFERENCES, Twin, make, paper_lr, worst_difference
 class Follower:
     """The unfused twin with an engine's fp32 weights, stepped by the plain optimizer whenever the engine's steps."""
 
-    def __init__(self, engine: Any, model_kind: str, kind: str, steps: int) -> None:
+    def __init__(self, engine: Any, model_kind: str, kind: str, steps: int, ratios: dict[str, float] = RATIOS) -> None:
         model = make(model_kind)
         model.load_state_dict(weights(engine), strict=False)  # tied weights have one name in the engine
         self.twin, self.shapes = Twin(model_kind, model), {name: p.shape for name, p in model.named_parameters()}
-        self.plain = REFERENCES[kind](self.twin, BETAS, EPS, DECAY, RATIOS)
+        self.plain = REFERENCES[kind](self.twin, BETAS, EPS, DECAY, ratios)
         self.steps, self.number = steps, 0
         self.optimizer = engine.basic_optimizer
-        self.optimizer.register_step_pre_hook(lambda *_: self._step())
+        self.optimizer.register_step_pre_hook(lambda *_: self.follow(self._gradients()))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach() for name, value in self.twin.values().items()}
 
-    def _step(self) -> None:
-        given = self._gradients()
+    def follow(self, given: dict[str, torch.Tensor]) -> None:
+        """One step with the whole gradients."""
         with (
             torch.enable_grad()
         ):  # BF16_Optimizer steps without; the leaves' gradients are what autograd makes of these

@@ -283,7 +283,7 @@ def parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings:
     return {**worst(found, wanted, kind), "apart": apart}
 
 
-def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> dict[str, Any]:
+def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10, **settings: Any) -> dict[str, Any]:
     """In bf16: the same for fp32 weights of the twin that get this run's own gradients, so that no rounding differs."""
     with megatron(Layout()):
         twin = MegatronTwin(start_model(variant, bf16=True))
@@ -296,7 +296,7 @@ def steps_parity(variant: str, kind: str, layout: Layout, steps: int = 10) -> di
         twin.set_gradients(gradients)
         optimizer.step(lambda ratio: megatron_lr(number, ratio))
 
-    found, apart = trained(variant, kind, layout, steps, first, follow)
+    found, apart = trained(variant, kind, layout, steps, first, follow, **settings)
     return {**worst(found, {name: value.detach() for name, value in twin.values().items()}), "apart": apart}
 
 

@@ -6,84 +6,89 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from twins import Twin, make, token_ids
+from twins import REFERENCES, Twin, make, token_ids
 
+import blockwise_lr
 from blockwise_lr import BlockwiseMuon, map_blocks
+from blockwise_lr.optim import Fragment, ShardBoundaries, ShardMap, matrix_exchange
 
 LR, DECAY, BETAS, EPS, STEPS = 2e-3, 0.1, (0.9, 0.95), 1e-5, 4
 RATIOS = {"embedding": 10.0, "head": 10.0, "qk": 1.5, "vo": 0.5, "ffn": 1.0, "norm": 1.0}
 OURS = {"lr": LR, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, "block_lr_ratios": {"qk": 1.5, "vo": 0.5}}
 
 
-class Plain:
-    """Of a twin, in one process."""
-
-    def __init__(self, twin: Twin, scale: str) -> None:
-        matrices, rest = [], []
-        for leaf in twin.leaves.values():
-            hidden = leaf.block in ("qk", "vo", "ffn") and leaf.tensor.dim() == 2
-            group = {
-                "params": [leaf.tensor],
-                "lr": LR * RATIOS[leaf.block],
-                "weight_decay": DECAY if leaf.decayed else 0.0,
-            }
-            (matrices if hidden else rest).append(group)
-        self.parts = [torch.optim.Muon(matrices, adjust_lr_fn=scale), torch.optim.AdamW(rest, betas=BETAS, eps=EPS)]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-            part.zero_grad()
-
-
-def followed(model_kind: str, scale: str = "match_rms_adamw") -> dict[str, float]:
+def followed(
+    model_kind: str, scale: str = "match_rms_adamw", kind: str = "BlockwiseMuon", mesh_shape: tuple[int, ...] = ()
+) -> dict[str, float]:
     """Parameter -> how far from the twin, over how far both have gone."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     model, twin = make(model_kind), Twin(model_kind, make(model_kind))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     if ranks > 1:
-        mesh = init_device_mesh("cpu", (ranks,))
+        shape = mesh_shape or (ranks,)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         for layer in model.model.layers if hasattr(model, "model") else model.transformer.h:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    ours = BlockwiseMuon(model.named_parameters(), block_map=map_blocks(model), matrix_scale=scale, **OURS)
-    plain = Plain(twin, scale)
+    cls = getattr(blockwise_lr, kind)
+    ours = cls(model.named_parameters(), block_map=map_blocks(model), matrix_scale=scale, **OURS)
+    plain = REFERENCES[kind](twin, BETAS, EPS, DECAY, RATIOS, scale)
     for batch in token_ids(STEPS, 1, ranks)[:, 0]:
         ids = batch[dist.get_rank() if ranks > 1 else 0]
         model(ids, labels=ids).loss.backward()
         for part in batch:
             twin.backward(part, 1 / ranks)
         ours.step()
-        plain.step()
+        plain.step(lambda ratio: LR * ratio)
         ours.zero_grad()
     wanted = {name: value.detach() for name, value in twin.values().items()}
     found = {n: (p.full_tensor() if ranks > 1 else p).detach() for n, p in model.named_parameters()}
     return {n: float((found[n] - wanted[n]).norm() / (wanted[n] - start[n]).norm()) for n in wanted}
 
 
-def in_deepspeed(stage: int) -> float:
-    """The worst difference from training in one process, of a DeepSpeed engine of stage 0."""
-    from deepspeed_door.engines import ACCUMULATION, config, start, train, weights
+def cut_anywhere(model_kind: str, seed: int, limit: int) -> list[str]:
+    """The parameters that are not those of whole steps to the bit, of a model that lies cut at random places in one flat
+    tensor on each rank.
 
-    engine = start(
-        make("llama"), config("BlockwiseMuon", stage, optimizer={"lr": LR}, steps=STEPS, gradient_clipping=0.0)
-    )
-    train(engine, STEPS)
-    found = weights(engine)
-    engine.destroy()
-    model = make("llama")
-    first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    ours = BlockwiseMuon(model.named_parameters(), lr=LR, eps=EPS, min_lr=1e-4, block_map=map_blocks(model))
-    from blockwise_lr.schedules import BlockwiseWarmupCosine
-
-    schedule = BlockwiseWarmupCosine(ours, STEPS, 3)
-    ranks = dist.get_world_size()
-    for batch in token_ids(STEPS, ACCUMULATION, ranks):
-        for ids in batch.flatten(0, 1):
-            (model(ids, labels=ids).loss / (ACCUMULATION * ranks)).backward()
-        ours.step()
-        schedule.step()
-        ours.zero_grad()
-    return max(
-        float((found[n] - p.detach()).norm() / (p.detach() - first[n]).norm()) for n, p in model.named_parameters()
-    )
+    Args:
+        limit: elements of the matrices that a rank may own in a round.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(seed)
+    whole, model = make(model_kind), make(model_kind)
+    places, total = [], 0
+    for name, p in model.named_parameters():
+        places.append((name, total, p.numel()))
+        total += p.numel()
+    edges = [0, *sorted((torch.randperm(total - 1, generator=generator)[: ranks - 1] + 1).tolist()), total]
+    boundaries, fragments = {}, []
+    for name, start, numel in places:
+        inside = [edge - start for edge in edges if start < edge < start + numel]
+        first = max(number for number, edge in enumerate(edges) if edge <= start)
+        if inside:
+            boundaries[name] = ShardBoundaries(torch.tensor(inside).numpy(), first_rank=first)
+        low, high = max(start, edges[rank]), min(start + numel, edges[rank + 1])
+        if low < high:
+            fragments.append(Fragment(name, low - start, high - low, low - edges[rank]))
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])[edges[rank] : edges[rank + 1]].clone()
+    options = {"block_map": map_blocks(model), "kernel": "reference", **OURS}
+    ours = BlockwiseMuon(model.named_parameters(), **options)
+    ours.param_groups[0]["params"] = [flat]
+    ours.attach_shards(ShardMap([(flat, fragments)], boundaries))
+    alone = BlockwiseMuon(whole.named_parameters(), **{**options, "block_map": map_blocks(whole)})
+    before, matrix_exchange.ROUND = matrix_exchange.ROUND, limit
+    try:
+        for _ in range(3):
+            for p in whole.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            flat.grad = torch.cat([p.grad.reshape(-1) for p in whole.parameters()])[edges[rank] : edges[rank + 1]]
+            ours.step()
+            alone.step()
+    finally:
+        matrix_exchange.ROUND = before
+    wanted = dict(whole.named_parameters())
+    return [
+        f.name
+        for f in fragments
+        if not torch.equal(flat[f.offset :][: f.numel], wanted[f.name].reshape(-1)[f.start :][: f.numel])
+    ]

@@ -1,12 +1,18 @@
 """Muon with block rates against torch.optim.Muon on matrices that are taken apart beforehand."""
 
+import math
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
-from optim.muon import OURS, followed, in_deepspeed
+from optim.muon import OURS, cut_anywhere, followed
 from ranks import pool
 from twins import make
 
-from blockwise_lr import BlockError, BlockwiseMuon, map_blocks
+from blockwise_lr import BlockError, BlockwiseAdamW, BlockwiseMuon, BlockwiseMuonMini, map_blocks
+from blockwise_lr.checkpoint import CheckpointError
+from blockwise_lr.optim import ShardBoundaries, ShardMap, matrix_exchange
 from blockwise_lr.optim.matrixwise import orthogonalized
 
 if not hasattr(torch.optim, "Muon"):
@@ -23,10 +29,43 @@ def test_it_is_torchs_on_the_parts_of_fused_weights(model, scale):
     assert max(apart.values()) < CLOSE, apart
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_matrices_that_fsdp_has_cut_step_as_wholes(ranks):
-    for apart in pool(ranks).run(followed, "llama"):
+@pytest.mark.parametrize("mesh", [(2,), (3,), (2, 2)])
+def test_matrices_that_fsdp_has_cut_step_as_wholes(mesh):
+    for apart in pool(math.prod(mesh)).run(followed, "llama", "match_rms_adamw", "BlockwiseMuon", mesh):
         assert max(apart.values()) < CLOSE, apart
+
+
+def test_the_other_half_may_be_adam_mini():
+    apart = followed("gpt2", kind="BlockwiseMuonMini")
+    assert max(apart.values()) < CLOSE, apart
+    for apart in pool(2).run(followed, "llama", "match_rms_adamw", "BlockwiseMuonMini"):
+        assert max(apart.values()) < CLOSE, apart
+
+
+@pytest.mark.parametrize("model, ranks, limit", [("gpt2", 4, 1 << 25), ("gpt_neox", 3, 1000), ("llama", 4, 1)])
+def test_cuts_anywhere_change_nothing(model, ranks, limit):
+    for seed in range(3):
+        assert pool(ranks).run(cut_anywhere, model, seed, limit) == [[]] * ranks
+
+
+def test_rounds_are_bounded_and_the_work_is_shared():
+    model = make("llama")
+    layouts = {name: layout for name, layout in map_blocks(model).items() if "proj" in name}
+    shards = ShardMap([], {n: ShardBoundaries(np.arange(1, 4) * (layout.numel // 4)) for n, layout in layouts.items()})
+    found = {}
+    for limit in (1, 3000, 1 << 25):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(matrix_exchange, "ROUND", limit)
+            found[limit] = matrix_exchange.rounds_of(shards, layouts)
+    for limit, rounds in found.items():
+        assert [route.name for of in rounds for route in of] == list(layouts)
+        for of in rounds:
+            for owner in range(4):
+                owned = [route.shards.numel for route in of if route.shards.owner == owner]
+                assert len(owned) < 2 or sum(owned) <= limit
+    assert len(found[1]) > len(found[3000]) > len(found[1 << 25]) == 1
+    counts = Counter(route.shards.owner for route in found[1 << 25][0])
+    assert sorted(counts) == [0, 1, 2, 3] and max(counts.values()) <= 5
 
 
 def test_which_parameters_it_steps():
@@ -68,10 +107,20 @@ def test_a_resumed_run_goes_on():
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
 
 
-def test_in_deepspeed_stage_0_trains_and_shards_are_refused():
-    assert max(pool(2).run(in_deepspeed, 0)) < CLOSE
-    for error in pool(2).run(in_deepspeed, 1, errors=True):
-        assert "BlockwiseMuon needs whole matrices" in str(error)
+def test_its_state_does_not_go_on_as_adamws():
+    model = make("llama")
+    ours = BlockwiseMuon(model.named_parameters(), block_map=map_blocks(model), **OURS)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    ours.step()
+    accepting = {"accept_mismatch": ["optimizer", "block_lr_ratios"], **OURS}
+    with pytest.raises(CheckpointError, match="keeps no exp_avg_sq of hidden matrices"):
+        BlockwiseAdamW(model.named_parameters(), block_map=map_blocks(model), **accepting).load_state_dict(
+            ours.state_dict()
+        )
+    mini = BlockwiseMuonMini(model.named_parameters(), block_map=map_blocks(model), **accepting)
+    mini.load_state_dict(ours.state_dict())
+    assert all(torch.equal(mini.state[p]["exp_avg"], ours.state[p]["exp_avg"]) for p in model.parameters())
 
 
 @pytest.mark.parametrize(

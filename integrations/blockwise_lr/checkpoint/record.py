@@ -293,7 +293,9 @@ def same_segments(saved: Record | None, now: Record) -> bool:
     """Whether both have the same rule and the same segments, so that one saved element stands for all of its segment."""
     return (
         saved is not None
-        and saved.optimizer == now.optimizer == "BlockwiseAdamMini"
+        and saved.optimizer == now.optimizer
+        and now.rule is not None
+        and now.rule.segment_state is not None
         and saved.bias_segments == now.bias_segments
         and saved.row_parts == now.row_parts
         and _without_rates(saved) == _without_rates(now)

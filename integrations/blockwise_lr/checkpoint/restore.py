@@ -83,7 +83,8 @@ def prepare_state_dict(
 
 
 def check_record(optimizer: RestoreTarget, record: Record | None, origin: str = "the saved optimizer state") -> None:
-    """Raises MismatchError where a record contradicts an optimizer; see :func:`~.record.reject_mismatches`."""
+    """Raises MismatchError where a record contradicts an optimizer (see :func:`~.record.reject_mismatches`), CheckpointError
+    where what it saved is none of the states that the optimizer needs."""
     if record is None:
         found = [
             Difference(
@@ -94,6 +95,15 @@ def check_record(optimizer: RestoreTarget, record: Record | None, origin: str = 
     else:
         found = differences(record, optimizer.record())
     reject_mismatches(found, optimizer.accept_mismatch, origin, optimizer.saving.mismatch_hint)
+    before, unkept = (
+        None if record is None else record.rule,
+        [spec.name for spec in optimizer.rule.states if spec.name != "exp_avg"],
+    )
+    if before is not None and before.whole_matrices and not optimizer.rule.whole_matrices and unkept:
+        raise CheckpointError(
+            f"{origin} is {before.class_name}'s, which keeps no {unkept[0]} of hidden matrices (there are zeros), and "
+            f"{optimizer.rule.class_name} would divide by it; load the weights alone"
+        )
 
 
 def _steps(optimizer: RestoreTarget, groups: list[dict[str, Any]]) -> dict[int, State]:

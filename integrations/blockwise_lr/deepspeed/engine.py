@@ -72,7 +72,8 @@ def attach(engine: Any) -> None:
     shards = shard_map(wrapper, optimizer, engine.module, engine.mpu)
     is_pipeline = isinstance(engine.module, PipelineModule)
     whole_map = whole_model_map(optimizer.block_map) if is_pipeline else None
-    optimizer.attach(Attachment(shards, SavePolicy(recorded_map=whole_map, collective_load=shards is not None)))
+    saving = SavePolicy(recorded_map=whole_map, collective_load=shards is not None)
+    optimizer.attach(Attachment(shards, saving, matrix_device=engine.device))
     if _is_zero(wrapper):
         serve_optimizer_states(wrapper, optimizer)
     if optimizer.block_clip:

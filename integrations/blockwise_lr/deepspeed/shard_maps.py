@@ -13,7 +13,7 @@ from ..blocks import BlockError
 from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
 from ..optim.base import BlockwiseOptimizer
 from ..patches.upstream_deepspeed import PartitionedView, Stage3View, UnfusedView, view_of
-from ..plan.shards import even_boundaries, fragments_within, spans_slices
+from ..plan.shards import TensorParallelSlices, even_boundaries, fragments_within, slices_of, spans_slices
 
 
 def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any = None) -> ShardMap | None:
@@ -28,11 +28,11 @@ def shard_map(wrapper: Any, optimizer: BlockwiseOptimizer, module: torch.nn.Modu
     Raises:
         BlockError: a kind of wrapper this adapter does not know.
     """
-    splits = _splits(optimizer, module, mpu)
+    splits, slices = _splits(optimizer, module, mpu), _slices(optimizer, module, mpu)
     if wrapper is optimizer:
-        return ShardMap(_whole(optimizer), {}, splits) if splits else None
+        return ShardMap(_whole(optimizer), {}, splits, slices=slices) if splits or slices else None
     shards = _flats_and_cuts(wrapper, optimizer, module)
-    shards.splits = splits
+    shards.splits, shards.slices = splits, slices
     return shards
 
 
@@ -68,7 +68,7 @@ def _partitioned(view: PartitionedView, optimizer: BlockwiseOptimizer, module: t
             name, numel = _name(optimizer, parameter), parameter.numel()
             start = position if view.offsets is None else view.offsets[number][id(parameter)]
             places.append((name, start, numel))
-            cuts[name] = ShardBoundaries(even_boundaries(numel, size, start), process_group)
+            cuts[name] = ShardBoundaries(even_boundaries(numel, size, start), process_group, first_rank=start // size)
             position += numel
         found.append((flat, fragments_within(places, begin, size)))
     if optimizer.segment_plans:
@@ -126,13 +126,28 @@ def _whole(optimizer: BlockwiseOptimizer) -> list[tuple[torch.Tensor, list[Fragm
 
 def _splits(optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any) -> dict[str, TensorParallelSplit]:
     """Megatron's slices whose segments go on in other ranks' slices, by the marks Megatron puts on them."""
-    if mpu is None or not hasattr(mpu, "get_tensor_model_parallel_group"):
-        return {}
-    group = mpu.get_tensor_model_parallel_group()
-    if dist.get_world_size(group=group) == 1:
+    group = _slice_group(mpu)
+    if group is None:
         return {}
     return {
         name: TensorParallelSplit(group, dist.get_world_size(group=group))
         for name, p in module.named_parameters()
         if p.requires_grad and spans_slices(p, optimizer.layout_of(_name(optimizer, p)))
     }
+
+
+def _slices(optimizer: BlockwiseOptimizer, module: torch.nn.Module, mpu: Any) -> dict[str, TensorParallelSlices]:
+    """Megatron's slices, by the same marks."""
+    group = _slice_group(mpu)
+    if group is None:
+        return {}
+    named = ((_name(optimizer, p), p) for _, p in module.named_parameters() if p.requires_grad)
+    return slices_of(named, lambda _: group)
+
+
+def _slice_group(mpu: Any) -> Any:
+    """The ranks that hold the slices of Megatron's parameters; None where these are whole."""
+    if mpu is None or not hasattr(mpu, "get_tensor_model_parallel_group"):
+        return None
+    group = mpu.get_tensor_model_parallel_group()
+    return None if dist.get_world_size(group=group) == 1 else group

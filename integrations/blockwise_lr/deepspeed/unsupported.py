@@ -125,6 +125,11 @@ def _refuse_autotp(config: Any, module: torch.nn.Module, optimizer: Any) -> None
             "map is then of other shapes; name the optimizer in the ds_config instead"
         )
     kind = CLASSES.get(config.optimizer_name)
+    if kind is not None and kind.rule.whole_matrices:
+        raise BlockError(
+            f"{kind.__name__} does not support tensor_parallel.autotp_size: DeepSpeed does not mark which slices make a "
+            "matrix together; use BlockwiseAdamW, or remove tensor_parallel"
+        )
     if kind is not None and kind.rule.segment_state is not None:
         raise BlockError(
             f"{kind.__name__} does not support tensor_parallel.autotp_size: the slices hold parts of "

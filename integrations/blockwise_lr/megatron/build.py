@@ -24,6 +24,7 @@ from ..rules.base import UpdateRule
 from ..rules.param_groups import LOWEST, block_lrs
 from .checkpoint import save_for_any_layout, save_policy
 from .mapping import ChunkMaps, map_chunks
+from .muon import refuse_other_muons
 from .refusals import ours_in, refuse_cut_heads, refuse_mup_twice, refuse_other_settings, refuse_unsupported
 from .schedule import BlockSchedule
 from .settings import KINDS, BlockSettings, megatron_arguments
@@ -53,6 +54,7 @@ def build(
     """
     refuse_unsupported(config, model_chunks, arguments)
     refuse_other_settings(config, settings)
+    refuse_other_muons(KINDS[settings.kind].rule, settings.block_muon, config)
     if config.optimizer in KINDS:
         config = copy.copy(config)
         config.optimizer = "adam"
@@ -119,6 +121,7 @@ def _factory(settings: BlockSettings, block_map: BlockMap, config: Any) -> Calla
             accept_mismatch=settings.accept_mismatch,
             ratio_fade_steps=settings.ratio_fade_steps,
             block_clip=settings.block_clip or {},
+            **(settings.block_muon or {}),
             **own,
         )
 

@@ -64,8 +64,9 @@ def register(
     ratio_fade_steps: int = 0,
     block_schedule: Mapping[str, Any] | None = None,
     block_clip: Mapping[str, float] | float | None = None,
+    block_muon: Mapping[str, Any] | None = None,
 ) -> Registration:
-    """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw" or "blockwise_adam_mini")``.
+    """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw")``, or another of ours.
 
     Call it before the optimizer is built. The settings are those of :class:`~blockwise_lr.megatron.BlockSettings`; lr,
     min_lr, betas, eps and weight_decay are OptimizerConfig's own. They hold for every config to which no others are
@@ -92,6 +93,7 @@ def register(
         "ratio_fade_steps": ratio_fade_steps,
         "block_schedule": block_schedule,
         "block_clip": block_clip,
+        "block_muon": block_muon,
     }
     settings = BlockSettings(**given)
     undo = apply_patches()

@@ -166,7 +166,7 @@ def refuse_cut_heads(settings: BlockSettings, block_map: BlockMap) -> None:
         BlockError: edges of tensor-parallel slices cut heads; on all ranks, for all slices are of one size.
     """
     cut = [name for name, layout in block_map.items() if any(piece.unit is None for piece in layout.pieces)]
-    if cut and settings.kind == "blockwise_adam_mini":
+    if cut and KINDS[settings.kind].rule.segment_state is not None:
         raise BlockError(
             f"Adam-mini has one second moment per head, and tensor parallelism cuts the heads of {cut[0]}; use "
             f"a tensor-parallel size up to the number of query groups, or --optimizer blockwise_adamw"

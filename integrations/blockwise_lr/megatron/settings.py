@@ -16,15 +16,12 @@ from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions
-from . import sequence_length
+from . import muon, sequence_length
 from .schedule import BlockSchedule
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
 
-# without those that need whole matrices, of which Megatron's optimizers hold slices and shards
-KINDS: Mapping[str, type[BlockwiseOptimizer]] = {
-    f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values() if not kind.rule.whole_matrices
-}
+KINDS: Mapping[str, type[BlockwiseOptimizer]] = {f"blockwise_{kind.rule.name}": kind for kind in CLASSES.values()}
 
 
 class _AnyKind(OptimizerOptions):
@@ -54,6 +51,7 @@ class BlockSettings:
         block_schedule: a schedule in place of Megatron's warmup and decay: {"type": "BlockwiseWSD", ...}, as in a ds_config.
             Steps count iterations of ``samples_per_step`` samples (Megatron's global batch where it is left out).
         block_clip: largest gradient norm of block types, beside --clip-grad, which goes before.
+        block_muon: momentum, nesterov, ns_steps and matrix_scale of blockwise_muon and blockwise_muon_mini.
     """
 
     kind: str = "blockwise_adamw"
@@ -67,6 +65,7 @@ class BlockSettings:
     ratio_fade_steps: int = 0
     block_schedule: Mapping[str, Any] | None = None
     block_clip: Mapping[str, float] | float | None = None
+    block_muon: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuses bad values before any model is built, and values of other types, which usually mean something else."""
@@ -85,6 +84,7 @@ class BlockSettings:
             config=ANY_SIZE,
         )
         BlockSchedule.checked(self.block_schedule)
+        muon.checked_options(self.block_muon)
         object.__setattr__(self, "accept_mismatch", tuple(sorted(options.accept_mismatch)))
         object.__setattr__(self, "block_rules", user_rules(options.block_rules))  # an iterator is read once
 
@@ -162,6 +162,7 @@ def _from_flags(kind: str, arguments: argparse.Namespace) -> BlockSettings:
         ratio_fade_steps=arguments.ratio_fade_steps,
         block_schedule=_schedule(arguments),
         block_clip=arguments.block_clip,
+        block_muon=arguments.block_muon,
     )
 
 
@@ -339,6 +340,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Iterations between two reports of every block type's second moments, gradients, weights and updates, in the log, "
         "TensorBoard and Weights & Biases.",
     )
+    muon.add_arguments(parser, group, _setting)
     sequence_length.add_arguments(parser)
     return parser
 

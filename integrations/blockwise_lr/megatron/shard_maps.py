@@ -11,7 +11,7 @@ from ..blocks import BlockError, BlockMap, ParamLayout
 from ..blocks.marks import marks_of
 from ..optim import Fragment, ShardBoundaries, ShardMap, TensorParallelSplit
 from ..patches.upstream_megatron import bucketed_parameters, is_distributed, parts_of
-from ..plan.shards import even_boundaries, spans_slices
+from ..plan.shards import even_boundaries, slices_of, spans_slices
 from .mapping import slice_group
 from .refusals import check_tensors
 
@@ -41,7 +41,9 @@ def shard_map(wrapper: Any, block_map: BlockMap, *, row_parallel_sums: bool = Tr
     splits = _splits(params, block_map, wrapper.optimizer.layout_of) if row_parallel_sums else {}
     # the group that Megatron sums its own gradient norm over
     groups = [wrapper.get_grad_stats_parallel_group()] * max(len(flats), 1)
-    return ShardMap(flats, cuts, splits, groups, [_is_counted(param) for param in params] or [False])
+    trained = [held.parameter for held in bucketed_parameters(wrapper)] if is_distributed(wrapper) else params
+    slices = slices_of(((_name(block_map, param), param) for param in trained), slice_group)
+    return ShardMap(flats, cuts, splits, groups, [_is_counted(param) for param in params] or [False], slices)
 
 
 def _is_counted(param: torch.Tensor) -> bool:
@@ -68,7 +70,9 @@ def _cuts(wrapper: Any, block_map: BlockMap) -> dict[str, ShardBoundaries]:
         if len(positions):
             # Megatron cuts the copies of a shared embedding alike: it gives each a bucket of its own
             shared = marks_of(held.parameter).is_tied_copy
-            cuts[_name(block_map, held.parameter)] = ShardBoundaries(positions, held.group, has_replicas=shared)
+            cuts[_name(block_map, held.parameter)] = ShardBoundaries(
+                positions, held.group, has_replicas=shared, first_rank=held.start // held.shard
+            )
     return cuts
 
 

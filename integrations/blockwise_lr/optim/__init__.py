@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # made from their rules at run time; so that they serve as ty
 
     class BlockwiseMuon(BlockwiseOptimizer): ...
 
+    class BlockwiseMuonMini(BlockwiseOptimizer): ...
+
 
 __all__ = [
     "CLASSES",

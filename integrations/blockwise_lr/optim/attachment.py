@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from ..blocks.layout import Rate
 from ..checkpoint.target import SavePolicy
 from ..plan.shards import ShardMap
@@ -23,8 +25,10 @@ class Attachment:
         saving: how the framework saves and loads optimizer states.
         rates_of_groups: per param group, what rates are in it on any pipeline stage, where the framework makes groups of its
             own; for reports of learning rates.
+        matrix_device: where Muon works on matrices and ranks send them, if not where the tensors are (offloaded ones).
     """
 
     shards: ShardMap | None = None
     saving: SavePolicy = field(default_factory=SavePolicy)
     rates_of_groups: Sequence[tuple[Rate, ...]] | None = None
+    matrix_device: torch.device | None = None

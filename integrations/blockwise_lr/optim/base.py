@@ -116,6 +116,7 @@ class BlockwiseOptimizer(Saving):
     grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
     _idle_steps: int | None = 0  # in which no parameter had a gradient; None: not counted
+    matrix_device: torch.device | None = None  # an adapter's; see Attachment
 
     @staticmethod
     @contextmanager
@@ -325,7 +326,7 @@ class BlockwiseOptimizer(Saving):
             self.attach_shards(attachment.shards)
         self._idle_steps = None  # a framework's tensors may have no gradient on this rank
         self.saving = attachment.saving
-        self.rates_of_groups = attachment.rates_of_groups
+        self.rates_of_groups, self.matrix_device = attachment.rates_of_groups, attachment.matrix_device
         self._note_record()
 
     def _check_fragments(self, size: int, fragments: Iterable[Fragment]) -> None:

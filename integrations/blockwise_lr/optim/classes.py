@@ -10,7 +10,7 @@ from ..rules import RULES, UpdateRule
 from ..rules.options import OptimizerOptions
 from .base import BlockwiseOptimizer
 from .elementwise import ElementwiseOptimizer
-from .matrixwise import MatrixwiseOptimizer
+from .matrixwise import MatrixSegmentOptimizer, MatrixwiseOptimizer
 from .segmentwise import SegmentwiseOptimizer
 
 _PARAMS = """params: ``model.named_parameters()``, or param groups of such pairs, as torch.optim takes them; tensors without
@@ -23,9 +23,12 @@ _RAISES = """BlockError: a value out of range, an unknown block type, or a param
 
 def optimizer_class(rule: UpdateRule) -> type[BlockwiseOptimizer]:
     """The class of a rule's optimizer, with the signature and the documentation that follow from its options."""
-    base: type[BlockwiseOptimizer] = ElementwiseOptimizer if rule.segment_state is None else SegmentwiseOptimizer
-    if rule.whole_matrices:
-        base = MatrixwiseOptimizer
+    of_elements, of_segments = (
+        (MatrixwiseOptimizer, MatrixSegmentOptimizer)
+        if rule.whole_matrices
+        else (ElementwiseOptimizer, SegmentwiseOptimizer)
+    )
+    base: type[BlockwiseOptimizer] = of_elements if rule.segment_state is None else of_segments
     made: dict[str, Any] = {
         "rule": rule,
         "Options": rule.Options,

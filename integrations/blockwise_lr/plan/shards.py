@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -38,11 +38,21 @@ class ShardBoundaries:
         has_replicas: other pipeline stages hold replicas (a tied embedding) with boundaries of their own;
             ``positions`` are then those of all replicas. Each interval between positions is summed on its own and the
             partial sums are added in the order of positions, so that a row's sum is bitwise identical on all stages.
+        first_rank: of the group, the rank whose shard holds what is before the first position; each of the next ranks holds
+            what is up to the next one. Without replicas only.
     """
 
     positions: np.ndarray
     group: ProcessGroup | None = None
     has_replicas: bool = False
+    first_rank: int = 0
+
+    def parts(self, numel: int) -> tuple[tuple[int, int, int], ...]:
+        """(rank of the group, start, elements) of every shard of a parameter, in order."""
+        edges = [0, *map(int, self.positions), numel]
+        return tuple(
+            (self.first_rank + number, low, high - low) for number, (low, high) in enumerate(itertools.pairwise(edges))
+        )
 
 
 @dataclass(frozen=True)
@@ -59,18 +69,32 @@ class TensorParallelSplit:
     parts: int
 
 
+@dataclass(frozen=True)
+class TensorParallelSlices:
+    """A matrix that tensor-parallel ranks hold slices of, all of one shape; rank by rank they make the whole.
+
+    Attributes:
+        group: the ranks; all of them hold the same fragments of their slices.
+        axis: of the slice, along which the slices follow one another.
+    """
+
+    group: ProcessGroup
+    axis: int
+
+
 @dataclass
 class ShardMap:
     """The flat tensors of this rank's optimizer and their contents; supplied by every framework adapter.
 
     Attributes:
         flats: (flat tensor, its fragments) in the optimizer's order; elements in no fragment are padding.
-        boundaries: parameters that span several shards, in the same order on all ranks. Used by Adam-mini only.
+        boundaries: parameters that span several shards, in the same order on all ranks. Used by Adam-mini and Muon.
         splits: parameters whose segments span tensor-parallel ranks. Used by Adam-mini only.
         groups: per flat tensor, the ranks whose tensors in its place are disjoint parts of the same parameters; None: it
             holds them whole. Empty: all are whole. Used by block_clip only, as is ``counted``.
         counted: per flat tensor, whether its squares count in a norm over ``groups``: not those of a copy, which another rank
             counts. Empty: all do.
+        slices: matrices that tensor-parallel ranks hold slices of, in the same order on all ranks. Used by Muon only.
     """
 
     flats: Sequence[tuple[torch.Tensor, Sequence[Fragment]]]
@@ -78,6 +102,7 @@ class ShardMap:
     splits: Mapping[str, TensorParallelSplit] = field(default_factory=dict)
     groups: Sequence[ProcessGroup | None] = ()
     counted: Sequence[bool] = ()
+    slices: Mapping[str, TensorParallelSlices] = field(default_factory=dict)
 
 
 def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
@@ -91,6 +116,23 @@ def spans_slices(param: torch.Tensor, layout: ParamLayout) -> bool:
     if axis is None:
         return False
     return axis == (0 if layout.transposed else 1) or all(piece.unit == 0 for piece in layout.pieces)
+
+
+def slices_of(
+    named: Iterable[tuple[str, torch.Tensor]], group_of: Callable[[torch.Tensor], ProcessGroup]
+) -> dict[str, TensorParallelSlices]:
+    """The matrices that are tensor-parallel slices.
+
+    Args:
+        named: this rank's parameters, with their framework's attributes; also those that other ranks' shards hold alone.
+        group_of: the tensor-parallel group of a parameter.
+    """
+    found = {}
+    for name, param in named:
+        axis, group = marks_of(param).split_axis, group_of(param)
+        if axis is not None and len(marks_of(param).shape or param.shape) > 1 and group.size() > 1:
+            found[name] = TensorParallelSlices(group, max(axis, 0))  # where the axis is not stated, along the rows
+    return found
 
 
 def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], ParamLayout]) -> ShardMap:
@@ -107,7 +149,7 @@ def split_at_replica_boundaries(shards: ShardMap, layout_of: Callable[[str], Par
         (flat, [part for fragment in fragments for part in _parts(fragment, split.get(fragment.name))])
         for flat, fragments in shards.flats
     ]
-    return ShardMap(flats, shards.boundaries, shards.splits, shards.groups, shards.counted)
+    return replace(shards, flats=flats)
 
 
 def _parts(fragment: Fragment, positions: np.ndarray | None) -> list[Fragment]:

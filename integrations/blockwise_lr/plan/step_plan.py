@@ -117,6 +117,16 @@ class StepPlan:
         """Approximate memory of the plan in bytes."""
         return sum(r.table.nbytes + r.segment_numel.nbytes for r in (self.local, self.shared)) + 100 * len(self.runs)
 
+    def without(self, places: Sequence[tuple[int, int]]) -> StepPlan:
+        """The plan without what lies in some ranges (first element, end) of the flat tensor, with the same classes and slots.
+
+        Args:
+            places: of whole fragments.
+        """
+        return (
+            replace(self, local=_outside(self.local, places), shared=_outside(self.shared, places)) if places else self
+        )
+
 
 def element_plan(numel: int, fragments: Iterable[Fragment], layouts: Sequence[ParamLayout]) -> StepPlan:
     """The plan of an element-wise optimizer: fragments as rectangles of one block type each.
@@ -173,6 +183,13 @@ def segment_plan(
         slots,
         tuple(runs),
     )
+
+
+def piece_rectangles(fragment: Fragment, layout: ParamLayout) -> list[Rectangles]:
+    """Where each piece of the layout lies in a fragment, counted from the fragment's first element."""
+    pieces = tuple(replace(piece, unit=piece.size) for piece in layout.pieces)
+    rows = _piece_rows(replace(layout, pieces=pieces), replace(fragment, offset=0), {})
+    return [_rectangles([row for row, _ in of], [0.0] * len(of)) for of in rows]
 
 
 def element_biases(layout: ParamLayout) -> ParamLayout:
@@ -368,6 +385,14 @@ def _columns(layout: ParamLayout, piece: Piece, start: int, fragment: Fragment, 
 
 def _last_segment(row: tuple[int, ...]) -> int:
     return row[SLOT] + (row[OUTER] - 1) * row[SLOT_STEP] + max(row[INNER] // row[UNIT], 1) - 1
+
+
+def _outside(rectangles: Rectangles, places: Sequence[tuple[int, int]]) -> Rectangles:
+    offset = rectangles.table[:, OFFSET]
+    kept = np.full(len(rectangles), True)
+    for first, end in places:
+        kept &= (offset < first) | (offset >= end)
+    return Rectangles(rectangles.table[kept], rectangles.segment_numel[kept])
 
 
 def _rectangles(rows: list[tuple[int, ...]], numels: list[float]) -> Rectangles:

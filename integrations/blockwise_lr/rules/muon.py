@@ -75,9 +75,10 @@ class Muon(AdamW):
         p <- p - lr scale NewtonSchulz(u)
 
     with lr = ratio x base rate, put on after the orthogonalization, never on the momentum. Embeddings, heads, norms, biases,
-    routers, convolutions and state-space mixers follow AdamW (:class:`~blockwise_lr.rules.adamw.AdamW`). It needs whole
-    matrices: one process, DDP, and FSDP2, where each rank gathers the update of a matrix and orthogonalizes it; ZeRO's and
-    Megatron's shards are refused. Muon's matrices keep an unused second moment.
+    routers, convolutions and state-space mixers follow AdamW (:class:`~blockwise_lr.rules.adamw.AdamW`). A matrix that lies in
+    parts on several ranks (FSDP2, ZeRO 1 to 3, Megatron's distributed optimizer, tensor parallelism) is brought to one of them
+    in bfloat16, the precision of the iteration, and its parts go back, so that how it is cut changes nothing. Muon's matrices
+    keep an unused second moment; :class:`~blockwise_lr.rules.muon_mini.MuonMini` does not.
     """
 
     name = "muon"
