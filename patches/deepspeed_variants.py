@@ -19,7 +19,7 @@ from .variants import Variants
 PACKAGE = "deepspeed"
 # VERSIONS are those that passed the matrix, lie between such, or beyond the newest; READ are those whose sources the ways
 # below were written from; REFUSED says why a version within is left out.
-VERSIONS, READ = ">=0.18.4,<0.20", ">=0.16.4,<0.20"
+VERSIONS, READ = ">=0.16.9,!=0.18.3,<0.20", ">=0.16.4,<0.20"
 REFUSED = {
     "==0.18.3": "which divides gradients by gradient_accumulation_steps at every output of a model, the loss and what it is "
     "computed of, and offers no way out"
@@ -232,7 +232,7 @@ INSTANCES = (
     Attributes(
         _PRECISION + "DeepSpeedBF16Config",
         ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
-        ">=0.18",
+        ">=0.18.3",
         "refused",
     ),
     Attributes("deepspeed.runtime.zero.config:DeepSpeedZeroConfig", ("zenflow",), ">=0.17.5", "refused"),

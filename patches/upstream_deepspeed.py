@@ -89,7 +89,7 @@ _INSTANCES = (
     ),
     Attributes(
         "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-        ("stage", "elastic_checkpoint", "offload_optimizer"),
+        ("stage", "elastic_checkpoint", "offload_optimizer", "offload_param"),
         why="features that are refused",
     ),
     Attributes(

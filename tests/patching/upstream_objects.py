@@ -33,7 +33,8 @@ def engine_of(kind: str, optimizer: str = "BlockwiseAdamMini") -> Any:
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes in half on any CPU; DeepSpeed wants it native
     settings = dict(SETTINGS[kind])
-    return start(make("llama"), config(optimizer, settings.pop("stage"), **settings))
+    # what old versions lose of more micro batches is refused
+    return start(make("llama"), config(optimizer, settings.pop("stage"), gradient_accumulation_steps=1, **settings))
 
 
 def objects_of(engine: Any) -> dict[str, Any]:

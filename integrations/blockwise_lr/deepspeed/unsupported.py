@@ -52,6 +52,7 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             f"blockwise optimizers do not support zero_optimization.mics_shard_size (MiCS, here {zero.mics_shard_size}), "
             f"which cuts parameters over a part of the ranks; remove it, or use zero_hpz_partition_size"
         )
+    _refuse_nvme(zero)
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
     _refuse_lost_gradients(config)
     _refuse_float32_accumulation(config, module)
@@ -88,11 +89,17 @@ def _refuse_partitioned(module: torch.nn.Module, stage: int) -> None:
         )
 
 
+def _refuse_nvme(zero: Any) -> None:
+    """Tensors that lie on a disk: neither their values nor the low precision beside them can be read where they are."""
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):  # the stages that have it
+        offload = getattr(zero, name) if zero.stage >= least else None
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            raise BlockError(f'blockwise optimizers do not support {name} to nvme; use "device": "cpu"')
+
+
 def _refuse_offload(offload: Any) -> None:
     if offload is None:
         return
-    if str(getattr(offload.device, "value", offload.device)) == "nvme":
-        raise BlockError('blockwise optimizers do not support offload_optimizer to nvme; use "device": "cpu"')
     if getattr(offload, "super_offload", False):
         raise BlockError(
             "blockwise optimizers do not support offload_optimizer.super_offload, which steps with an "
