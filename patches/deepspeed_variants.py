@@ -17,9 +17,13 @@ from .symbols import Attributes, Symbol, symbols
 from .variants import Variants
 
 PACKAGE = "deepspeed"
-# VERSIONS are those that passed the matrix, or lie beyond the newest that did; READ are those whose sources the ways below
-# were written from. tests/matrix/README.md says why those in between are left out.
-VERSIONS, READ = ">=0.18.9,<0.20", ">=0.16.4,<0.20"
+# VERSIONS are those that passed the matrix, lie between such, or beyond the newest; READ are those whose sources the ways
+# below were written from; REFUSED says why a version within is left out.
+VERSIONS, READ = ">=0.16.9,!=0.18.3,<0.20", ">=0.16.4,<0.20"
+REFUSED = {
+    "==0.18.3": "which divides gradients by gradient_accumulation_steps at every output of a model, the loss and what it is "
+    "computed of, and offers no way out"
+}
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
@@ -95,6 +99,22 @@ FLAT_GRADIENTS = Variants(PACKAGE, {">=0.19.2": _preflattened, "<0.19.2": _never
 
 OFFLOADED_MICRO_BATCHES: Variants[int | None] = Variants(
     PACKAGE, {">=0.19": None, ">=0.18,<0.19": 2, ">=0.17,<0.18": 1, "<0.17": 2}
+)
+
+
+# ---- ZeRO-2: whether gradients of earlier micro batches are kept; in these each micro batch's take the place of the sum
+
+ADDS_UP_IN_STAGE_2 = Variants(PACKAGE, {">=0.18.3": True, ">=0.17.6,<0.18.3": False, "<0.17.6": True})
+
+
+# ---- ZeRO-1 in bf16 with float32 accumulation, BF16_Optimizer's: what is wrong with it
+# (0.18.5 to 0.18.9 average over the ranks before they add the last micro batch, unless immediate_grad_update adds each at once,
+# deepspeedai/DeepSpeed#7985; before, a name that two wrappers shared has them take the one for fp16 without ZeRO)
+
+AVERAGES_TOO_EARLY, WRAPS_OTHERWISE = "averages too early", "wraps otherwise"
+FLOAT32_ACCUMULATION: Variants[str | None] = Variants(
+    PACKAGE,
+    {">=0.19": None, ">=0.18.5,<0.19": AVERAGES_TOO_EARLY, ">=0.17.6,<0.18.5": WRAPS_OTHERWISE, "<0.17.6": None},
 )
 
 
@@ -212,7 +232,7 @@ INSTANCES = (
     Attributes(
         _PRECISION + "DeepSpeedBF16Config",
         ("bf16_master_weights_and_grads", "bf16_optimizer_states"),
-        ">=0.18",
+        ">=0.18.3",
         "refused",
     ),
     Attributes("deepspeed.runtime.zero.config:DeepSpeedZeroConfig", ("zenflow",), ">=0.17.5", "refused"),

@@ -9,8 +9,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -164,6 +164,7 @@ class Declared:
         why: why no official hook does.
         until: what would make it needless.
         needs: a module of the package that not every installation has; without it nothing is checked.
+        refused: why versions are left out, by range, as the end of "it is installed, ...".
     """
 
     name: str
@@ -174,6 +175,7 @@ class Declared:
     why: str
     until: str = ""
     needs: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def installed_version(self) -> str | None:
         """The installed version of the package, or None."""
@@ -190,7 +192,7 @@ class Declared:
         if version is None:
             return f"{self.package} is not installed"
         if not is_in(version, self.versions):
-            return f"{self.package} {version} is installed, which {self.name!r} was not written for"
+            return f"{self.package} {version} is installed, {self._why_not(version)}"
         return None
 
     def problems(self) -> list[str]:
@@ -204,10 +206,13 @@ class Declared:
             raise PatchError(f"{self.package} is not installed; {self._install()}")
         if not is_in(version, self.versions):
             raise PatchError(
-                f"{self.package} {version} is installed, which {self.name!r} was not written for; {self._install()}, or a "
-                f"newer blockwise-lr"
+                f"{self.package} {version} is installed, {self._why_not(version)}; {self._install()}, or a newer blockwise-lr"
             )
         self.refuse(symbol.problem() for symbol in self.symbols_here())
+
+    def _why_not(self, version: str) -> str:
+        known = (why for versions, why in self.refused.items() if is_in(version, versions))
+        return next(known, f"which {self.name!r} was not written for")
 
     def _install(self) -> str:
         return f'pip install "{self.package}{self.versions}"'

@@ -19,6 +19,7 @@ from .deepspeed_variants import (
     INSTANCES,
     PACKAGE,
     READS,
+    REFUSED,
     STARTS,
     UNFUSED,
     VERSIONS,
@@ -80,6 +81,7 @@ _INSTANCES = (
             "gradient_clipping",
             "gradient_accumulation_steps",
             "communication_data_type",
+            "grad_accum_dtype",
             "prescale_gradients",
             "gradient_predivide_factor",
         ),
@@ -87,7 +89,7 @@ _INSTANCES = (
     ),
     Attributes(
         "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-        ("stage", "elastic_checkpoint", "offload_optimizer"),
+        ("stage", "elastic_checkpoint", "offload_optimizer", "offload_param"),
         why="features that are refused",
     ),
     Attributes(
@@ -172,6 +174,7 @@ UPSTREAM = Upstream(
     instances=_INSTANCES,
     why="which part of which parameter an optimizer holds is in no interface of DeepSpeed's",
     until="DeepSpeed tells an optimizer what its flat tensors are made of",
+    refused=REFUSED,
 )
 
 

@@ -94,10 +94,25 @@ PLAIN_BERT = {
     "encoder.layer.0.attention.output.LayerNorm.weight": (VECTOR, "norm"),
 }
 
+MEGATRON_BERT = {
+    "embedding.tokentype_embeddings.weight": ((2, W), "embedding"),
+    "encoder.layers.0.self_attention.linear_proj.weight": (SQUARE, "vo"),
+    "encoder.layers.0.mlp.linear_fc1.bias": ((4 * W,), "ffn"),
+    "lm_head.dense.weight": (SQUARE, "head"),
+    "lm_head.layer_norm.bias": (VECTOR, "norm"),
+    "output_layer.bias": ((50,), "head"),
+    "pooler.dense.weight": (SQUARE, "head"),
+    "binary_head.weight": ((2, W), "head"),
+    "binary_head.bias": ((2,), "head"),
+}
 
-@pytest.mark.parametrize("known", [PAPER_GPT2, FAIRSEQ, TIMM, TIMM_OTHERS, TORCHVISION, DEEPSPEED_MOE, PLAIN_BERT])
+
+@pytest.mark.parametrize(
+    "known", [PAPER_GPT2, FAIRSEQ, TIMM, TIMM_OTHERS, TORCHVISION, DEEPSPEED_MOE, PLAIN_BERT, MEGATRON_BERT]
+)
 def test_names_alone(known):
-    mapped = map_names({name: shape for name, (shape, _) in known.items()}, heads=HEADS)
+    family = "megatron" if known is MEGATRON_BERT else None
+    mapped = map_names({name: shape for name, (shape, _) in known.items()}, heads=HEADS, family=family)
     assert {name: str(p.blocks[0]) for name, p in mapped.items()} == {name: block for name, (_, block) in known.items()}
     assert all(len(layout.blocks) == 1 for layout in mapped.values())
 

@@ -89,7 +89,12 @@ def started(kind, stage, options):
             "offload_optimizer.super_offload",
         ),
         (3, {"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, 'set "ratio": 1.0'),
-        (3, {"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}}, 'use "device": "cpu"'),
+        (
+            3,
+            {"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}},
+            "offload_optimizer to nvme; use",
+        ),
+        (3, {"zero": {"offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}}, "offload_param to nvme; use"),
         (1, {"zero": {"elastic_checkpoint": True}}, "elastic_checkpoint"),
         (2, {"dtype": "bf16", "bf16": {"bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads"),
         (

@@ -352,3 +352,13 @@ def test_a_rule_without_compiled_bodies_is_stepped_by_the_reference(kernel):
 def test_a_rule_has_a_name_of_its_own():
     with pytest.raises(ValueError, match="the update rule Other is named 'lion', as Lion is; rename it"):
         type("Other", (type(RULES["lion"]),), {"name": "lion"})
+
+
+@pytest.mark.parametrize("device", ["xpu", "hpu"])
+def test_other_devices_take_the_reference(device):
+    assert kernel_for(torch.device(device)).name == "reference"
+    for name in ("cpp", "triton"):
+        with pytest.raises(
+            ValueError, match=f"the kernel '{name}' is not usable on {device} here: .*; use kernel=\"auto\""
+        ):
+            kernel_for(torch.device(device), name)

@@ -13,7 +13,10 @@ import pytest
 from matrix.smoke import COLUMNS
 
 # what old versions of DeepSpeed would train wrongly is refused by name, whatever the optimizer
-REFUSED = "loses gradients where offload_optimizer"
+REFUSED = re.compile(
+    "loses gradients where offload_optimizer|gradients of the last micro batch alone|cannot save ZeRO stage 1 in bf16|"
+    "leaves the last micro batch out of its averages"
+)
 PACKAGE, ROW = os.environ["BLOCKWISE_LR_MATRIX"].split("=", 1)
 _found: dict[str, dict] = {
     column: {"passed": 0, "refused": 0, "failed": [], "worst": 0.0} for column in COLUMNS[PACKAGE]
@@ -34,7 +37,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     cell = _found.get(_column(report.nodeid) or "")
     if cell is None:
         return
-    if report.failed and REFUSED in str(report.longrepr):
+    if report.failed and REFUSED.search(str(report.longrepr)):
         cell["refused"] += 1
     elif report.failed:
         cell["failed"].append(report.nodeid.rpartition("::")[2])

@@ -30,7 +30,14 @@ COLUMNS: dict[str, dict[str, str]] = {
 }
 # the versions of the table, and the Python that runs each
 VERSIONS: dict[str, dict[str, str]] = {
-    "deepspeed": {version: "3.11" for version in ("0.18.9", *(f"0.19.{last}" for last in range(9)))},
+    "deepspeed": dict.fromkeys(
+        [
+            *("0.16.9", "0.17.5", "0.17.6", "0.18.2"),
+            *(f"0.18.{last}" for last in range(4, 10)),
+            *(f"0.19.{last}" for last in range(9)),
+        ],
+        "3.11",
+    ),
     "megatron-core": {"0.15.3": "3.11", "0.16.1": "3.11", "0.17.0": "3.12", "0.18.0": "3.12", "0.19.2": "3.12"},
 }
 

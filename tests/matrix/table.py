@@ -22,10 +22,11 @@ def cell(found: dict) -> str:
     """A cell: how many tests passed, and the worst relative difference from the single process where they measure one."""
     if found["failed"]:
         return f"**{len(found['failed'])} failed**"
+    refused = found.get("refused")
     if not found["passed"]:
-        return "not run"
-    refused = f", {found['refused']} refused" if found.get("refused") else ""
-    return (f"{found['passed']}: {found['worst']:.0e}" if found["worst"] else str(found["passed"])) + refused
+        return f"{refused} refused" if refused else "not run"
+    passed = f"{found['passed']}: {found['worst']:.0e}" if found["worst"] else str(found["passed"])
+    return passed + (f", {refused} refused" if refused else "")
 
 
 def table(package: str) -> str:

@@ -8,6 +8,7 @@ from patching.upstream_objects import SETTINGS, engine_of, megatron_wrapper, obj
 from ranks import pool
 
 from blockwise_lr.patches import all_instance_patches, all_patches, all_upstreams
+from blockwise_lr.patches.deepspeed_variants import BF16
 from blockwise_lr.patches.symbols import has_module, installed_version
 
 DECLARED = {declared.name: declared for declared in (*all_patches(), *all_instance_patches(), *all_upstreams())}
@@ -130,6 +131,8 @@ def test_an_attribute_of_an_object_that_is_gone_is_missed_by_its_name(name, case
     for kind in kinds:
         found.update(pool(1).run(case, kind)[0])
     declared = {(attributes.of, name) for attributes in upstream.instances_here() for name in attributes.names}
+    if name == "deepspeed-reads" and "BF16_Optimizer" not in kinds:
+        declared = {(of, attribute) for of, attribute in declared if of != BF16}
     assert found.keys() == declared  # each was looked at on some real object
     for (of, attribute), sentence in found.items():
         assert sentence.startswith(f"{of.replace(':', '.')} has no {attribute} any more"), (of, attribute, sentence)

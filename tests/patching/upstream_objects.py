@@ -6,23 +6,35 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from blockwise_lr.patches.deepspeed_variants import FLOAT32_ACCUMULATION, WRAPS_OTHERWISE
+
 # by what DeepSpeed wraps the optimizer in
 SETTINGS: dict[str, dict[str, Any]] = {
     "ZeRO-1": {"stage": 1, "zero": {"offload_optimizer": {"device": "cpu"}}},
     "ZeRO-2, round robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
     "ZeRO-3": {"stage": 3},
-    "BF16_Optimizer": {"stage": 1, "dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
-    "unfused": {"stage": 0, "dtype": "bf16"},
+    "BF16_Optimizer": {
+        "stage": 1,
+        "dtype": "bf16",
+        "bf16": {"immediate_grad_update": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+    "unfused": {"stage": 0, "dtype": "fp16"},
 }
+if FLOAT32_ACCUMULATION.here == WRAPS_OTHERWISE:  # and so refused
+    del SETTINGS["BF16_Optimizer"]
 
 
 def engine_of(kind: str, optimizer: str = "BlockwiseAdamMini") -> Any:
     """A DeepSpeed engine around the small Llama."""
+    from deepspeed.accelerator import get_accelerator
     from deepspeed_door.engines import config, start
     from twins import make
 
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes in half on any CPU; DeepSpeed wants it native
     settings = dict(SETTINGS[kind])
-    return start(make("llama"), config(optimizer, settings.pop("stage"), **settings))
+    # what old versions lose of more micro batches is refused
+    return start(make("llama"), config(optimizer, settings.pop("stage"), gradient_accumulation_steps=1, **settings))
 
 
 def objects_of(engine: Any) -> dict[str, Any]:

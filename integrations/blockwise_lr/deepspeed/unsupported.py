@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe.module import PipelineModule
 
 from ..blocks import BlockError
 from ..blocks.marks import marks_of
 from ..optim import CLASSES
-from ..patches.deepspeed_variants import LOADS_BF16_WITHOUT_ZERO, OFFLOADED_MICRO_BATCHES, PACKAGE, PRECISION
+from ..patches.deepspeed_variants import (
+    ADDS_UP_IN_STAGE_2,
+    AVERAGES_TOO_EARLY,
+    FLOAT32_ACCUMULATION,
+    LOADS_BF16_WITHOUT_ZERO,
+    OFFLOADED_MICRO_BATCHES,
+    PACKAGE,
+    PRECISION,
+)
 from ..patches.symbols import installed_version
 from .stages import map_engine_module
 
@@ -43,8 +52,10 @@ def refuse_unsupported(config: Any, module: torch.nn.Module, optimizer: Any, mes
             f"blockwise optimizers do not support zero_optimization.mics_shard_size (MiCS, here {zero.mics_shard_size}), "
             f"which cuts parameters over a part of the ranks; remove it, or use zero_hpz_partition_size"
         )
+    _refuse_nvme(zero)
     _refuse_offload(zero.offload_optimizer if zero.stage else None)
     _refuse_lost_gradients(config)
+    _refuse_float32_accumulation(config, module)
     _refuse_lost_states(config)
     precision = PRECISION.here(config)
     for section, key in (
@@ -78,11 +89,17 @@ def _refuse_partitioned(module: torch.nn.Module, stage: int) -> None:
         )
 
 
+def _refuse_nvme(zero: Any) -> None:
+    """Tensors that lie on a disk: neither their values nor the low precision beside them can be read where they are."""
+    for name, least in (("offload_optimizer", 1), ("offload_param", 3)):  # the stages that have it
+        offload = getattr(zero, name) if zero.stage >= least else None
+        if offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme":
+            raise BlockError(f'blockwise optimizers do not support {name} to nvme; use "device": "cpu"')
+
+
 def _refuse_offload(offload: Any) -> None:
     if offload is None:
         return
-    if str(getattr(offload.device, "value", offload.device)) == "nvme":
-        raise BlockError('blockwise optimizers do not support offload_optimizer to nvme; use "device": "cpu"')
     if getattr(offload, "super_offload", False):
         raise BlockError(
             "blockwise optimizers do not support offload_optimizer.super_offload, which steps with an "
@@ -104,6 +121,33 @@ def _refuse_lost_gradients(config: Any) -> None:
             f"DeepSpeed {installed_version(PACKAGE)} loses gradients where offload_optimizer in ZeRO stage 1 or 2 goes with "
             f"more than {most} gradient_accumulation_steps, and {asked} are asked for; install deepspeed>=0.19, use stage 3, "
             f"or larger micro batches"
+        )
+    if config.zero_config.stage == 2 and asked > 1 and not ADDS_UP_IN_STAGE_2.here:
+        raise BlockError(
+            f"DeepSpeed {installed_version(PACKAGE)} steps ZeRO stage 2 on the gradients of the last micro batch alone, and "
+            f"{asked} gradient_accumulation_steps are asked for; install deepspeed>=0.18.4, use stage 1 or 3, or larger micro "
+            f"batches"
+        )
+
+
+def _refuse_float32_accumulation(config: Any, module: torch.nn.Module) -> None:
+    """bf16 in ZeRO-1 with grad_accum_dtype fp32 in DeepSpeed 0.17.6 to 0.18.9: no optimizer trains right with it, or none is
+    saved. A pipeline adds up before it averages."""
+    wrong, bf16 = FLOAT32_ACCUMULATION.here, PRECISION.here(config)["bf16"]
+    float32 = config.grad_accum_dtype in ("fp32", "float32", "float", "torch.float32")
+    asked = bf16["enabled"] and config.zero_config.stage == 1 and float32
+    if wrong is None or not asked or config.zero_config.offload_optimizer:
+        return
+    if wrong is not AVERAGES_TOO_EARLY:
+        raise BlockError(
+            f"DeepSpeed {installed_version(PACKAGE)} cannot save ZeRO stage 1 in bf16 with data_types.grad_accum_dtype "
+            f"{config.grad_accum_dtype}; install deepspeed>=0.19, use stage 2 or 3, or leave grad_accum_dtype out"
+        )
+    if not bf16["immediate_grad_update"] and not isinstance(module, PipelineModule):
+        raise BlockError(
+            f"DeepSpeed {installed_version(PACKAGE)} leaves the last micro batch out of its averages over the ranks in ZeRO "
+            f"stage 1 in bf16 with data_types.grad_accum_dtype {config.grad_accum_dtype}; set bf16.immediate_grad_update, or "
+            f"install deepspeed>=0.19"
         )
 
 

@@ -153,7 +153,7 @@ MEGATRON: dict[str, tuple[Rule, ...]] = {
         # embeddings and output layers
         Rule("*.{word_embeddings,position_embeddings,tokentype_embeddings}.weight", EMBEDDING),
         Rule("*.tied_modules.{embed,embedding,embeddings,word_embeddings}.weight", EMBEDDING),
-        Rule("*.{output_layer,lm_head}.{weight,bias}", HEAD),
+        Rule("*.{output_layer,lm_head,binary_head}.{weight,bias}", HEAD),  # the last is BERT's
         # Megatron-DeepSpeed and Megatron before its core
         Rule("*.query_key_value.{weight,bias}", split=("q", "k", "v"), interleave="group"),
         Rule("*.{attention,self_attention,inter_attention}.query.{weight,bias}", QK, heads="q"),
