@@ -13,7 +13,7 @@ export PATH := $(PATH):$(abspath $(VENV))/bin:$(abspath $(VENV312))/bin
 JOBS ?= 2
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 space := $(subst ,, )
-EXTRAS = deepspeed,megatron,transformers,tune,plan,examples,test,dev
+EXTRAS = deepspeed,megatron,transformers,tune,plan,report,examples,test,dev
 
 .PHONY: demo demo-megatron seqlen-demo test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("schedules", "sequence_length"),
     ("measure",),
     ("tuning",),
-    ("planning", "jobs"),
+    ("planning", "jobs", "reporting"),
     ("patches",),
     ("deepspeed", "megatron", "transformers"),
 )

@@ -9,7 +9,7 @@ from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"blockwise_lr": ROOT / "integrations" / "blockwise_lr", "blockwise_lr.patches": ROOT / "patches"}
-NOT_PYTHON = (".cpp", ".h", ".sbatch", ".pbs", "py.typed")  # what has to be in the wheel beside the modules
+NOT_PYTHON = (".cpp", ".h", ".sbatch", ".pbs", ".html", "py.typed")  # what has to be in the wheel beside the modules
 
 
 @pytest.fixture

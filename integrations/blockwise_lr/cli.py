@@ -17,6 +17,7 @@ from .blocks import PRESETS, BlockError, BlockType
 from .diagnosis import diagnose
 from .inspection import UNMAPPED, PresetRow, Row, as_json, folded, inspect_model, inspect_presets, load_model, totals
 from .plan_command import plan
+from .report_command import report
 from .schedule_view import ratio_of, schedule
 from .submit_command import jobs, submit
 from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
@@ -259,6 +260,7 @@ app.command("tune-seqlen")(tune_seqlen)
 app.command()(schedule)
 app.command()(diagnose)
 app.command()(plan)
+app.command()(report)
 app.command()(submit)
 app.command()(jobs)
 
@@ -313,25 +315,25 @@ def doctor(
 ) -> None:
     """Show what is wrong with the installed packages, their versions, usable kernels, and whose Apex is installed."""
     from . import __version__
-    from . import doctor as report
+    from . import doctor as health
 
     out = console()
-    states = report.patches()
-    wrong = [(patch, state) for patch, state in states if report.is_problem(state)]
+    states = health.patches()
+    wrong = [(patch, state) for patch, state in states if health.is_problem(state)]
     for patch, state in wrong:
         out.print(f"[red]{patch.name}[/red] ({patch.package} {patch.versions}): {state}", highlight=False)
-    locks = report.stale_locks()
+    locks = health.stale_locks()
     for lock in locks:
         out.print(f"[red]{lock}[/red]: a build that was killed has left it, and the next one waits for it; remove it")
     if not wrong and not locks:
         out.print("no problems: all that is installed is of a supported version, or not patched")
     found = Table("package", "version", title=f"blockwise-lr {__version__}")
-    for package, version in report.versions().items():
+    for package, version in health.versions().items():
         found.add_row(package, version)
-    found.add_row("apex", report.apex())
+    found.add_row("apex", health.apex())
     out.print(found)
     kernels = Table("kernel", "usable")
-    for name, state in report.kernels().items():
+    for name, state in health.kernels().items():
         kernels.add_row(name, state)
     out.print(kernels)
     if not every:

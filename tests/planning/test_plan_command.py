@@ -110,3 +110,64 @@ def test_bad_input_is_one_sentence_and_writes_nothing(words, said):
     done = plan(*words)
     assert not Path("x").exists()
     assert done.exit_code == 2 and said in done.output and done.output.count("blockwise-lr plan:") == 1
+
+
+def test_a_second_plan_stands_beside_by_what_is_other_in_it(tmp_path):
+    words = (LLAMA, "--tokens", 5e9, "--ranks", 8, "--length", 512)
+    done = plan(*words, "--compare", "--optimizer adam_mini --zero 2")
+    assert done.exit_code == 0, done.output
+    marked = {line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│ *")}
+    assert marked == {"optimizer", "layout", "gradients", "moments", "states, total"}
+    found = json.loads(plan(*words, "--compare", "--optimizer adam_mini --zero 2", "--json").stdout)
+    alone = [
+        json.loads(plan(*words, *more, "--json").stdout) for more in ((), ("--optimizer", "adam_mini", "--zero", 2))
+    ]
+    assert found["plans"] == alone
+    moments = [one["memory"]["states"]["moments"] for one in alone]
+    assert found["differences"]["memory.states.moments"] == moments and moments[0] > moments[1]
+    assert "tokens" not in found["differences"]
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(alone[1]))
+    again = json.loads(plan(*words, "--compare", saved, "--json").stdout)
+    assert again["differences"] == found["differences"]
+
+
+def test_compared_budgets_take_the_place_of_one_another():
+    done = plan("--parameters", 1e9, "--tokens", 2e10, "--compare", "--flops 1e21", "--json")
+    first, second = json.loads(done.stdout)["plans"]
+    assert first["flops"] == pytest.approx(1.2e20) and second["flops"] == pytest.approx(1e21)
+    assert first["parameters"] == second["parameters"] == 1e9
+
+
+def test_an_argument_file_has_the_memory_of_its_layout():
+    words = ("configs/megatron/llama-3-70b.args", "--vocabulary", 128256, "--tokens", 1e12, "--gpus", 512, "--json")
+    found = json.loads(plan(*words).stdout)["memory"]
+    assert found["layout"] == "TP8 x PP8 x DP8, distributed optimizer" and found["ranks"] == 512
+    # the first stage's rank: 10 of 80 layers, and an eighth of the embedding
+    layer = 8192 * (64 + 16) * 128 + 8192 * 8192 + 3 * 8192 * 28672
+    slices = (10 * layer + 129024 * 8192) / 8 + 20 * 8192  # 128,256 rows padded to a multiple of 8 x 128
+    states = found["states"]
+    assert states["parameters"] == pytest.approx(2 * slices, rel=1e-4)
+    assert states["gradients"] == 2 * states["parameters"] and states["moments"] == 2 * states["masters"]
+    assert states["masters"] == pytest.approx(4 * slices / 8, rel=1e-3)
+    assert json.loads(plan(*words, "--tensor-parallel", 4).stdout)["memory"]["layout"].startswith("TP4 x PP8 x DP16")
+    assert json.loads(plan(*words, "--zero", 1).stdout)["memory"]["layout"] == "ZeRO-1"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--flops", 1e20, "--compare", "--flop 1"), "--compare '--flop 1': No such option"),
+        (("--flops", 1e20, "--compare", "--json"), "are said once, outside of it"),
+        (("--flops", 1e20, "--compare", "nowhere.json"), "nowhere.json"),
+        (("--flops", 1e20, "--compare", LLAMA), "is no plan; write it with blockwise-lr plan ... --json"),
+        (("--flops", 1e20, "--tensor-parallel", 2), "are for a Megatron argument file"),
+        (
+            ("configs/megatron/llama-3-70b.args", "--vocabulary", 128256, "--tokens", 1e12, "--gpus", 100),
+            "--gpus 100 is no multiple of the 64 ranks",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_or_laid_out_is_one_sentence(words, said):
+    done = plan(*words)
+    assert done.exit_code == 2 and said in done.output and done.output.count("blockwise-lr plan:") == 1, done.output

@@ -2,6 +2,8 @@
 
 from .fit import fit_optima
 from .laws import LAWS, Budget, Law, allocate
+from .megatron_layout import MegatronLayout
+from .megatron_state import MegatronStates
 from .size import Size, model_size
 from .state import StateBytes, state_bytes
 
@@ -9,6 +11,8 @@ __all__ = [
     "LAWS",
     "Budget",
     "Law",
+    "MegatronLayout",
+    "MegatronStates",
     "Size",
     "StateBytes",
     "allocate",

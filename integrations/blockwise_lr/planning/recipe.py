@@ -22,12 +22,14 @@ class Memory:
     """Bytes on the fullest rank.
 
     Attributes:
+        layout: of what the ranks share: "ZeRO-1", "TP8 x PP8 x DP4, distributed optimizer".
+        ranks: all of them.
         states: of parameters, gradients, masters and moments.
         with_adamw: the same with AdamW.
         activations: of one micro-batch; None where they were not counted.
     """
 
-    stage: int
+    layout: str
     ranks: int
     optimizer: str
     states: StateBytes

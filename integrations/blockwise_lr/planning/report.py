@@ -102,7 +102,7 @@ def _notes(made: Recipe) -> list[str]:
 
 def _memory(memory: Memory) -> Table:
     columns = {memory.optimizer: memory.states, "adamw": memory.with_adamw}
-    table = Table("bytes", title=f"fullest of {memory.ranks:,} ranks, ZeRO-{memory.stage}", min_width=60)
+    table = Table("bytes", title=f"fullest of {memory.ranks:,} ranks, {memory.layout}", min_width=60)
     for name in columns:
         table.add_column(name, justify="right")
     for name in ("parameters", "gradients", "masters", "moments", "total"):
