@@ -17,12 +17,15 @@ from .symbols import Attributes, Symbol, symbols
 from .variants import Variants
 
 PACKAGE = "deepspeed"
-# VERSIONS are those that passed the matrix, lie between such, or beyond the newest; READ are those whose sources the ways
-# below were written from; REFUSED says why a version within is left out.
-VERSIONS, READ = ">=0.16.9,!=0.18.3,<0.20", ">=0.16.4,<0.20"
+# VERSIONS are those that passed the matrix, or lie beyond the newest; READ are those whose sources the ways
+# below were written from (pyproject.toml has VERSIONS too); REFUSED says why a version within is left out.
+VERSIONS = ">=0.16.9,!=0.17.0,!=0.17.1,!=0.17.2,!=0.17.3,!=0.17.4,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3,<0.20"
+READ = ">=0.16.4,<0.20"
 REFUSED = {
+    ">=0.17.0,<=0.17.4": "with which the tests have not been run",
+    ">=0.18.0,<0.18.3": "with which the tests have not passed yet",
     "==0.18.3": "which divides gradients by gradient_accumulation_steps at every output of a model, the loss and what it is "
-    "computed of, and offers no way out"
+    "computed of, and offers no way out",
 }
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"

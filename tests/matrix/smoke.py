@@ -32,7 +32,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 VERSIONS: dict[str, dict[str, str]] = {
     "deepspeed": dict.fromkeys(
         [
-            *("0.16.9", "0.17.5", "0.17.6", "0.18.2"),
+            *("0.16.9", "0.17.5", "0.17.6"),
             *(f"0.18.{last}" for last in range(4, 10)),
             *(f"0.19.{last}" for last in range(9)),
         ],

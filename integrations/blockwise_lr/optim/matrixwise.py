@@ -107,7 +107,7 @@ class MatrixSteps(BlockwiseOptimizer):
     # ---- the step
 
     def _step(self, due: Sequence[Due]) -> None:
-        super()._step([one._replace(plan=self._rest_of(one.tensor, one.plan)) for one in due])
+        super()._step([Due(one.tensor, self._rest_of(one.tensor, one.plan), one.values) for one in due])
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         held = {
             fragment.name: self._part_of(one, fragment, groups[id(one.tensor)])
