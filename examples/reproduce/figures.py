@@ -373,6 +373,7 @@ def main() -> None:
     measured = order.load(HERE / "order")
     if measured:
         order.draw(measured, args.page.parent / "order.png")
+    print(f"{args.page} and its pictures, from {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,9 @@ def _read(target: str, settings: list[str]) -> tuple[str, dict[str, Any], dict[s
         if one.default is inspect.Parameter.empty and one.name not in said
     ]
     if missing:
-        raise BlockError(f"{name} needs {missing[0]}: write {missing[0]}=...")
+        unknown = next((key for key in said if key not in inspect.signature(SCHEDULES[name]).parameters), None)
+        instead = "" if unknown is None else f" in place of {unknown}, which it does not know"
+        raise BlockError(f"{name} needs {missing[0]}: write {missing[0]}=...{instead}")
     return name, said, params
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,9 @@ def submit(
     array: Annotated[str | None, typer.Option(help="Numbers of an array job, as in 0-3.")] = None,
     container: Annotated[str | None, typer.Option(help="Image, for Kubernetes and for Slurm with pyxis.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="A variable of the environment, as in --env KEY=VALUE.")] = None,
-    venv: Annotated[str | None, typer.Option(help='Virtual environment on the nodes; "" for none.')] = None,
+    venv: Annotated[
+        str | None, typer.Option(help='Virtual environment on the nodes, this one by default; "" for none.')
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="A further word for sbatch, qsub or kubectl, as in --option=--partition=a100."),
@@ -112,11 +115,16 @@ def _job(
             raise BlockError(f"--env is {pair!r}; write KEY=VALUE")
         variables[key] = value
     said = {**site, **{key: value for key, value in given.items() if value is not None}}
+    if said.get("container") is None and sys.prefix != sys.base_prefix:  # else this environment would not be the job's
+        said.setdefault("venv", sys.prefix)
     said.update(env=variables, options=[*site.get("options", ()), *options])
     return Job(command, name=name, array=array, **said)
 
 
 def _list(every: list[Sent]) -> None:
+    if not every:
+        typer.echo("no jobs were sent from here")
+        return
     table = Table("number", "state", "cluster", "name", "sent", "command")
     for sent in every:
         try:

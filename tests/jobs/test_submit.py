@@ -165,3 +165,14 @@ def test_without_the_clusters_commands_it_says_so(tmp_path, monkeypatch):
 def test_times():
     assert [Job(COMMAND, time=time).seconds for time in ("24:00:00", "2-01:30", "0:10:05")] == [86400, 178200, 605]
     assert Slurm().environment(Job(COMMAND, gpus=0, processes=2))["NPROC"] == "2"
+
+
+def test_the_environment_that_submits_is_the_jobs_but_in_a_container():
+    line = submit("--dry-run").stdout.partition("\n\n")[0]
+    assert f"VENV={sys.prefix}" in shlex.split(line) and sys.prefix != sys.base_prefix
+    assert "VENV=" in shlex.split(submit("--venv", "", "--dry-run").stdout.partition("\n\n")[0])
+
+
+def test_where_nothing_was_sent_the_list_says_so(tmp_path):
+    done = CliRunner().invoke(app, ["jobs", "--records", str(tmp_path / "none.jsonl")])
+    assert done.exit_code == 0 and done.output == "no jobs were sent from here\n"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 import types
 
@@ -88,6 +89,16 @@ def test_bad_flags_stop_with_argparses_usage(parse, capsys, flags, words):
         parse(*flags)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and words in said and len(said.splitlines()) < 5
+
+
+def test_a_megatron_without_what_a_script_needs_is_told_in_a_sentence(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("import megatron.of_another_version")
+    words = [sys.executable, "-m", "blockwise_lr.megatron", "--on-cpu", str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    told = [line for line in done.stderr.splitlines() if line.startswith("blockwise_lr.megatron: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr and len(told) == 1
+    assert "needs megatron.of_another_version, which megatron-core" in told[0] and "PYTHONPATH" in told[0]
 
 
 @pytest.mark.parametrize(

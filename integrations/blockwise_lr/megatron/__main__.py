@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+from importlib.metadata import version
 
 from ..blocks import BlockError
 from ..collective import errors_in_a_sentence
@@ -43,7 +44,16 @@ def main() -> None:
         from .door import apply_patches
 
         apply_patches()
-        runpy.run_path(arguments[0], run_name="__main__")
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "megatron":
+                raise
+            raise BlockError(
+                f"{arguments[0]} needs {error.name}, which megatron-core {version('megatron-core')} does not bring; its "
+                f"training loop comes with 0.17 and newer, on Python 3.12 and newer, or from a clone of "
+                f"Megatron-LM on PYTHONPATH"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def show(made: Recipe, console: Console, days: str | None = None) -> None:
     console.print(_budget(made, days))
     console.print(_laws(made))
     for line in _notes(made):
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=not console.is_terminal)
     if made.memory is not None:
         console.print(_memory(made.memory))
 
