@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import faulthandler
 import gc
+import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
@@ -201,6 +202,7 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int, stack_file: str) ->
         except EOFError:
             return
         _join_group()
+        logging.disable(logging.NOTSET)  # cases that want less of their frameworks' words say so for the whole process
         before = _process_state()
         try:
             answer = ("result", case(*arguments), "")

@@ -137,7 +137,7 @@ MISTAKES = {
     ),
     "parameters without names": (
         lambda: error_of(told_by_torch),
-        ["which parameter is which", "pass model.named_parameters()"],
+        ["which parameter is which", "pass block_map=map_blocks(model)"],
     ),
     "a model in place of its parameters": (
         lambda: error_of(lambda: BlockwiseAdamW(torch.nn.Linear(2, 2), lr=1e-3)),

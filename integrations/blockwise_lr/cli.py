@@ -177,6 +177,8 @@ def _print_rows(rows: list[Row], output: Path | None, every: bool) -> None:
             *([] if is_narrow else [decay]),
             style="red" if row.block == UNMAPPED else None,
         )
+    if is_narrow:
+        table.caption = "shapes and weight decay: in 100 columns, or --format json"
     out.print(table)
     sums = Table("block", title="totals")
     sums.add_column("parameters", justify="right")
@@ -307,6 +309,14 @@ def _installed() -> None:
         raise typer.Exit(EXIT_UNMAPPED)
 
 
+def _without_gaps(versions: str) -> str:
+    """A range in few words: versions within that are left out are counted."""
+    bounds = versions.split(",")
+    kept = [bound for bound in bounds if not bound.startswith("!=")]
+    gaps = len(bounds) - len(kept)
+    return ",".join(kept) + (f" but {gaps}" if gaps else "")
+
+
 @app.command()
 def doctor(
     every: Annotated[
@@ -345,7 +355,7 @@ def doctor(
     for patch, state in states:
         patches.add_row(
             patch.name,
-            f"{patch.package} {patch.versions}",
+            f"{patch.package} {_without_gaps(patch.versions)}",
             state,
             "\n".join(symbol.path.rpartition(":")[2] for symbol in patch.symbols),
             patch.why,

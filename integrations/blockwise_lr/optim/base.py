@@ -614,7 +614,7 @@ class BlockwiseOptimizer(Saving):
         self.take_replaced()
         work = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not work:
-            self._refuse_idle_steps()
+            self._warn_of_idle_steps()
         due = [self._checked(group, p) for group, p in work]
         if self.block_clip:
             self.clip.apply([p for p, _, _ in due])
@@ -627,17 +627,20 @@ class BlockwiseOptimizer(Saving):
         self._step(due)
         return loss
 
-    def _refuse_idle_steps(self) -> None:
-        """Parameters that were replaced in the model after the optimizer was built never get a gradient."""
+    def _warn_of_idle_steps(self) -> None:
+        """Parameters that were replaced in the model after the optimizer was built never get a gradient. No error, for a
+        schedule may be looked at by steps without any."""
         if self.state or self._idle_steps is None:
             return
         self._idle_steps += 1
         if self._idle_steps > 1:
-            raise BlockError(
-                f"{type(self).__name__} is to take its second step and none of its parameters has ever had a gradient, so the "
-                f"model trains other ones; build the optimizer after what replaces them (fully_shard, to_empty), or see "
-                f"whether loss.backward() is called"
-            )
+            self._idle_steps = None
+            if is_rank_zero():
+                logger.warning(
+                    f"{type(self).__name__} takes its second step and none of its parameters has ever had a gradient: nothing "
+                    f"is trained. If the model trains, it trains other ones; build the optimizer after what replaces them "
+                    f"(fully_shard, to_empty)"
+                )
 
     def _checked(self, group: dict[str, Any], p: torch.Tensor) -> Due:
         """A tensor's plan and the numbers of its next step, once all that it will read and write is seen to be right."""
