@@ -34,7 +34,7 @@ STEPS = 4
 @pytest.mark.parametrize(
     "kind, variant, ranks, layout",
     [
-        (MUON, "gqa", 2, Layout(distributed=True)),
+        pytest.param(MUON, "gqa", 2, Layout(distributed=True), marks=pytest.mark.full),
         (MUON, "gqa", 2, Layout(tp=2)),
         (MUON, "gqa", 4, Layout(tp=2, distributed=True)),
         (MUON, "gqa", 4, Layout(tp=2, pp=2)),
@@ -42,7 +42,7 @@ STEPS = 4
         (MUON, "moe", 4, Layout(tp=2, ep=2, sp=True, distributed=True)),
         (MUON, "deepseek", 4, Layout(tp=2, sp=True, distributed=True)),
         (MINI, "gpt", 2, Layout(tp=2, sp=True)),
-        (MINI, "gqa", 4, Layout(tp=2, distributed=True)),
+        pytest.param(MINI, "gqa", 4, Layout(tp=2, distributed=True), marks=pytest.mark.full),
     ],
     ids=str,
 )
