@@ -292,7 +292,7 @@ def _activations(model: torch.nn.Module, sequences: int, length: int, checkpoint
 def _memory(model: torch.nn.Module, stage: int, ranks: int, optimizer: str, activations: int | None) -> Memory:
     block_map = map_blocks(model, family=getattr(model, "blockwise_family", None))
     states = largest_state_bytes(block_map, stage=stage, ranks=ranks, optimizer=optimizer)
-    with_adamw = largest_state_bytes(block_map, stage=stage, ranks=ranks)
+    with_adamw = states if optimizer == "adamw" else largest_state_bytes(block_map, stage=stage, ranks=ranks)
     return Memory(f"ZeRO-{stage}", ranks, optimizer, states, with_adamw, activations)
 
 
@@ -312,11 +312,11 @@ def _layout(file: str, sizes: dict[str, int], ranks: int | None, gpus: int | Non
 
 def _of_megatron(model: torch.nn.Module, layout: MegatronLayout, precision: str, optimizer: str) -> Memory:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    states, with_adamw = (
-        MegatronStates(shapes, model.config, layout, optimizer=kind, precision=precision).largest()  # type: ignore[arg-type]
-        for kind in (optimizer, "adamw")
-    )
-    return Memory(str(layout), layout.ranks, optimizer, states, with_adamw, None)
+    found = {
+        kind: MegatronStates(shapes, model.config, layout, optimizer=kind, precision=precision).largest()  # type: ignore[arg-type]
+        for kind in {optimizer, "adamw"}
+    }
+    return Memory(str(layout), layout.ranks, optimizer, found[optimizer], found["adamw"], None)
 
 
 def _read_runs(file: Path) -> list[tuple[float, float, float]]:

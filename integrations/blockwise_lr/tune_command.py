@@ -6,7 +6,7 @@ import json
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -83,20 +83,31 @@ def tune(
         refuse_without("tune", "optuna", "tune", error)
     except (BlockError, OSError, ValueError) as error:
         refuse("tune", error)
-    (out / "result.json").write_text(report.as_json(search, losses) + "\n")
+    found = search.found(losses).best if search.has_other_ratios(losses) else None
+    show_found(report, search, losses, found, out / "loss.png", as_json)
+
+
+def show_found(report: Any, search: Any, runs: Any, found: Any, picture: Path, as_json: bool) -> None:
+    """Writes what a search has found into its folder, and prints it.
+
+    Args:
+        report: the module that makes text and picture of a search and its runs.
+        found: what is to be pasted; None where nothing was found.
+        picture: its file; the JSON goes beside it.
+    """
+    text = report.as_json(search, runs)
+    (picture.parent / "result.json").write_text(text + "\n")
     try:
-        report.draw(search, losses, out / "loss.png")
+        report.draw(search, runs, picture)
     except ImportError:
-        errors.print("no picture: it needs matplotlib")
+        Console(stderr=True).print("no picture: it needs matplotlib")
     if as_json:
-        typer.echo(report.as_json(search, losses))
+        typer.echo(text)
         return
-    out_console = console(120)
-    out_console.print(report.table(search, losses))
-    best = search.found(losses).best
-    say(report.verdict(search, losses))
-    if best is not None and search.has_other_ratios(losses):
-        typer.echo(report.to_paste(search, best))
+    console(120).print(report.table(search, runs))
+    say(report.verdict(search, runs))
+    if found is not None:
+        typer.echo(report.to_paste(search, found))
 
 
 def _ratios(text: str) -> dict[str, float]:

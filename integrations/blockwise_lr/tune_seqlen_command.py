@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from .blocks.types import BlockError
-from .terminal import console, refuse, say
+from .terminal import refuse
+from .tune_command import show_found
 from .tuning import length_report as report
 from .tuning.lengths import VALIDATION, LengthCommand, Lengths, LengthSearch, LengthStudy, Losses
 
@@ -55,16 +56,4 @@ def tune_seqlen(
         runs = LengthStudy(out, search, LengthCommand.checked(command, loss, ds_config)).run(told)
     except (BlockError, OSError, ValueError) as error:
         refuse("tune-seqlen", error)
-    (out / "result.json").write_text(report.as_json(search, runs) + "\n")
-    try:
-        report.draw(search, runs, out / "losses.png")
-    except ImportError:
-        errors.print("no picture: it needs matplotlib")
-    if as_json:
-        typer.echo(report.as_json(search, runs))
-        return
-    console(120).print(report.table(search, runs))
-    say(report.verdict(search, runs))
-    found = search.found(runs)
-    if found is not None:
-        typer.echo(report.to_paste(search, found))
+    show_found(report, search, runs, search.found(runs), out / "losses.png", as_json)

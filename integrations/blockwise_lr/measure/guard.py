@@ -17,7 +17,7 @@ from ..collective import is_rank_zero
 from ..optim.base import BlockwiseOptimizer
 from ..optim.clipping import device_of
 from ..rules.options import CheckedOptions, one_of
-from .loss_ratio import LossRatio
+from .loss_ratio import LossRatio, plain
 
 log = logging.getLogger("blockwise_lr")
 
@@ -165,7 +165,7 @@ class Guard:
 
     def _mean(self, loss: float | torch.Tensor) -> tuple[float, bool]:
         """The ranks' mean loss, and whether all of theirs are finite."""
-        value = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        value = plain(loss)
         finite = math.isfinite(value)
         if not dist.is_initialized():
             return value, finite

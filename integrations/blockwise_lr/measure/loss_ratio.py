@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def plain(loss: float | torch.Tensor) -> float:
+    """A loss as a number, also one with its graph."""
+    return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+
 class LossRatio:
     """A step's loss over the lowest before it: the paper's measure of instability.
 
@@ -21,7 +26,7 @@ class LossRatio:
 
     def add(self, loss: float | torch.Tensor) -> float:
         """The ratio of a step's loss; a loss that is no number is infinitely high. The first has none: 1."""
-        loss = float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        loss = plain(loss)
         ratio = loss / self.lowest if self.steps else 1.0
         ratio = ratio if ratio == ratio else float("inf")
         self.steps += 1

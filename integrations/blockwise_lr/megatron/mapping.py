@@ -18,7 +18,10 @@ from ..blocks.dims import config_values
 from ..blocks.marks import marks_of
 
 _LAYER = re.compile(r"(.*\blayers)\.\d+$")
-_EXPERT = re.compile(r"(\.local_experts\.)\d+(?=\.)|(\.experts\.linear_fc[12]\.(?:weight|bias))\d+\Z")
+# the number of an expert in a parameter's name
+EXPERT = re.compile(
+    r"(?<=\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+\Z|(?<=\.experts\.linear_fc[12]\.bias)\d+\Z"
+)
 _VOCABULARY = re.compile(r"\b(?:word_embeddings|output_layer)\.(?:weight|bias)\Z")
 
 
@@ -117,7 +120,7 @@ def _recorded(whole: BlockMap, copies: Iterable[str]) -> BlockMap:
     """
     layouts = {}
     for name in whole.keys() - {name for name in copies if not name.endswith("word_embeddings.weight")}:
-        layout, name = whole[name], _EXPERT.sub(lambda found: f"{found.group(1) or found.group(2)}0", name)
+        layout, name = whole[name], EXPERT.sub("0", name)
         if _VOCABULARY.search(name):
             layout = replace(layout, shape=(1, *layout.shape[1:]), pieces=(replace(layout.pieces[0], size=1),))
         if layout.batch_dims:  # experts stacked in one parameter

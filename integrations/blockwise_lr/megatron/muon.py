@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -59,36 +59,9 @@ def refuse_other_muons(rule: UpdateRule, given: Mapping[str, Any] | None, config
             )
 
 
-class MuonValues(argparse.Action):
-    """``KEY=VALUE …``, a value being JSON or a word."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        given = dict(values)
-        try:
-            checked_options(given)
-        except BlockError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, given)
-
-
-def add_arguments(parser: argparse.ArgumentParser, group: Any, pair: Callable[[str], tuple[str, Any]]) -> None:
-    """Adds the flag to a group of Megatron's parser; ``pair`` reads KEY=VALUE."""
+def note_defaults(parser: argparse.ArgumentParser) -> None:
+    """Takes note of what Megatron's parser sets its own Muon's flags to."""
     _flag_defaults.clear()
     _flag_defaults.update(
         (action.dest, action.default) for action in parser._actions if action.dest.startswith("muon_")
-    )
-    group.add_argument(
-        "--block-muon",
-        nargs="+",
-        type=pair,
-        action=MuonValues,
-        metavar="KEY=VALUE",
-        help="Muon's own options, for blockwise_muon and blockwise_muon_mini: momentum=0.95 nesterov=true ns_steps=5 "
-        "matrix_scale=match_rms_adamw (or original). Everything else is set as for the other optimizers.",
     )

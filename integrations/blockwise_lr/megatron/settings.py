@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -232,8 +232,18 @@ class BlockValues(argparse.Action):
         setattr(namespace, self.dest, dict(values))
 
 
-class Schedule(argparse.Action):
-    """``TYPE KEY=VALUE …``."""
+class CheckedPairs(argparse.Action):
+    """``KEY=VALUE …`` as one mapping.
+
+    Args:
+        check: takes the pairs, and returns the mapping or raises BlockError.
+    """
+
+    def __init__(
+        self, *arguments: Any, check: Callable[[Sequence[tuple[str, Any]]], dict[str, Any]], **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.check = check
 
     def __call__(
         self,
@@ -242,14 +252,24 @@ class Schedule(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        given = dict(values)
-        if len(given) < len(values):
-            raise argparse.ArgumentError(self, "give one type, and each setting once")
         try:
-            BlockSchedule.checked(given)
+            setattr(namespace, self.dest, self.check(values))
         except BlockError as error:
             raise argparse.ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, given)
+
+
+def _schedule_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        raise BlockError("give one type, and each setting once")
+    BlockSchedule.checked(given)
+    return given
+
+
+def _muon_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    given = dict(pairs)
+    muon.checked_options(given)
+    return given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -328,7 +348,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--block-schedule",
         nargs="+",
         type=_setting,
-        action=Schedule,
+        action=CheckedPairs,
+        check=_schedule_of,
         metavar="TYPE KEY=VALUE",
         help="In place of Megatron's warmup and decay: a scheduler type as in a ds_config and its settings, as in BlockwiseWSD "
         "total_num_steps=50000 warmup_num_steps=1000. Steps are iterations; the minimum is --min-lr.",
@@ -340,7 +361,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="Iterations between two reports of every block type's second moments, gradients, weights and updates, in the log, "
         "TensorBoard and Weights & Biases.",
     )
-    muon.add_arguments(parser, group, _setting)
+    muon.note_defaults(parser)
+    group.add_argument(
+        "--block-muon",
+        nargs="+",
+        type=_setting,
+        action=CheckedPairs,
+        check=_muon_of,
+        metavar="KEY=VALUE",
+        help="Muon's own options, for blockwise_muon and blockwise_muon_mini: momentum=0.95 nesterov=true ns_steps=5 "
+        "matrix_scale=match_rms_adamw (or original). Everything else is set as for the other optimizers.",
+    )
     sequence_length.add_arguments(parser)
     return parser
 

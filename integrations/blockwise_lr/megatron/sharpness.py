@@ -82,7 +82,7 @@ def measure_sharpness(
     if together:
         _same_on_all_ranks(ids)
     pipeline = Pipeline([Chunk(chunk, maps.ours, together) for chunk in bare], forward, together)
-    keys = [(name, block) for name, block in every_expert(maps.stages)]
+    keys = every_expert(maps.stages)
     counted = pipeline.numel()
     figures = [[float(counted.get(key, 0)) for key in keys]]
     replica = parallel_state.get_data_parallel_rank()

@@ -9,8 +9,7 @@ gradient of both uses.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,12 +24,10 @@ from ..measure.gradients import Gradients
 from ..measure.labels import drawn_labels, logit_gradient, probabilities
 from ..measure.parts import BlockParts
 from ..measure.sharpness import Squares
-from .mapping import slice_group
+from .mapping import EXPERT, slice_group
 
 Forward = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 Key = tuple[str, BlockType]
-
-_EXPERT = re.compile(r"(.*\.local_experts\.|.*\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)(\..*|)\Z")
 
 
 def context_positions(length: int, device: torch.device | None = None) -> torch.Tensor:
@@ -42,19 +39,22 @@ def context_positions(length: int, device: torch.device | None = None) -> torch.
 
 def every_expert(stages: BlockMap) -> list[Key]:
     """The parameters and block types of the whole model, experts numbered over all expert-parallel ranks; in one order."""
-    local = max((int(found[2]) + 1 for found in map(_EXPERT.match, stages) if found), default=0)
-    ranks = range(parallel_state.get_expert_model_parallel_world_size())
+    local, ranks = _local_experts(stages), range(parallel_state.get_expert_model_parallel_world_size())
     keys: dict[Key, None] = {}
     for name in sorted(stages):
-        names = [_of_rank(name, rank * local) for rank in ranks] if _EXPERT.match(name) else [name]
+        names = [_of_rank(name, rank * local) for rank in ranks] if EXPERT.search(name) else [name]
         keys.update({(each, block): None for each in names for block in stages[name].block_numel()})
     return list(keys)
 
 
+def _local_experts(names: Iterable[str]) -> int:
+    """How many experts a rank holds in each layer."""
+    return max((int(found[0]) + 1 for found in map(EXPERT.search, names) if found), default=0)
+
+
 def _of_rank(name: str, before: int) -> str:
     """An expert's name, numbered over all ranks, of which those before this one hold so many."""
-    found = _EXPERT.match(name)
-    return name if found is None else f"{found[1]}{before + int(found[2])}{found[3]}"
+    return EXPERT.sub(lambda found: str(before + int(found[0])), name)
 
 
 class Chunk:
@@ -84,8 +84,7 @@ class Chunk:
     def _known(self, block_map: BlockMap) -> dict[str, str]:
         """This chunk's names -> those of the whole model."""
         known = {name: block_map.require_name(p) for name, p in self.named.items()}
-        local = max((int(found[2]) + 1 for found in map(_EXPERT.match, known.values()) if found), default=0)
-        before = local * parallel_state.get_expert_model_parallel_rank()
+        before = _local_experts(known.values()) * parallel_state.get_expert_model_parallel_rank()
         return {name: _of_rank(whole, before) for name, whole in known.items()}
 
     def _copies(self, p: torch.Tensor) -> dist.ProcessGroup:

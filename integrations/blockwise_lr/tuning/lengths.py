@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..blocks.types import BlockError
-from .runs import Running, placed, run
+from .runs import Running, base_of, loss_pattern, placed, run
 
 # "step 100 validation loss 3.2", "eval_loss': 3.2", "validation loss at iteration 100 | lm loss value: 3.2E+00 |"
 VALIDATION = (
@@ -129,20 +129,15 @@ class LengthCommand:
     @classmethod
     def checked(cls, words: Sequence[str], loss: str, ds_config: Path | None) -> LengthCommand:
         """Raises BlockError for a command that no setting would reach, or a pattern without its group."""
-        text = " ".join(words)
-        try:
-            pattern = re.compile(loss, re.IGNORECASE)
-        except re.error as error:
-            raise BlockError(f"--loss is no regular expression: {error}") from None
+        text, pattern = " ".join(words), loss_pattern(loss, re.IGNORECASE)
         if "loss" not in pattern.groupindex:
             raise BlockError("--loss needs the group (?P<loss>...)")
-        if ("{ds_config}" in text) != (ds_config is not None):
-            raise BlockError("{ds_config} in the command and --ds-config FILE, its base, go together")
-        if ds_config is None and not ("{start}" in text and "{steps}" in text):
+        base = base_of(text, ds_config)
+        if base is None and not ("{start}" in text and "{steps}" in text):
             raise BlockError(
                 "the command has no place for what is tuned; write {start} and {steps}, or {ds_config}, into it"
             )
-        return cls(tuple(words), pattern, None if ds_config is None else json.loads(ds_config.read_text()))
+        return cls(tuple(words), pattern, base)
 
     def filled(self, lengths: Lengths, end: int, out: Path) -> list[str]:
         """The command of one run; writes its ds_config, if it takes one."""

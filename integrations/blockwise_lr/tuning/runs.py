@@ -42,19 +42,13 @@ class Command:
     @classmethod
     def checked(cls, words: Sequence[str], loss: str, last: int, ds_config: Path | None) -> Command:
         """Raises BlockError for a command that no setting would reach, or a pattern without its groups."""
-        text = " ".join(words)
-        try:
-            pattern = re.compile(loss)
-        except re.error as error:
-            raise BlockError(f"--loss is no regular expression: {error}") from None
+        text, pattern = " ".join(words), loss_pattern(loss)
         if {"step", "loss"} - pattern.groupindex.keys():
             raise BlockError("--loss needs the groups (?P<step>...) and (?P<loss>...)")
         if last < 1:
             raise BlockError(f"--last is {last}; give at least 1")
-        through = "{ds_config}" in text
-        if through != (ds_config is not None):
-            raise BlockError("{ds_config} in the command and --ds-config FILE, its base, go together")
-        if not through and not ("{lr}" in text and ("{ratios}" in text or "{ratio_words}" in text)):
+        base = base_of(text, ds_config)
+        if base is None and not ("{lr}" in text and ("{ratios}" in text or "{ratio_words}" in text)):
             raise BlockError(
                 "the command has no place for what is tuned; write {lr}, and {ratios} or {ratio_words}, or {ds_config} into it"
             )
@@ -63,7 +57,6 @@ class Command:
             raise BlockError(
                 f"{{ratio_words}} becomes several words, and stands inside {joined!r}; write it alone, or {{ratios}} there"
             )
-        base = None if ds_config is None else json.loads(ds_config.read_text())
         if base is not None and "params" not in base.get("optimizer", {}):
             raise BlockError(f"{ds_config} has no optimizer.params; name a blockwise optimizer there, as in the README")
         return cls(tuple(words), pattern, last, base)
@@ -96,6 +89,29 @@ class Command:
         params.pop("adamw_lr", None)
         params.update(lr=float(f"{lr:.6g}"), block_lr_ratios=dict(ratios))
         return config
+
+
+def loss_pattern(text: str, flags: re.RegexFlag = re.NOFLAG) -> re.Pattern[str]:
+    """The pattern of a printed loss.
+
+    Raises:
+        BlockError: it is none.
+    """
+    try:
+        return re.compile(text, flags)
+    except re.error as error:
+        raise BlockError(f"--loss is no regular expression: {error}") from None
+
+
+def base_of(command: str, ds_config: Path | None) -> dict[str, Any] | None:
+    """The base of a command's ``{ds_config}``; None where it has no such place.
+
+    Raises:
+        BlockError: place without base, or base without place.
+    """
+    if ("{ds_config}" in command) != (ds_config is not None):
+        raise BlockError("{ds_config} in the command and --ds-config FILE, its base, go together")
+    return None if ds_config is None else json.loads(ds_config.read_text())
 
 
 def placed(word: str, values: Mapping[str, str]) -> str:
