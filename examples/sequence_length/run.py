@@ -1,6 +1,7 @@
 """Does a sequence length warmup let a model train at rates where it otherwise spikes? The case of arXiv 2108.06084, small.
 
 python examples/sequence_length/run.py                  # what make seqlen-demo runs: 30 short runs, a table and a picture
+python examples/sequence_length/run.py --form unclipped # without gradient clipping
 python examples/sequence_length/run.py --form long      # larger and longer
 python examples/sequence_length/run.py --report         # only the tables of README.md and the picture, from rows/
 """
