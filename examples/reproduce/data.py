@@ -53,16 +53,29 @@ def _held_out(path: Path) -> bool:
 
 def documents(validation: bool, corpus: str = "mixed") -> Iterator[str]:
     """The texts of one side of the split."""
-    for path in _files(Path(sysconfig.get_path("stdlib"))):
+    yield from library(validation)
+    if corpus == "mixed":
+        yield from english(validation)
+        return
+    for package in PACKAGES:
+        yield from (text + "\n" for text in _sources(_folder(package), validation) if text)
+
+
+def library(validation: bool) -> Iterator[str]:
+    """The modules of Python's standard library."""
+    yield from _sources(Path(sysconfig.get_path("stdlib")), validation)
+
+
+def english(validation: bool) -> Iterator[str]:
+    """The docstrings of PyTorch's modules."""
+    found = (_docstrings(source) for source in _sources(_folder("torch"), validation))
+    yield from (text + "\n" for text in found if text)
+
+
+def _sources(root: Path, validation: bool) -> Iterator[str]:
+    for path in _files(root):
         if _held_out(path) == validation:
             yield path.read_text(encoding="utf-8", errors="ignore")
-    for package in PACKAGES if corpus == "packages" else ("torch",):
-        for path in _files(_folder(package)):
-            if _held_out(path) == validation:
-                text = path.read_text(encoding="utf-8", errors="ignore")
-                text = text if corpus == "packages" else _docstrings(text)
-                if text:
-                    yield text + "\n"
 
 
 def _folder(package: str) -> Path:
@@ -72,7 +85,8 @@ def _folder(package: str) -> Path:
     return Path(found.origin).parent
 
 
-def _tokenizer(folder: Path, vocabulary: int, corpus: str) -> sentencepiece.SentencePieceProcessor:
+def tokenizer(folder: Path, vocabulary: int, corpus: str) -> sentencepiece.SentencePieceProcessor:
+    """Trained on the corpus once, and kept in the folder."""
     model = folder / f"{corpus}-{vocabulary}.model"
     if not model.exists():
         lines = (line for text in documents(False, corpus) for line in text.splitlines() if line.strip())
@@ -97,8 +111,8 @@ def _tokens(folder: Path, validation: bool, vocabulary: int, corpus: str) -> np.
     file = folder / f"{'validation' if validation else 'training'}-{vocabulary}.npy"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = _tokenizer(folder, vocabulary, corpus)
-        ids = [np.array(tokenizer.encode(text), dtype=np.uint16) for text in documents(validation, corpus)]
+        encode = tokenizer(folder, vocabulary, corpus).encode
+        ids = [np.array(encode(text), dtype=np.uint16) for text in documents(validation, corpus)]
         partial = file.with_suffix(".partial.npy")
         np.save(partial, np.concatenate(ids))
         partial.rename(file)
