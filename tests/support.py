@@ -68,18 +68,28 @@ def table(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -
         "",
     ]
     for title, rows in sections.items():
-        lines += [f"## {title}", "", f"| feature | {' | '.join(COLUMNS)} | |", "|---|" + "---|" * len(COLUMNS) + "---|"]
+        columns = columns_of(rows)
+        lines += [f"## {title}", "", f"| feature | {' | '.join(columns)} | |", "|---|" + "---|" * len(columns) + "---|"]
         lines += [
-            f"| {row.feature} | {' | '.join(verdict(row.tests.get(name, ''), outcomes) for name in COLUMNS)} | {row.note} |"
+            f"| {row.feature} | {' | '.join(verdict(row.tests.get(name, ''), outcomes) for name in columns)} | {row.note} |"
             for row in rows
         ]
         lines.append("")
     return "\n".join(lines)
 
 
+def columns_of(rows: Sequence[Row]) -> Sequence[str]:
+    """The optimizers of a section: those of all, or its own where it names none of them."""
+    named = list(dict.fromkeys(name for row in rows for name in row.tests))
+    return COLUMNS if not named or set(named) & set(COLUMNS) else named
+
+
 def counts(sections: Mapping[str, Sequence[Row]], outcomes: Mapping[str, bool]) -> dict[str, int]:
     """How many cells have each word."""
     words = [
-        verdict(row.tests.get(name, ""), outcomes) for rows in sections.values() for row in rows for name in COLUMNS
+        verdict(row.tests.get(name, ""), outcomes)
+        for rows in sections.values()
+        for row in rows
+        for name in columns_of(rows)
     ]
     return {word: words.count(word) for word in (TESTED, REFUSED, UNTESTED)}

@@ -1,5 +1,7 @@
 """The rows of the table of what is supported; see support.py."""
 
+from collections.abc import Callable
+
 from support import Row, both, each
 
 ADAMW, MINI, LION = "BlockwiseAdamW", "BlockwiseAdamMini", "BlockwiseLion"
@@ -19,6 +21,28 @@ def _stage(stage: int) -> dict[str, str]:
 def _layout(layout: str) -> dict[str, str]:
     """Parity on megatron-core of a model and layout."""
     return each(lambda kind: rf"{_MEGATRON}test_equals_the_single_process_twin\[{kind}-{layout}\]")
+
+
+MUON, MUON_MINI = "BlockwiseMuon", "BlockwiseMuonMini"
+_MUON, _MEGATRON_MUON = "tests/deepspeed_door/test_deepspeed_muon.py::", "tests/megatron_door/test_megatron_muon.py::"
+# by what stands in their tests' names
+_MUON_LAYOUTS = {
+    "TP": "tp2",
+    "TP and the distributed optimizer": "tp2.distributed",
+    "TP and PP": "tp2.pp2",
+    "TP and SP": "tp2.sp",
+    "TP, SP, EP and the distributed optimizer": "tp2.ep2.sp.distributed",
+    "virtual stages and the distributed optimizer": "pp2.vpp2.distributed",
+    "bf16, TP": r"tp2(?:.distributed)?.bf16",
+}
+
+
+def _muons(test: Callable[[str], str]) -> dict[str, str]:
+    return {kind: test(kind) for kind in (MUON, MUON_MINI)}
+
+
+def _megatron_muon(layout: str) -> Callable[[str], str]:
+    return lambda kind: rf"{_MEGATRON_MUON}test_(?:equals|steps)\w+\[{kind}-\w+-\d-{layout}\]"
 
 
 SECTIONS = {
@@ -170,6 +194,37 @@ SECTIONS = {
             "checkpoints of Megatron's Adam, and for it",
             {ADAMW: f"{_SAVED}test_(?:plain_adam_goes|blockwise_adamw_goes)"},
         ),
+    ],
+    "Muon": [
+        Row(
+            "one process",
+            {
+                MUON: "tests/optim/test_muon.py::test_it_is_torchs",
+                MUON_MINI: "tests/optim/test_muon.py::test_the_other_half",
+            },
+        ),
+        Row(
+            "FSDP2",
+            {
+                MUON: r"tests/optim/test_muon.py::test_matrices_that_fsdp\w+\[mesh0",
+                MUON_MINI: "tests/optim/test_muon.py::test_the_other_half",
+            },
+        ),
+        Row("HSDP", {MUON: r"tests/optim/test_muon.py::test_matrices_that_fsdp\w+\[mesh2"}),
+        *(
+            Row(
+                f"ZeRO-{stage}",
+                _muons(lambda kind, stage=stage: rf"{_MUON}test_(?:cut|it_trains)\w+\[{kind}-\w+-{stage}-"),
+            )
+            for stage in range(4)
+        ),
+        Row("checkpoints, same layout", _muons(lambda kind: rf"{_MUON}test_a_resumed_run\w+\[{kind}-")),
+        Row("checkpoints, other ranks and stages", _muons(lambda kind: rf"{_MUON}test_universal\w+\[{kind}-")),
+        Row("pipelines (PipelineModule), resumed", {MUON: f"{_MUON}test_a_pipeline"}),
+        Row("AutoTP", {MUON: f"!{_MUON}test_slices_that_deepspeed"}),
+        *(Row(f"Megatron {name}", _muons(_megatron_muon(layout))) for name, layout in _MUON_LAYOUTS.items()),
+        Row("Megatron models, TP with ZeRO", {MUON: f"{_MEGATRON_MUON}test_megatron_layers_inside"}),
+        Row("Megatron checkpoints", _muons(lambda kind: rf"{_MEGATRON_MUON}test_a_checkpoint_goes\w+\[{kind}-")),
     ],
     "Beside the optimizer": [
         Row("sequence length warmup, ZeRO 0 to 3", {ADAMW: f"{_LENGTHS}test_deepspeed.py::test_trains_and_resumes"}),

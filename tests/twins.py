@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -187,6 +188,19 @@ class Twin:
 
     def clip(self, norm: float) -> None:
         torch.nn.utils.clip_grad_norm_([leaf.tensor for leaf in self.leaves.values()], norm)
+
+
+def clip_blocks(twin: Any, limits: dict[str, float | str], norms: dict[str, list[float]] | None = None) -> None:
+    """torch's own clipping, of the leaves of a block type at a time; "90%": at numpy's percentile of all norms so far."""
+    for block, limit in limits.items():
+        leaves = [leaf.tensor for leaf in twin.leaves.values() if leaf.block == block]
+        if leaves and isinstance(limit, str):
+            assert norms is not None
+            grads = torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
+            norms.setdefault(block, []).append(float(grads.norm()))
+            limit = float(np.percentile(norms[block], float(limit[:-1])))
+        if leaves:
+            torch.nn.utils.clip_grad_norm_(leaves, limit)
 
 
 def paper_lr(step: int, ratio: float, lr: float, min_lr: float, warmup: int, total: int) -> float:

@@ -16,6 +16,7 @@ TOTAL = 10
 
 
 BF16_OPTIMIZER = {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}
+PERCENTILES = {"optimizer": {"block_clip": "30%"}}
 FP16 = {"dtype": "fp16", "fp16": {"loss_scale_window": 2}}  # doubles the scale before the save
 
 
@@ -77,6 +78,8 @@ def resumed(kind, model, stage, options, folder, universal=False):
         (LION, "llama", 1, 2, BF16_OPTIMIZER, False),
         (LION, "llama", 2, 2, FP16, True),
         (LION, "llama", 3, 2, {"zero": SUB_GROUPS}, True),
+        (ADAMW, "llama", 2, 2, PERCENTILES, False),
+        (ADAMW, "llama", 3, 2, {"zero": SUB_GROUPS, **PERCENTILES}, True),
     ],
 )
 def test_a_resumed_run_goes_on_to_the_bit(kind, model, stage, ranks, options, universal, tmp_path):

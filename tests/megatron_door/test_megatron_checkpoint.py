@@ -69,7 +69,15 @@ def accepting(*names, **settings):
     ],
 )
 def test_the_same_layout_resumes_to_the_bit(kind, ranks, variant, layout, form):
-    job, folder, wanted = saved(ranks, kind, variant, layout, form)
+    resumes(ranks, *saved(ranks, kind, variant, layout, form))
+
+
+@pytest.mark.parametrize("form", [MODEL, LEGACY])
+def test_norms_that_percentiles_are_of_are_saved(form):
+    resumes(2, *saved(2, ADAMW, "gqa", BF16_DP, form, settings={"block_clip": "30%"}))
+
+
+def resumes(ranks, job, folder, wanted):
     for found in loaded(ranks, job, folder):
         assert "error" not in found, found
         assert not [name for name, value in wanted["weights"].items() if not torch.equal(found["weights"][name], value)]

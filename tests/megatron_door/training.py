@@ -13,7 +13,7 @@ from megatron_door.layouts import LENGTH, VOCABULARY, Layout, build_chunks, gath
 from megatron_door.twin import BLOCK_RATIOS, MegatronTwin, model_inputs
 from ranks import pool
 from references import once
-from twins import REFERENCES, paper_lr, worst_difference
+from twins import REFERENCES, clip_blocks, paper_lr, worst_difference
 
 LR, MIN_LR, WARMUP, TOTAL, DECAY, BETAS, EPS, CLIP, BATCH = 2e-3, 1e-4, 3, 12, 0.1, (0.9, 0.95), 1e-5, 0.5, 4
 NAMES = {name: kind.megatron for name, kind in KINDS.items()}
@@ -51,7 +51,7 @@ def reference(
     schedule: str = "megatron",
     vector_biases: bool = False,
     layers: int = 2,
-    limits: tuple[tuple[str, float], ...] = (),
+    limits: tuple[tuple[str, float | str], ...] = (),
 ) -> tuple[dict, dict, list[float]]:
     """(weights at the start, weights after the steps, losses) of the unfused twin in one process, in micro batches of 1.
 
@@ -68,13 +68,11 @@ def reference(
         # what Megatron calls --adam-beta1 is not Lion's
         betas = (0.95, 0.98) if kind == "BlockwiseLion" and schedule != "paper" else BETAS
         optimizer = REFERENCES[kind if kind != "adam" else "BlockwiseAdamW"](twin, betas, EPS, DECAY, ratios)
-        losses = []
+        losses, norms = [], {}
         for number, batch in enumerate(batches(steps)):
             losses.append(sum(twin.backward(ids, 1 / BATCH, dtype) / BATCH for ids in batch.split(1)))
             twin.clip(CLIP)
-            for block, limit in limits:
-                leaves = [leaf.tensor for leaf in twin.leaves.values() if leaf.block == block]
-                torch.nn.utils.clip_grad_norm_(leaves, limit)
+            clip_blocks(twin, dict(limits), norms)
             optimizer.step(
                 lambda ratio: (
                     megatron_lr(number, ratio)

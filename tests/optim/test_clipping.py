@@ -1,10 +1,14 @@
 """Clipping by block type against torch's own on the unfused twin's leaves."""
 
+import collections
+import copy
+
+import numpy as np
 import pytest
 import torch
-from optim.block_clip import LIMITS, clip, in_deepspeed, in_fsdp, in_stages
+from optim.block_clip import LIMITS, PERCENTILES, in_deepspeed, in_fsdp, in_stages
 from ranks import pool
-from twins import RATIOS, Twin, make
+from twins import RATIOS, Twin, clip_blocks, make
 
 from blockwise_lr import BlockError, BlockwiseAdamMini, BlockwiseAdamW, map_blocks
 
@@ -18,7 +22,7 @@ def test_gradients_of_fused_weights_are_clipped_as_torch_clips_their_parts(model
     model(ids, labels=ids).loss.backward()
     twin.backward(ids, 1.0)
     ours = BlockwiseAdamW(model.named_parameters(), block_map=map_blocks(model), block_clip=LIMITS)
-    clip(twin, LIMITS)
+    clip_blocks(twin, LIMITS)
     ours.step()  # clips what the parameters hold
     for leaf in twin.leaves.values():  # their gradients, fused as their values are
         leaf.tensor.data = leaf.tensor.grad
@@ -77,6 +81,34 @@ def test_bad_powers(power):
         BlockwiseAdamMini(make("llama").named_parameters(), grad_power=1.5)
 
 
+def test_percentiles_follow_the_last_norms_through_saves_and_copies():
+    """Against numpy's percentile of the last 1,000; a step without a gradient has no norm, and takes a place."""
+    options = dict(lr=1e-3, block_clip={"norm": "30%"}, kernel="reference")
+    weight = torch.nn.Parameter(torch.ones(4))
+    ours = BlockwiseAdamW([("model.norm.weight", weight)], **options)
+    norms, draws = collections.deque(maxlen=1000), np.random.default_rng(0)
+    for number in range(1300):
+        if number == 700:
+            saved = ours.state_dict()
+            ours = BlockwiseAdamW([("model.norm.weight", weight)], **options)
+            ours.load_state_dict(saved)
+        if number == 800:
+            ours = copy.deepcopy(ours)
+            (weight,) = ours.all_tensors()
+        norms.append(draws.lognormal() if number % 10 else np.nan)
+        size = np.nan_to_num(norms[-1])
+        weight.grad = torch.full_like(weight, size / 2)
+        ours.step()
+        limit = np.nanpercentile(norms, 30) if number else np.inf
+        assert float(weight.grad.norm()) == pytest.approx(size * min(limit / (size + 1e-6), 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("limits", ["90", "0%", {"ffn": "101%"}, "a%", {"kv": "90%"}])
+def test_bad_percentiles(limits):
+    with pytest.raises(BlockError, match="block_clip"):
+        BlockwiseAdamW(make("llama").named_parameters(), block_clip=limits)
+
+
 @pytest.mark.parametrize("limits", [{"ffn": 0}, {"ffn": "1"}, {"kv": 1.0}, -1.0])
 def test_bad_limits(limits):
     with pytest.raises(BlockError, match="block_clip"):
@@ -90,18 +122,20 @@ def test_in_fsdp_norms_are_those_of_all_shards(ranks, kind):
 
 
 CASES = [
-    (ADAMW, "llama", 0, 2, {}, 0.5),
-    (ADAMW, "gpt2", 1, 2, {}, 0.0),
-    (MINI, "llama", 2, 2, {}, 0.5),
-    (ADAMW, "llama", 2, 2, {"offload_optimizer": {"device": "cpu"}}, 0.0),
-    (ADAMW, "gpt2", 3, 2, {"sub_group_size": 3000}, 0.5),
-    (MINI, "llama", 3, 2, {"sub_group_size": 3000}, 0.0),
+    (ADAMW, "llama", 0, 2, {}, 0.5, LIMITS),
+    (ADAMW, "gpt2", 1, 2, {}, 0.0, LIMITS),
+    (MINI, "llama", 2, 2, {}, 0.5, LIMITS),
+    (ADAMW, "llama", 2, 2, {"offload_optimizer": {"device": "cpu"}}, 0.0, LIMITS),
+    (ADAMW, "gpt2", 3, 2, {"sub_group_size": 3000}, 0.5, LIMITS),
+    (MINI, "llama", 3, 2, {"sub_group_size": 3000}, 0.0, LIMITS),
+    (ADAMW, "gpt2", 2, 2, {}, 0.0, PERCENTILES),
+    (MINI, "llama", 3, 2, {"sub_group_size": 3000}, 0.5, PERCENTILES),
 ]
 
 
-@pytest.mark.parametrize("kind, model, stage, ranks, zero, global_norm", CASES)
-def test_in_deepspeed_it_is_the_twins(kind, model, stage, ranks, zero, global_norm):
-    for apart, from_unclipped in pool(ranks).run(in_deepspeed, model, kind, stage, zero, global_norm):
+@pytest.mark.parametrize("kind, model, stage, ranks, zero, global_norm, limits", CASES)
+def test_in_deepspeed_it_is_the_twins(kind, model, stage, ranks, zero, global_norm, limits):
+    for apart, from_unclipped in pool(ranks).run(in_deepspeed, model, kind, stage, zero, global_norm, limits):
         assert apart < 1e-5 and from_unclipped > 1e-3
 
 

@@ -63,7 +63,7 @@ def register(
     accept_mismatch: Iterable[str] = (),
     ratio_fade_steps: int = 0,
     block_schedule: Mapping[str, Any] | None = None,
-    block_clip: Mapping[str, float] | float | None = None,
+    block_clip: Mapping[str, float | str] | float | str | None = None,
     block_muon: Mapping[str, Any] | None = None,
 ) -> Registration:
     """Lets ``get_megatron_optimizer`` build ``OptimizerConfig(optimizer="blockwise_adamw")``, or another of ours.

@@ -10,12 +10,12 @@ from typing import Any
 
 from ..blocks import PRESETS, BlockError
 from ..blocks.presets import ANY_SIZE
-from ..blocks.types import block_values, shown
+from ..blocks.types import shown
 from ..blocks.user_rules import own_blocks, user_rules
 from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
-from ..rules.options import OptimizerOptions
+from ..rules.options import OptimizerOptions, clip_limits
 from . import muon, sequence_length
 from .schedule import BlockSchedule
 
@@ -64,7 +64,7 @@ class BlockSettings:
     accept_mismatch: tuple[str, ...] = ()
     ratio_fade_steps: int = 0
     block_schedule: Mapping[str, Any] | None = None
-    block_clip: Mapping[str, float] | float | None = None
+    block_clip: Mapping[str, float | str] | float | str | None = None
     block_muon: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -342,7 +342,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=_limit,
         action=BlockValues,
         metavar="BLOCK=NORM",
-        help="Largest gradient norm of block types, each over the whole model, after --clip-grad.",
+        help="Largest gradient norm of block types, each over the whole model, after --clip-grad; or, as in embedding=90%%, "
+        "that percentile of the block type's last 1,000 norms.",
     )
     group.add_argument(
         "--block-schedule",
@@ -410,9 +411,10 @@ def _ratio(text: str) -> tuple[str, float | str]:
     return _pair(text) if "=" in text else ("preset", text)
 
 
-def _limit(text: str) -> tuple[str, float]:
-    pair = _pair(text)
-    return _checked(pair, lambda: block_values(dict([pair]), "block_clip", positive=True))
+def _limit(text: str) -> tuple[str, float | str]:
+    name, _, value = text.partition("=")
+    pair = (name, value) if value.endswith("%") else _pair(text)
+    return _checked(pair, lambda: clip_limits(dict([pair])))
 
 
 def _steps(text: str) -> int:

@@ -112,7 +112,7 @@ class BlockwiseOptimizer(Saving):
     Options: ClassVar[type[OptimizerOptions]]
     own_blocks: Mapping[str, float | None] = MappingProxyType({})  # the user's, and the ratios that their rules state
     places: Sequence[Sequence[str | None]] = ()  # per param group, its parameters' names; as block_clip
-    block_clip: Mapping[str, float] = {}  # of states of 0.3 and before, which do not say
+    block_clip: Mapping[str, float | str] = {}  # of states of 0.3 and before, which do not say
     grad_power: float = 1.0
     block_schedule: Any = None  # an adapter's, whose scheduler asks for it
     _idle_steps: int | None = 0  # in which no parameter had a gradient; None: not counted
@@ -571,6 +571,7 @@ class BlockwiseOptimizer(Saving):
                 lambda tensor: group_of.get(id(tensor)),
                 [group for group in dict.fromkeys(shards.groups) if group is not None],
                 lambda tensor: counted.get(id(tensor), True),
+                self.param_groups,
             )
         return self._clip
 

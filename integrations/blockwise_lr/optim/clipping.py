@@ -2,12 +2,14 @@
 
 Every block type's squares are summed over all its elements in the model, by one all-reduce of a few numbers per step (and per
 process group that shards parameters); then its gradients are multiplied by min(1, limit / (norm + 1e-6)), as
-torch.nn.utils.clip_grad_norm_ does for all together. What a framework clips globally is clipped before.
+torch.nn.utils.clip_grad_norm_ does for all together. What a framework clips globally is clipped before. A limit may be a
+percentile of the block type's own last norms (:mod:`.clip_history`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch.distributed import ProcessGroup
 from ..blocks.types import BlockType
 from ..plan.step_plan import CLASS, StepPlan
 from ..plan.views import runs_of, slots_of
+from .clip_history import ClipHistory
 from .tensors import is_row, row, write_back
 
 _BLOCKS = {block: number for number, block in enumerate(BlockType)}
@@ -52,11 +55,12 @@ class BlockClip:
     """The limits, and the factors of the step that is being taken.
 
     Args:
-        limits: block type -> largest norm; block types not named are not clipped.
+        limits: block type -> largest norm, or as "90%" a percentile of its own; block types not named are not clipped.
         plan_of: the step plan of one of the optimizer's tensors.
         group_of: the process group over which a tensor and its like on other ranks are disjoint parts; None: it is whole.
         groups: all such groups; this rank takes part in their sums whatever it has gradients for.
         counts: whether a tensor's squares are this rank's to count.
+        param_groups: the optimizer's, which keep the norms that percentiles are of.
 
     Attributes:
         peers: of optimizers that step parts of one model one after another: what gives each one's BlockClip and gradients, in
@@ -66,13 +70,16 @@ class BlockClip:
 
     def __init__(
         self,
-        limits: Mapping[str, float],
+        limits: Mapping[str, float | str],
         plan_of: Callable[[torch.Tensor], StepPlan],
         group_of: Callable[[torch.Tensor], ProcessGroup | None],
         groups: Sequence[ProcessGroup],
         counts: Callable[[torch.Tensor], bool],
+        param_groups: Sequence[MutableMapping[str, Any]],
     ) -> None:
         self._limits = {_BLOCKS[BlockType(block)]: limit for block, limit in limits.items()}
+        percentiles = {number: float(of.rstrip("%")) for number, of in self._limits.items() if isinstance(of, str)}
+        self._history = ClipHistory(percentiles, param_groups) if percentiles else None
         self._plan_of, self._group_of, self._groups, self._counts = plan_of, group_of, groups, counts
         self._factors: torch.Tensor | None = None
         self._ready = False  # the factors are of the step that is being taken
@@ -95,9 +102,15 @@ class BlockClip:
 
     def _take(self, norms: torch.Tensor, grads: Sequence[Gradient]) -> None:
         """The norms of a step that is about to be taken on these gradients."""
+        if self._history is not None:
+            self._history.add(norms)
         limits = torch.full_like(norms, torch.inf)
         for number, limit in self._limits.items():
-            limits[number] = limit
+            if isinstance(limit, str):
+                assert self._history is not None
+                limits[number] = self._history.limit(number)
+            else:
+                limits[number] = limit
         factors = (limits / (norms + 1e-6)).clamp(max=1.0)
         # a norm of inf or NaN makes NaN of what is clipped, as in torch, and of nothing else
         self._factors = torch.where(torch.isinf(limits), torch.ones_like(factors), factors)

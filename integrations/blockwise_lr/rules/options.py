@@ -7,6 +7,7 @@ refused, because each of them usually means that something else was intended.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
@@ -120,10 +121,33 @@ def _decays(value: Any, info: ValidationInfo) -> dict[str, float]:
     return {str(block): decay for block, decay in found.items()}
 
 
-def _limits(value: Any) -> dict[str, float]:
+def clip_limits(value: Any) -> dict[str, float | str]:
+    """The option ``block_clip``, checked: block type -> norm, or a percentile as "90%"; one of them: of all block types.
+
+    Raises:
+        BlockError: an unknown block type, or a value that is neither.
+    """
     if value is not None and not isinstance(value, Mapping):
         value = dict.fromkeys(BlockType, value)
-    return {str(block): limit for block, limit in block_values(value, "block_clip", positive=True).items()}
+    found: dict[str, float | str] = {}
+    for block, limit in (value or {}).items():
+        share = _percentile(limit)
+        known = block_values({block: limit if share is None else share}, "block_clip", positive=True)
+        found |= {str(name): number if share is None else f"{share:g}%" for name, number in known.items()}
+    return found
+
+
+def _percentile(limit: Any) -> float | None:
+    """90.0 of "90%"; None of what is no text."""
+    if not isinstance(limit, str):
+        return None
+    try:
+        share = float(limit.strip().removesuffix("%")) if limit.strip().endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 100:
+        raise BlockError(f'block_clip has {shown(limit)}; give a norm as a number, or a percentile as in "90%"')
+    return share
 
 
 def _rules(value: Any) -> Any:
@@ -294,11 +318,12 @@ class OptimizerOptions(GroupOptions):
         ),
     ] = ()
     block_clip: Annotated[
-        dict[str, float],
-        BeforeValidator(_limits),
+        dict[str, float | str],
+        BeforeValidator(clip_limits),
         Field(
             description="largest gradient norm of block types, each over all of the model, beside what a framework clips "
-            "globally before; a number: of every block type. Nothing by default"
+            'globally before; or as "90%" that percentile of the block type\'s last 1,000 norms; one value: of every block '
+            "type. Nothing by default"
         ),
     ] = {}
     grad_power: Annotated[
