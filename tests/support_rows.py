@@ -238,6 +238,11 @@ SECTIONS = {
         Row("block_metrics, ZeRO 1 to 3", each("tests/measure/test_monitor.py::test_a_ds_config_writes")),
         Row("--block-metrics-interval, TP, PP, CP, EP", {ADAMW: "tests/megatron_door/test_megatron_metrics.py::"}),
         Row("guard, ZeRO-2 and 3", {ADAMW: "tests/measure/test_guard.py::test_an_engine_goes_back"}),
+        Row(
+            "guard, Trainer",
+            {ADAMW: "tests/hugging_face/test_trainer_guard.py::test_(?:rates|it_saves)"},
+            "Megatron's --guard on 0.19: test_megatron_guard.py",
+        ),
         Row("sharpness, DeepSpeed and FSDP2", {ADAMW: "tests/measure/test_estimates.py::test_(?:ranks_find|sharded)"}),
         Row(
             "sharpness, Megatron's TP, SP, PP, CP, EP",

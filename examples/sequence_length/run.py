@@ -157,11 +157,10 @@ def _train(given: tuple[Run, Path, Path]) -> Run:
     return run
 
 
-def train_all(form: str, folder: Path, jobs: int) -> None:
+def train_all(form: str, folder: Path, jobs: int, text: Path) -> None:
     """Runs what the folder lacks, some at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [run for run in runs_of(form) if run not in load(folder)]
-    text = ROOT / "runs" / "reproduce"
     Text(text, "0.3M", LENGTH)  # made once, before the processes share it
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
@@ -175,6 +174,9 @@ def main() -> None:
     parser.add_argument("--form", choices=list(FORMS), default="short")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sequence_length", help="rows, table and picture")
+    parser.add_argument(
+        "--text", type=Path, default=ROOT / "runs" / "reproduce", help="folder of token ids, made there once"
+    )
     parser.add_argument("--report", action="store_true", help="only README.md and its picture, from rows/")
     args = parser.parse_args()
     if args.report:
@@ -182,7 +184,7 @@ def main() -> None:
         page.write_text(with_tables(page.read_text(), rows))
         draw(rows, "short", HERE / "curves.png")
         return
-    train_all(args.form, args.out, args.jobs)
+    train_all(args.form, args.out, args.jobs, args.text)
     rows = load(args.out)
     draw(rows, args.form, args.out / "curves.png")
     print(table(rows, args.form), correlations(rows, args.form), f"picture: {args.out / 'curves.png'}", sep="\n\n")

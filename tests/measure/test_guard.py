@@ -137,6 +137,17 @@ def test_ranks_decide_alike():
     assert "not finite on a rank" in first[1]
 
 
+def on_stages():
+    guard = Guard(optimizer_of(), after=0, loss_ratio=1.5)
+    mine = [(None, 1.0), (None, None), (None, 2.0)]  # a pipeline's last stage alone has losses; none of a skipped step
+    return [guard.step(losses[dist.get_rank()]) for losses in mine]
+
+
+def test_stages_without_a_loss_are_no_part_of_the_mean():
+    first, second = pool(2).run(on_stages)
+    assert first == second and first[:2] == [None, None] and first[2].step == 3
+
+
 def spiked(folder, stage, at, action, attempts=3, saves=(2, 4)):
     """Trains 8 steps; the losses that the guard is told are 10 from step `at` on as often as asked; what it did."""
     import blockwise_lr.deepspeed as door

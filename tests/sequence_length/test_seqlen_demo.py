@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "sequence_length"
 
 
@@ -35,7 +37,11 @@ def test_every_row_is_there_and_of_the_same_tokens():
 
 
 def test_a_tiny_form_runs_and_goes_on(tmp_path):
-    words = [sys.executable, "run.py", "--form", "tiny", "--jobs", "1", "--out", str(tmp_path)]
+    text = tmp_path / "text"
+    text.mkdir()
+    for side, size in (("training", 80_000), ("validation", 20_000)):
+        np.save(text / f"{side}-1024.npy", np.random.default_rng(size).zipf(1.3, size).clip(max=1023).astype(np.uint16))
+    words = [sys.executable, "run.py", "--form", "tiny", "--jobs", "1", "--out", str(tmp_path), "--text", str(text)]
     done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = {file: file.read_text() for file in tmp_path.glob("*.json")}

@@ -122,11 +122,11 @@ class Guard:
         self._quiet_until, self._in_a_row, self._last = 0, 0, -math.inf
         self.alarms: list[Alarm] = []
 
-    def step(self, loss: float | torch.Tensor, figures: Mapping[str, float] | None = None) -> Alarm | None:
+    def step(self, loss: float | torch.Tensor | None, figures: Mapping[str, float] | None = None) -> Alarm | None:
         """Judges a step that was taken. All ranks call it.
 
         Args:
-            loss: this rank's of the step.
+            loss: this rank's of the step; None where it has none, as before the last pipeline stage.
             figures: what a :class:`~blockwise_lr.measure.BlockMonitor` has reported of the step, where it has.
 
         Returns:
@@ -136,7 +136,10 @@ class Guard:
             Unstable: the run is to end.
         """
         self.steps_done += 1
-        mean, is_finite = self._mean(loss)
+        found = self._mean(loss)
+        if found is None:
+            return None
+        mean, is_finite = found
         reason = self._judged(mean, is_finite, figures or {})
         if reason is None:
             return None
@@ -163,17 +166,17 @@ class Guard:
         self._variances = dict(state["variances"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
 
-    def _mean(self, loss: float | torch.Tensor) -> tuple[float, bool]:
-        """The ranks' mean loss, and whether all of theirs are finite."""
-        value = plain(loss)
-        finite = math.isfinite(value)
+    def _mean(self, loss: float | torch.Tensor | None) -> tuple[float, bool] | None:
+        """The mean loss of the ranks that have one, and whether all of theirs are finite; None where no rank has one."""
+        value = None if loss is None else plain(loss)
+        finite = value is not None and math.isfinite(value)
         if not dist.is_initialized():
-            return value, finite
-        told = torch.tensor([value if finite else 0.0, float(finite), 1.0], dtype=torch.float64)
+            return None if value is None else (value, finite)
+        told = torch.tensor([value if finite else 0.0, float(finite), float(value is not None)], dtype=torch.float64)
         told = told.to(device_of([self._group]))
         dist.all_reduce(told, group=self._group)
         total, count, ranks = told.tolist()
-        return (total / count if count else math.nan), count == ranks
+        return ((total / count if count else math.nan), count == ranks) if ranks else None
 
     def _judged(self, mean: float, is_finite: bool, figures: Mapping[str, float]) -> str | None:
         """What is past a threshold, in a sentence."""

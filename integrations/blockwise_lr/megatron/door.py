@@ -9,6 +9,7 @@ from typing import Any
 from ..optim.base import BlockwiseOptimizer
 from ..patches import (
     megatron_arguments,
+    megatron_guard,
     megatron_log,
     megatron_optimizer,
     megatron_schedule,
@@ -18,7 +19,7 @@ from ..patches import (
 )
 from ..patches.symbols import has_module
 from ..rules.param_groups import ratio_now, state_block_lrs
-from . import metrics
+from . import guard, metrics
 from .build import build, current_block_lrs
 from .schedule import schedule_in
 from .sequence_length import cut_batches, length_now, report, token_decay
@@ -109,7 +110,7 @@ def apply_patches() -> Callable[[], None]:
     """
     upstream_megatron.UPSTREAM.check()
     undos = [megatron_optimizer.PATCH.apply(_OPTIMIZER), megatron_schedule.PATCH.apply(_SCHEDULE)]
-    undos += [megatron_token_decay.PATCH.apply(_DECAY)]
+    undos += [megatron_token_decay.PATCH.apply(_DECAY), megatron_guard.PATCH.apply(_GUARD)]
     if has_module("megatron.training"):
         upstream_megatron.TRAINING.check()
         undos += [
@@ -137,15 +138,30 @@ def _own_rates(
     return None if schedule is None else schedule.rates(samples, peak, low, ratios)
 
 
+def _build(*given: Any, **arguments: Any) -> Any:
+    guard.start(upstream_megatron.global_arguments())
+    return build(*given, **arguments)
+
+
 _OPTIMIZER = megatron_optimizer.Hooks(
     kinds=KINDS,
     optimizer_type=BlockwiseOptimizer,
     settings_of=settings_of,
     attach_settings=attach_settings,
-    build=build,
+    build=_build,
 )
 _SCHEDULE = megatron_schedule.Hooks(ratios=_ratios, state_rates=state_block_lrs, own_rates=_own_rates)
 _ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
-_LOG = megatron_log.Hooks(rates=current_block_lrs, before_step=metrics.before_step, after_step=metrics.after_step)
+_GUARD = megatron_guard.Hooks(state=guard.state, loaded=guard.loaded)
+
+
+def _before_step(arguments: Any, optimizer: Any) -> None:
+    metrics.before_step(arguments, optimizer)
+    guard.before_step(arguments, optimizer)
+
+
+_LOG = megatron_log.Hooks(
+    rates=current_block_lrs, before_step=_before_step, after_step=metrics.after_step, judge=guard.after_step
+)
 _LENGTHS = megatron_sequence_length.Hooks(length=length_now, cut=cut_batches, done=report)
 _DECAY = megatron_token_decay.Hooks(place=token_decay)

@@ -16,7 +16,7 @@ from ..optim import CLASSES
 from ..optim.base import BlockwiseOptimizer
 from ..patches import PatchError, upstream_megatron
 from ..rules.options import OptimizerOptions, clip_limits
-from . import muon, sequence_length
+from . import guard_flags, muon, sequence_length
 from .schedule import BlockSchedule
 
 _ACCEPTABLE = tuple(dict.fromkeys(name for kind in CLASSES.values() for name in kind.Options.acceptable()))
@@ -374,6 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "matrix_scale=match_rms_adamw (or original). Everything else is set as for the other optimizers.",
     )
     sequence_length.add_arguments(parser)
+    guard_flags.add_arguments(parser)
     return parser
 
 

@@ -14,6 +14,7 @@ if find_spec("transformers") is None:
         name="transformers",
     )
 
+from .guard import GuardCallback
 from .metrics import BlockMetricsCallback
 from .sequence_length import SequenceLengthCallback
 from .sharpness import SharpnessCallback
@@ -22,6 +23,7 @@ from .trainer import FACTORIES, OptimizerFactory
 __all__ = [
     "FACTORIES",
     "BlockMetricsCallback",
+    "GuardCallback",
     "OptimizerFactory",
     "SequenceLengthCallback",
     "SharpnessCallback",
