@@ -20,7 +20,7 @@ EXTRAS = deepspeed,megatron,transformers,tune,plan,report,examples,test,dev
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
-	@echo "make seqlen-demo    a small GPT at high rates with and without sequence length warmup, three seeds (10 minutes)"
+	@echo "make seqlen-demo    a small GPT at high rates with and without sequence length warmup, three seeds (13 minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test-gpu       run the tests that need a GPU, in an environment whose PyTorch has CUDA (GPU_PYTHON=...)"

@@ -1,6 +1,6 @@
 """Does a sequence length warmup let a model train at rates where it otherwise spikes? The case of arXiv 2108.06084, small.
 
-python examples/sequence_length/run.py                  # what make seqlen-demo runs: 30 short runs, a table and a picture
+python examples/sequence_length/run.py                  # what make seqlen-demo runs: 54 short runs, tables and pictures
 python examples/sequence_length/run.py --form unclipped # without gradient clipping
 python examples/sequence_length/run.py --form long      # larger and longer
 python examples/sequence_length/run.py --report         # only the tables of README.md and the picture, from rows/
@@ -27,6 +27,7 @@ from train import ARMS, FORMS, LENGTH, Run, Text, train
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 Rows = dict[Run, dict]
+DRAWN = ("short", "unclipped")  # in README.md
 
 
 def runs_of(form: str) -> list[Run]:
@@ -171,7 +172,7 @@ def train_all(form: str, folder: Path, jobs: int, text: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--form", choices=list(FORMS), default="short")
+    parser.add_argument("--form", nargs="+", choices=list(FORMS), default=["short", "unclipped"])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sequence_length", help="rows, table and picture")
     parser.add_argument(
@@ -182,12 +183,14 @@ def main() -> None:
     if args.report:
         rows, page = load(HERE / "rows"), HERE / "README.md"
         page.write_text(with_tables(page.read_text(), rows))
-        draw(rows, "short", HERE / "curves.png")
+        for form in DRAWN:
+            draw(rows, form, HERE / f"{form}.png")
         return
-    train_all(args.form, args.out, args.jobs, args.text)
-    rows = load(args.out)
-    draw(rows, args.form, args.out / "curves.png")
-    print(table(rows, args.form), correlations(rows, args.form), f"picture: {args.out / 'curves.png'}", sep="\n\n")
+    for form in args.form:
+        train_all(form, args.out, args.jobs, args.text)
+        rows, picture = load(args.out), args.out / f"{form}.png"
+        draw(rows, form, picture)
+        print(f"{form}:", table(rows, form), correlations(rows, form), f"picture: {picture}\n", sep="\n\n")
 
 
 if __name__ == "__main__":
