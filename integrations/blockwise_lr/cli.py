@@ -20,7 +20,7 @@ from .plan_command import plan
 from .report_command import report
 from .schedule_view import ratio_of, schedule
 from .submit_command import jobs, submit
-from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, console, refuse, refuse_without
+from .terminal import EXIT_CONTRADICTED, EXIT_UNMAPPED, busy, console, refuse, refuse_without
 from .tune_command import tune
 from .tune_seqlen_command import tune_seqlen
 
@@ -102,7 +102,8 @@ def _verify(target: str, rules: list[dict] | None) -> None:
     from .verification import verify
 
     try:
-        found = verify(target, rules=rules)
+        with busy("following what every parameter feeds"):
+            found = verify(target, rules=rules)
     except (BlockError, ImportError, AttributeError) as error:
         refuse("inspect", error)
     typer.echo(f"verified: {found.proven} parameters feed the attention that the map says", err=True)
@@ -217,8 +218,9 @@ def sharpness(
 
         read = read_batches(tokens, length, batch, batches)
         model = load_causal_lm(folder)
-        noise = measure_gradient_noise(model, read).as_dict() if gradient_noise else None
-        found = measure_sharpness(model, read, draws=draws, seed=seed)
+        with busy(f"measuring, {batches} batches of {draws} draws"):
+            noise = measure_gradient_noise(model, read).as_dict() if gradient_noise else None
+            found = measure_sharpness(model, read, draws=draws, seed=seed)
     except ImportError as error:
         refuse_without("sharpness", "transformers", "transformers", error)
     except (BlockError, OSError, ValueError) as error:
@@ -277,9 +279,13 @@ def families(
     try:
         if installed:
             return _installed()
-        from .transformers.public_models import PUBLIC_MODELS, survey
+        from .transformers.public_models import PUBLIC_MODELS, Survey, survey
 
-        found = [survey(model) for model in PUBLIC_MODELS]
+        with busy("mapping") as status:
+            found: list[Survey] = []
+            for model in PUBLIC_MODELS:
+                status.update(f"mapping {model.name}, {len(found)} of {len(PUBLIC_MODELS)} done")
+                found.append(survey(model))
     except ImportError as error:
         refuse_without("families", "transformers", "transformers", error)
     table = Table("model", "family", caption="depth cut to the fewest layers that show every kind of layer")

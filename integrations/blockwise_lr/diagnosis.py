@@ -18,7 +18,7 @@ from .blocks import BlockError, map_blocks
 from .inspection import find_factory, load_model
 from .measure.depth import gradient_norms
 from .measure.placement import DEEPNORM, NONE, POST, PRE, REORDERED, SANDWICH, Sublayer, placement_of, placements
-from .terminal import refuse, say
+from .terminal import busy, refuse, say
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _VOCABULARY, _MOST = 512, 1_000_000_000
@@ -253,7 +253,8 @@ def diagnose(
     try:
         if layers < 1 or seeds < 1:
             raise BlockError("--layers and --seeds are 1 or above")
-        found = diagnose_model(builders_of(target, layers), seeds=seeds)
+        with busy(f"measuring gradients over {seeds} initializations"):
+            found = diagnose_model(builders_of(target, layers), seeds=seeds)
         if plot is not None:
             draw(found, plot)
     except ImportError as error:

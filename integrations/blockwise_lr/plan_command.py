@@ -7,7 +7,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -22,8 +22,11 @@ from .planning.megatron_state import MegatronStates
 from .planning.recipe import PEAK, Memory, Recipe, ds_config, megatron_args, recipe
 from .planning.report import short, show
 from .planning.size import Size, model_size
-from .planning.state import largest_state_bytes
-from .terminal import console, refuse, refuse_without
+from .planning.state import largest_state_bytes, peak_bytes
+from .terminal import busy, console, refuse, refuse_without
+
+if TYPE_CHECKING:
+    from .transformers.activations import PassPeak
 
 _DAY = 86400.0
 
@@ -199,7 +202,7 @@ def _planned(
             "--tensor-parallel, --pipeline-parallel and --expert-parallel are for a Megatron argument file"
         )
     elif counted is not None:
-        kept = _activations(counted[0], sequences, length, checkpointing)
+        kept = _passes(counted[0], sequences, length, checkpointing)
         memory = _memory(counted[0], 1 if zero is None else zero, shared, optimizer, kept)
     if (length_start is None) != (length_steps is None):
         raise BlockError("--length-warmup-start and --length-warmup-steps go together; give both")
@@ -276,24 +279,33 @@ def _compute(
     return days * _DAY * rate, rate
 
 
-def _activations(model: torch.nn.Module, sequences: int, length: int, checkpointing: bool) -> int | None:
-    """None for a model that is no transformers one, or does not run without contents."""
+def _passes(model: torch.nn.Module, sequences: int, length: int, checkpointing: bool) -> tuple[int, PassPeak] | None:
+    """What a forward pass keeps, and the most of both passes; None for a model that is no transformers one, or does not run
+    without contents."""
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
-    from .transformers.activations import activation_bytes
+    from .transformers.activations import activation_bytes, pass_peak
 
     try:
-        return activation_bytes(config, sequences, length, checkpointing=checkpointing)
+        with busy("running the model without contents"):
+            kept = activation_bytes(config, sequences, length, checkpointing=checkpointing)
+            return kept, pass_peak(config, sequences, length, checkpointing=checkpointing)
     except BlockError:
         return None
 
 
-def _memory(model: torch.nn.Module, stage: int, ranks: int, optimizer: str, activations: int | None) -> Memory:
+def _memory(
+    model: torch.nn.Module, stage: int, ranks: int, optimizer: str, passes: tuple[int, PassPeak] | None
+) -> Memory:
     block_map = map_blocks(model, family=getattr(model, "blockwise_family", None))
     states = largest_state_bytes(block_map, stage=stage, ranks=ranks, optimizer=optimizer)
     with_adamw = states if optimizer == "adamw" else largest_state_bytes(block_map, stage=stage, ranks=ranks)
-    return Memory(f"ZeRO-{stage}", ranks, optimizer, states, with_adamw, activations)
+    layout = f"ZeRO-{stage}"
+    if passes is None:
+        return Memory(layout, ranks, optimizer, states, with_adamw, None)
+    peaks = [peak_bytes(of, stage, passes[1].gradients, passes[1].others) for of in (states, with_adamw)]
+    return Memory(layout, ranks, optimizer, states, with_adamw, passes[0], *peaks)
 
 
 def _is_of_megatron(model: torch.nn.Module) -> bool:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ._version import __version__
 from .blocks import BlockError
-from .terminal import console, refuse, refuse_without
+from .terminal import busy, console, refuse, refuse_without
 
 
 def report(
@@ -42,11 +41,10 @@ def report(
     from . import reporting
     from .reporting.find import with_short_names
 
-    errors = Console(stderr=True)
     try:
         if output.suffix not in (".html", ".htm"):
             raise BlockError(f"--output is {output}; name a file that ends with .html")
-        with errors.status("reading") as status:
+        with busy("reading") as status:
             found = [
                 run for word in runs for run in reporting.find_runs(word, lambda file: status.update(f"reading {file}"))
             ]

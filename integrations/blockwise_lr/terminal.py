@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 EXIT_BAD_INPUT, EXIT_UNMAPPED, EXIT_CONTRADICTED = 2, 3, 4
 
@@ -14,6 +15,11 @@ def console(width: int = 200) -> Console:
     """Standard output; so wide where it is no terminal, so that nothing is cut in a file or a pipe."""
     found = Console()
     return found if found.is_terminal else Console(width=width)
+
+
+def busy(what: str) -> Status:
+    """A line on the standard error while something takes its time; none where that is no terminal."""
+    return Console(stderr=True).status(what)
 
 
 def say(text: str) -> None:

@@ -117,7 +117,7 @@ def test_a_second_plan_stands_beside_by_what_is_other_in_it(tmp_path):
     done = plan(*words, "--compare", "--optimizer adam_mini --zero 2")
     assert done.exit_code == 0, done.output
     marked = {line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│ *")}
-    assert marked == {"optimizer", "layout", "gradients", "moments", "states, total"}
+    assert marked == {"optimizer", "layout", "gradients", "moments", "states, total", "peak of a step"}
     found = json.loads(plan(*words, "--compare", "--optimizer adam_mini --zero 2", "--json").stdout)
     alone = [
         json.loads(plan(*words, *more, "--json").stdout) for more in ((), ("--optimizer", "adam_mini", "--zero", 2))

@@ -1,15 +1,19 @@
 """Parameters, operations and activations of real modules against PyTorch's own counters."""
 
+import gc
+
 import pytest
 import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from blockwise_lr.blocks import BlockError
+import blockwise_lr
+from blockwise_lr.blocks import BlockError, map_blocks
 from blockwise_lr.inspection import load_model
-from blockwise_lr.planning import model_size
-from blockwise_lr.transformers.activations import activation_bytes
+from blockwise_lr.planning import model_size, state_bytes
+from blockwise_lr.planning.state import peak_bytes
+from blockwise_lr.transformers.activations import activation_bytes, pass_peak
 
 CONFIGS = {
     "llama": transformers.LlamaConfig(
@@ -93,6 +97,39 @@ def test_activations_are_what_a_real_forward_pass_keeps(kind, dtype, checkpointi
     assert loss.grad_fn is not None
     counted = activation_bytes(config, 4, 128, dtype=dtype, checkpointing=checkpointing)
     assert counted == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["BlockwiseAdamW", "BlockwiseAdamMini"])
+def test_a_step_takes_what_was_predicted_at_its_peak(name, kind, checkpointing):
+    """Against every allocation and release of a real step, in one process."""
+    config = CONFIGS[kind]
+    model = built(config, attn_implementation="sdpa", dtype=torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    block_map, ids = map_blocks(model), torch.zeros(4, 128, dtype=torch.long)
+    optimizer = getattr(blockwise_lr, name)(model.named_parameters(), lr=1e-3, block_map=block_map)
+
+    def step():
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    gc.collect()  # what earlier tests left would be released within the step
+    held = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    taken = most = sum({value.data_ptr(): value.untyped_storage().nbytes() for value in held}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        most = max(most, taken)
+    rule = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "adam_mini"}[name]
+    states = state_bytes(block_map, stage=0, ranks=1, optimizer=rule, precision="fp32")
+    found = pass_peak(config, 4, 128, dtype=torch.float32, checkpointing=checkpointing)
+    assert peak_bytes(states, 0, found.gradients, found.others) == pytest.approx(most, rel=0.01)
 
 
 def test_activations_of_70b_need_no_memory_and_grow_with_the_batch():

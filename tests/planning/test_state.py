@@ -15,6 +15,7 @@ from blockwise_lr.planning.recipe import ds_config, recipe
 from blockwise_lr.planning.state import largest_state_bytes
 
 NAMES = {"BlockwiseAdamW": "adamw", "BlockwiseAdamMini": "adam_mini", "BlockwiseLion": "lion"}
+MUONS = {"BlockwiseMuon": "muon", "BlockwiseMuonMini": "muon_mini"}
 
 
 def size_of(tensor):
@@ -37,9 +38,19 @@ def held(kind, stage, dtype):
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_real_engine_holds_what_was_predicted(dtype, kind, stage):
+    holds_what_was_predicted(dtype, kind, stage, NAMES[kind])
+
+
+@pytest.mark.parametrize("stage, dtype", [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize("kind", MUONS)
+def test_muons_too(kind, stage, dtype):
+    holds_what_was_predicted(dtype, kind, stage, MUONS[kind])
+
+
+def holds_what_was_predicted(dtype, kind, stage, rule):
     block_map = map_blocks(make("llama"))
     for parameters, masters, moments, rank in pool(2).run(held, kind, stage, dtype):
-        found = state_bytes(block_map, stage=stage, ranks=2, rank=rank, optimizer=NAMES[kind], precision=dtype)
+        found = state_bytes(block_map, stage=stage, ranks=2, rank=rank, optimizer=rule, precision=dtype)
         assert (found.parameters, found.masters, found.moments) == (parameters, masters, moments)
 
 

@@ -44,6 +44,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("memory.states.moments", "moments", gibibytes),
     ("memory.states.total", "states, total", gibibytes),
     ("memory.activations", "activations", gibibytes),
+    ("memory.peak", "peak of a step", gibibytes),
 )
 
 

@@ -27,6 +27,8 @@ class Memory:
         states: of parameters, gradients, masters and moments.
         with_adamw: the same with AdamW.
         activations: of one micro-batch; None where they were not counted.
+        peak: states and a micro-batch's forward and backward pass, when they take the most; None likewise.
+        peak_with_adamw: the same with AdamW.
     """
 
     layout: str
@@ -35,6 +37,8 @@ class Memory:
     states: StateBytes
     with_adamw: StateBytes
     activations: int | None
+    peak: int | None = None
+    peak_with_adamw: int | None = None
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,8 @@ def _memory(memory: Memory) -> Table:
         table.add_row(name, *(gibibytes(getattr(states, name)) for states in columns.values()))
     if memory.activations is not None:
         table.add_row("activations", *[gibibytes(memory.activations)] * len(columns))
-        table.add_row("all", *(gibibytes(states.total + memory.activations) for states in columns.values()))
+    if memory.peak is not None and memory.peak_with_adamw is not None:
+        peaks = {memory.optimizer: memory.peak, "adamw": memory.peak_with_adamw}
+        table.add_row("at the peak of a step", *map(gibibytes, peaks.values()))
     table.caption = "Without the framework's buckets, gathered parameters and the allocator's own."
     return table

@@ -78,6 +78,19 @@ def state_bytes(
     )
 
 
+def peak_bytes(states: StateBytes, stage: int, gradients: int, others: int) -> int:
+    """The most that a step takes: in the passes, or when all gradients are there.
+
+    Args:
+        states: of the rank.
+        stage: ZeRO's; from 2 on, gradients that other ranks keep go as soon as they are made.
+        gradients: of parameters, when the passes take the most.
+        others: activations and temporaries then.
+    """
+    made = states.gradients if stage >= 2 else gradients
+    return states.total - states.gradients + max(states.gradients, made + others)
+
+
 def largest_state_bytes(block_map: BlockMap, *, stage: int, ranks: int, **options: str) -> StateBytes:
     """What the rank with the most holds, of up to 16 that are looked at (all of them where there are no more)."""
     looked_at = sorted({round(i * (ranks - 1) / 15) for i in range(16)})
