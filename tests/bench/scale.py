@@ -38,6 +38,7 @@ MODELS = {
     "405B": dict(tensor=8, pipeline=16, embedding_as_layer=True, loss_as_layer=True),
 }
 GPUS = (512, 2048, 8192, 16384)
+FILE_SYSTEM = 100e9  # bytes a second that all ranks together write
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def table(rows: list[Row]) -> str:
         "plans a rank (KiB)",
         "built in (ms)",
     ]
-    head += ["summed a step (KiB)", "checkpoint (TB)"]
-    lines = [head, ["---", "--:", "---", *["--:"] * 6]]
+    head += ["summed a step (KiB)", "checkpoint (TB)", f"written at {FILE_SYSTEM / 1e9:.0f} GB/s (s)"]
+    lines = [head, ["---", "--:", "---", *["--:"] * 7]]
     for row in rows:
         size = str(row.layout).partition(",")[0]
         pairs = (
@@ -169,7 +170,8 @@ def table(rows: list[Row]) -> str:
         )
         cells = [" / ".join(format(value / unit, form) for value in pair) for pair, unit, form in pairs]
         stored = " / ".join(f"{value / 1e12:.2f}" for value in row.checkpoint)
-        lines.append([row.model, f"{row.layout.ranks:,}", size, f"{row.checked:,}", *cells, stored])
+        written = " / ".join(f"{value / FILE_SYSTEM:.0f}" for value in row.checkpoint)
+        lines.append([row.model, f"{row.layout.ranks:,}", size, f"{row.checked:,}", *cells, stored, written])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
