@@ -172,7 +172,7 @@ def test_text_is_held_out_by_file_on_both_sides_and_goes_through_the_tokenizer(l
     training, validation = list(data.documents(validation=False)), list(data.documents(validation=True))
     assert validation and len(validation) < 0.15 * len(training) and not set(validation) & set(training)
     text = data.Text(tmp_path)
-    tokenizer = data._tokenizer(tmp_path, 1024, "mixed")
+    tokenizer = data.tokenizer(tmp_path, 1024, "mixed")
     assert tokenizer.decode(tokenizer.encode(training[1])).strip() == training[1].strip()
     assert text.training[:200].tolist() == [n for part in training for n in tokenizer.encode(part)][:200]
     assert text.training.max() < 1024 and text.held_out(8).shape == (8, 129)
