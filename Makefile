@@ -117,6 +117,7 @@ figures: setup
 	@$(RUN) examples/reproduce/figures.py
 	@$(RUN) examples/demo/report.py
 	@$(RUN) examples/sequence_length/run.py --report
+	@$(RUN) examples/continual/run.py --report
 
 bench: setup
 	@$(RUN) tests/bench/step.py

@@ -138,7 +138,7 @@ def of_arm(rows: list[dict], arm: str) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Means over the seeds, and their range."""
-    head = "| arm | seeds | new text | max - min | old text | max - min | highest on the new text |"
+    head = "| arm | seeds | new text | max - min | old text | max - min | highest on the old text |"
     lines = [head, "|---|--:|--:|--:|--:|--:|--:|"]
     for arm in [*ARMS, ANEW]:
         found = of_arm(rows, arm)
@@ -148,7 +148,7 @@ def table(rows: list[dict]) -> str:
         for which in ("new", "old"):
             finals = [row["curve"][which][-1] for row in found]
             cells += [f"{np.mean(finals):.3f}", f"{np.ptp(finals):.3f}"]
-        highest = np.mean([max(row["curve"]["new"]) for row in found])
+        highest = np.mean([max(row["curve"]["old"]) for row in found])
         lines.append(f"| {' | '.join([*cells, '' if arm == ANEW else f'{highest:.3f}'])} |")
     return "\n".join(lines)
 
