@@ -24,12 +24,12 @@ class Hooks:
 
     Attributes:
         rates: the learning rates that a Megatron optimizer uses now, by block type; empty for one that is not ours.
-        before_step: told (Megatron's arguments, optimizer) before a step.
+        before_step: told (Megatron's arguments, optimizer, the model's chunks) before a step.
         after_step: (Megatron's arguments, optimizer) -> figures of the step, by ``name/block type``; on every rank.
     """
 
     rates: Callable[[Any], Mapping[str, Sequence[float]]]
-    before_step: Callable[[Any, Any], None] = lambda *_: None
+    before_step: Callable[[Any, Any, Any], None] = lambda *_: None
     after_step: Callable[[Any, Any], Mapping[str, float]] = lambda *_: {}
 
 
@@ -37,15 +37,16 @@ def _install(undo: Undo, hooks: Hooks) -> None:
     from megatron.training import global_vars, training
 
     step, log = training.train_step, training.training_log
-    of_step, of_log = _signature(step, "optimizer"), _signature(log, "iteration")
+    of_step, of_log = _signature(step, "model", "optimizer"), _signature(log, "iteration")
     trained: list[Any] = [lambda: None]  # the optimizer of the last step, weakly: a process may have several models
     figures: list[Mapping[str, float]] = [{}]  # of the last step
 
     @functools.wraps(step)
     def train_step(*arguments: Any, **keywords: Any) -> Any:
-        optimizer, settings = of_step.bind(*arguments, **keywords).arguments["optimizer"], global_vars.get_args()
+        given, settings = of_step.bind(*arguments, **keywords).arguments, global_vars.get_args()
+        optimizer = given["optimizer"]
         trained[0] = weakref.ref(optimizer)
-        hooks.before_step(settings, optimizer)
+        hooks.before_step(settings, optimizer, given["model"])
         result = step(*arguments, **keywords)
         figures[0] = hooks.after_step(settings, optimizer)
         return result
@@ -78,9 +79,9 @@ def _install(undo: Undo, hooks: Hooks) -> None:
     undo.set(training, "training_log", training_log)
 
 
-def _signature(function: Any, parameter: str) -> inspect.Signature:
+def _signature(function: Any, *parameters: str) -> inspect.Signature:
     signature = inspect.signature(function)
-    if parameter not in signature.parameters:
+    for parameter in (name for name in parameters if name not in signature.parameters):
         raise PatchError(
             f"patch 'megatron-log': {function.__name__} takes no {parameter}; install a version the patch was "
             f"written for (see `blockwise-lr doctor`)"
