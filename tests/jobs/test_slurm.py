@@ -3,16 +3,14 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 from deepspeed_door.engines import config, start, train
 from extensions import build_once
-from jobs.slurm import Slurm, why_not
+from jobs.slurm import running, why_not
 from ranks import pool
 from twins import make
 
@@ -28,25 +26,16 @@ pytestmark = [pytest.mark.skipif(why_not() is not None, reason=str(why_not())), 
 @pytest.fixture(scope="module")
 def slurm():
     build_once()
-    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-    cluster = None
-    try:
-        try:
-            cluster = Slurm(folder)
-            cluster.start()
-        except (OSError, AssertionError) as error:
-            pytest.skip(f"Slurm does not start on this machine: {error}")
+    with running() as cluster:
         yield cluster
-    finally:
-        if cluster is not None:
-            cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(slurm, folder, environment=None, options=(), script=SCRIPT):
     """The number of a job that `blockwise-lr submit` has sent: on the CPU, a rank on each of two nodes by default."""
     (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
-    (folder / "venv" / "bin" / "activate").write_text(f'export PATH="{os.path.dirname(sys.executable)}:$PATH"\n')
+    (folder / "venv" / "bin" / "activate").write_text(
+        f'export PATH="{folder}/venv/bin:{os.path.dirname(sys.executable)}:$PATH"\n'
+    )
     environment = {
         **(environment or {}),
         "DS_ACCELERATOR": "cpu",
@@ -160,12 +149,17 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere(slurm, whole, tmp_path):
 def test_an_array_of_three_runs_a_sweep(slurm, tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(
-        "import os, pathlib, sys\n(pathlib.Path(sys.argv[1]) / os.environ['SLURM_ARRAY_TASK_ID']).write_text('ran')\n"
+        "import os, pathlib, sys\nnumber = os.environ['SLURM_ARRAY_TASK_ID']\nprint('run', number, flush=True)\n"
+        "(pathlib.Path(sys.argv[1]) / number).write_text('ran')\n"
     )
+    doctor = tmp_path / "venv" / "bin" / "blockwise-lr"  # which the first test has run
+    doctor.parent.mkdir(parents=True)
+    doctor.write_text("#!/bin/bash\n")
+    doctor.chmod(0o755)
     job = submit(slurm, tmp_path, options=("--nodes", "1", "--array", "0-2"), script=script)
     wait_for(slurm, tmp_path, job, lambda: all((tmp_path / str(number)).exists() for number in range(3)), 120)
     log = command(slurm, tmp_path, "jobs", "--log", job)
-    assert log.count("==> ") == 3 and log.count("usable") >= 3
+    assert log.count("==> ") == 3 and all(f"run {number}\n" in log for number in range(3))
 
 
 def tuned(slurm, folder, *start):
