@@ -13,8 +13,10 @@ from extensions import build_once
 from jobs.slurm import running, why_not
 from ranks import pool
 from twins import make
+from typer.testing import CliRunner
 
 from blockwise_lr.checkpoint import newest_complete, verify
+from blockwise_lr.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("train_on_slurm.py")
@@ -52,16 +54,20 @@ def submit(slurm, folder, environment=None, options=(), script=SCRIPT):
 
 def command(slurm, folder, *words):
     """What one of our commands prints, run in a job's folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "blockwise_lr.cli", *words],
-        cwd=folder,
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+        done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
     return done.stdout
+
+
+def without_doctor(folder):
+    """Jobs from this folder do without its seconds; the first test's job has it."""
+    doctor = folder / "venv" / "bin" / "blockwise-lr"
+    doctor.parent.mkdir(parents=True)
+    doctor.write_text("#!/bin/bash\n")
+    doctor.chmod(0o755)
 
 
 def lines(folder, rank=0):
@@ -152,10 +158,7 @@ def test_an_array_of_three_runs_a_sweep(slurm, tmp_path):
         "import os, pathlib, sys\nnumber = os.environ['SLURM_ARRAY_TASK_ID']\nprint('run', number, flush=True)\n"
         "(pathlib.Path(sys.argv[1]) / number).write_text('ran')\n"
     )
-    doctor = tmp_path / "venv" / "bin" / "blockwise-lr"  # which the first test has run
-    doctor.parent.mkdir(parents=True)
-    doctor.write_text("#!/bin/bash\n")
-    doctor.chmod(0o755)
+    without_doctor(tmp_path)
     job = submit(slurm, tmp_path, options=("--nodes", "1", "--array", "0-2"), script=script)
     wait_for(slurm, tmp_path, job, lambda: all((tmp_path / str(number)).exists() for number in range(3)), 120)
     log = command(slurm, tmp_path, "jobs", "--log", job)
@@ -202,7 +205,9 @@ def test_tune_runs_as_jobs_and_ends_those_that_diverge(slurm, tmp_path):
 
 
 def test_a_job_can_be_ended(slurm, tmp_path):
-    job = submit(slurm, tmp_path, environment={"PAUSE": "30"})
+    without_doctor(tmp_path)
+    (tmp_path / "wait.py").write_text("import time\ntime.sleep(100)\n")
+    job = submit(slurm, tmp_path, script=tmp_path / "wait.py")
     wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "RUNNING", 60)
     command(slurm, tmp_path, "jobs", "--cancel", job)
     wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "CANCELLED", 60)

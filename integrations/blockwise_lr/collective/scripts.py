@@ -33,21 +33,25 @@ def errors_in_a_sentence(runner: str, *errors: type[Exception]) -> Iterator[None
     try:
         yield
     except errors as error:
-        if not getattr(error, "raised_on_all_ranks", False) or os.environ.get("LOCAL_RANK", "0") == "0":
-            # one write, so that ranks' lines do not run together
-            sys.stderr.write(f"{runner}{_rank()}: {error}{_where(error)}\n")
-            sys.stderr.flush()
-        if not getattr(error, "raised_on_all_ranks", False):
-            roll_call.tell(error)
+        is_everyones = getattr(error, "raised_on_all_ranks", False)
+        if not is_everyones or os.environ.get("LOCAL_RANK", "0") == "0":
+            _write(runner, str(error), error)
+        if not is_everyones:
+            _write(runner, roll_call.tell(error), error)
         sys.exit(1)
     except Exception as error:
         found = roll_call.tell(error)
         if not (roll_call.is_of_a_collective(error) and dist.is_initialized()):
             raise
-        if found is not None:
-            sys.stderr.write(f"{runner}{_rank()}: {found}{_where(error)}\n")
-            sys.stderr.flush()
+        _write(runner, found, error)
         sys.exit(1)
+
+
+def _write(runner: str, text: str | None, error: Exception) -> None:
+    """One write, so that ranks' lines do not run together; none of None."""
+    if text is not None:
+        sys.stderr.write(f"{runner}{_rank()}: {text}{_where(error)}\n")
+        sys.stderr.flush()
 
 
 def _rank() -> str:
