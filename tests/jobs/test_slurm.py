@@ -128,6 +128,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_to_the_bit(slurm, whole, tmp_pa
     assert {key: value for key, value in whole.items() if key[1] != second - 1} == {
         key: value for key, value in steps(tmp_path).items() if key[1] != second - 1
     }
+    wait_for(slurm, tmp_path, job, lambda: slurm.job(job)["JobState"] == "COMPLETED", 60)
     log = command(slurm, tmp_path, "jobs", "--log", job)
     assert log.count("usable") >= 2  # doctor's table of kernels: both starts write to one log
     listed = command(slurm, tmp_path, "jobs")
