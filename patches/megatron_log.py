@@ -24,14 +24,14 @@ class Hooks:
 
     Attributes:
         rates: the learning rates that a Megatron optimizer uses now, by block type; empty for one that is not ours.
-        before_step: told (Megatron's arguments, optimizer) before a step.
+        before_step: told (Megatron's arguments, optimizer, the model's chunks) before a step.
         after_step: (Megatron's arguments, optimizer) -> figures of the step, by ``name/block type``; on every rank.
         judge: told (Megatron's arguments, optimizer, scheduler, the step's losses, those figures) last; losses are those of
             the batch by Megatron's names, on the last pipeline stage; none elsewhere, or where the step was skipped.
     """
 
     rates: Callable[[Any], Mapping[str, Sequence[float]]]
-    before_step: Callable[[Any, Any], None] = lambda *_: None
+    before_step: Callable[[Any, Any, Any], None] = lambda *_: None
     after_step: Callable[[Any, Any], Mapping[str, float]] = lambda *_: {}
     judge: Callable[[Any, Any, Any, Mapping[str, Any], Mapping[str, float]], None] = lambda *_: None
 
@@ -40,20 +40,21 @@ def _install(undo: Undo, hooks: Hooks) -> None:
     from megatron.training import global_vars, training
 
     step, log = training.train_step, training.training_log
-    of_step, of_log = _signature(step, "optimizer", "opt_param_scheduler"), _signature(log, "iteration")
+    of_step = _signature(step, "model", "optimizer", "opt_param_scheduler")
+    of_log = _signature(log, "iteration")
     trained: list[Any] = [lambda: None]  # the optimizer of the last step, weakly: a process may have several models
     figures: list[Mapping[str, float]] = [{}]  # of the last step
 
     @functools.wraps(step)
     def train_step(*arguments: Any, **keywords: Any) -> Any:
-        bound, settings = of_step.bind(*arguments, **keywords).arguments, global_vars.get_args()
-        optimizer = bound["optimizer"]
+        given, settings = of_step.bind(*arguments, **keywords).arguments, global_vars.get_args()
+        optimizer = given["optimizer"]
         trained[0] = weakref.ref(optimizer)
-        hooks.before_step(settings, optimizer)
+        hooks.before_step(settings, optimizer, given["model"])
         result = step(*arguments, **keywords)
         figures[0] = hooks.after_step(settings, optimizer)
         losses, is_skipped, *_ = result
-        hooks.judge(settings, optimizer, bound["opt_param_scheduler"], {} if is_skipped else losses, figures[0])
+        hooks.judge(settings, optimizer, given["opt_param_scheduler"], {} if is_skipped else losses, figures[0])
         return result
 
     @functools.wraps(log)
@@ -86,12 +87,11 @@ def _install(undo: Undo, hooks: Hooks) -> None:
 
 def _signature(function: Any, *parameters: str) -> inspect.Signature:
     signature = inspect.signature(function)
-    for parameter in parameters:
-        if parameter not in signature.parameters:
-            raise PatchError(
-                f"patch 'megatron-log': {function.__name__} takes no {parameter}; install a version the patch was "
-                f"written for (see `blockwise-lr doctor`)"
-            )
+    for parameter in (name for name in parameters if name not in signature.parameters):
+        raise PatchError(
+            f"patch 'megatron-log': {function.__name__} takes no {parameter}; install a version the patch was "
+            f"written for (see `blockwise-lr doctor`)"
+        )
     return signature
 
 

@@ -46,8 +46,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 # Flags of Megatron that our pages name: megatron.training, whose parser knows them, is on Python 3.12 only. There
 # test_megatron_knows_its_flags compares this list with that parser.
 MEGATRON_FLAGS = FLAG.findall("""
-    --ckpt-format --decoupled-lr --dist-ckpt-optim-fully-reshardable --distributed-backend --fp16 --fp8-format
-    --fp8-param-gather --global-batch-size --lr --min-lr --optimizer-cpu-offload --optimizer-cuda-graph
+    --ckpt-format --decoupled-lr --dist-ckpt-optim-fully-reshardable --distributed-backend --exit-signal-handler --fp16
+    --fp8-format --fp8-param-gather --global-batch-size --load --lr --min-lr --optimizer-cpu-offload --optimizer-cuda-graph
     --overlap-grad-reduce --overlap-param-gather --use-megatron-fsdp --use-mup --use-precision-aware-optimizer
     --use-torch-fsdp2 --weight-decay --yaml-cfg
 """)

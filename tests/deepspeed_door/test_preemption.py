@@ -81,20 +81,26 @@ def test_what_the_user_keeps_comes_back_and_a_code_of_ones_own_is_used(tmp_path)
     assert all(answer[5]["epoch"] == 7 for answer in pool(2).run(run, str(tmp_path), 1))
 
 
-def overtaken(folder):
-    """A run whose folder is taken over in the middle: the errors of its save, what is there, and whether it saved before."""
+def overtaken(folder, within):
+    """A run whose folder is taken over before a save, or within it: the error, what is there, and the complete ones."""
     import blockwise_lr.deepspeed as door
 
     engine = start(make("llama"), config(ADAMW, 1, steps=TOTAL))
     watch = door.preemption(engine, folder)
     train(engine, 1)
     engine.save_checkpoint(folder)
-    if dist.get_rank() == 0:
-        from blockwise_lr.checkpoint.ownership import claim
-
-        claim(folder, Owner(token="newer", job="Slurm job 7", restart=1, host="elsewhere"))
-    dist.barrier()
     train(engine, 1, first=1)
+    if within:  # after this rank's first file
+        write = engine.checkpoint_engine.save
+
+        def write_and_lose(state, path):
+            write(state, path)
+            take_over(folder)
+
+        engine.checkpoint_engine.save = write_and_lose
+    else:
+        take_over(folder)
+        dist.barrier()
     try:
         engine.save_checkpoint(folder)
         message = None
@@ -105,10 +111,19 @@ def overtaken(folder):
     return message, sorted(os.listdir(folder))
 
 
-def test_a_run_that_lives_on_cannot_save_over_the_one_that_replaced_it(tmp_path):
-    for message, names in pool(2).run(overtaken, str(tmp_path)):
+def take_over(folder):
+    if dist.get_rank() == 0:
+        from blockwise_lr.checkpoint.ownership import claim
+
+        claim(folder, Owner(token="newer", job="Slurm job 7", restart=1, host="elsewhere"))
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["before a save", "within one"])
+def test_a_run_that_lives_on_cannot_save_over_the_one_that_replaced_it(tmp_path, within):
+    for message, names in pool(2).run(overtaken, str(tmp_path), within):
         assert "taken over by another run (Slurm job 7, restart 1, on elsewhere)" in message
-        assert "global_step1" in names and "global_step2" not in names
+        assert "global_step1" in names and ("global_step2" in names) == within
+    assert newest_complete(tmp_path) == "global_step1" == (tmp_path / "latest").read_text()
 
 
 def died(folder, environment):

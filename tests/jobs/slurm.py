@@ -7,11 +7,13 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")  # names that every process can connect to
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
@@ -58,6 +60,24 @@ def why_not() -> str | None:
 
 def _path(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
+
+
+@contextlib.contextmanager
+def running() -> Iterator[Slurm]:
+    """A cluster, started and stopped; skips the test where it does not start."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    cluster = None
+    try:
+        try:
+            cluster = Slurm(folder)
+            cluster.start()
+        except (OSError, AssertionError) as error:
+            pytest.skip(f"Slurm does not start on this machine: {error}")
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Slurm:

@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
-PBS = ROOT / "integrations" / "blockwise_lr" / "jobs" / "torchrun.pbs"
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=os.path.dirname(sys.executable))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, PBS], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *sorted((ROOT / "examples" / "pbs").glob("*.pbs"))], ids=lambda path: path.name
+)
 def test_shellcheck(script):
     if SHELLCHECK is None:
         pytest.skip("shellcheck is not installed")
@@ -85,6 +86,7 @@ def test_megatron_reads_the_argument_file(tmp_path):
         "blockwise_lr.megatron",
         "Megatron-LM/pretrain_gpt.py",
         *(ROOT / file).read_text().split(),
+        "--exit-signal-handler",
         "--data-path",
         "my corpus",
     ]

@@ -1,7 +1,6 @@
 """`blockwise-lr submit` and `jobs`: what they would send to each kind of cluster, and what they refuse."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -99,40 +98,6 @@ def test_a_pbs_job_is_a_shell_script_with_the_job_in_it(tmp_path):
         done = subprocess.run([SHELLCHECK, str(file)], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
     assert re.search(r"^export A=", script, re.M)
-
-
-def test_the_pbs_script_starts_torchrun_on_every_node(tmp_path):
-    """With stand-ins for PBS's commands: what they are asked to run is run here."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, body in (
-        ("pbs_tmrsh", 'shift; "$@"'),
-        ("torchrun", 'line=$(printf "%s|" "$@"); echo "$line"'),
-        ("qsig", "true"),
-    ):
-        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tools / name).chmod(0o755)
-    (tmp_path / "nodes").write_text("n1\nn1\nn2\nn2\n")
-    (tmp_path / "job.pbs").write_text(PBS().script(Job(COMMAND, nodes=2, gpus=2, venv="")))
-    environment = {
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PBS_O_WORKDIR": str(tmp_path),
-        "PBS_NODEFILE": str(tmp_path / "nodes"),
-        "PBS_JOBID": "123.server",
-        "TMPDIR": str(tmp_path),
-    }
-    done = subprocess.run(
-        ["bash", str(tmp_path / "job.pbs")], capture_output=True, text=True, env=environment, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    lines = sorted(done.stdout.splitlines())
-    shared = (
-        "--nnodes|2|--nproc_per_node|2|--rdzv_id|123.server|--rdzv_backend|c10d|--rdzv_endpoint|n1:20123|--rdzv_conf|"
-    )
-    assert lines == [
-        f"{shared}is_host=0|--local_addr|n2|train.py|--deepspeed_config|a b.json|",
-        f"{shared}is_host=1|--local_addr|n1|train.py|--deepspeed_config|a b.json|",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Difference:
         found: dict[str, list[int]] = {}
         for rank, value in self.values.items():
             found.setdefault(absent if value is _ABSENT else show(value), []).append(rank)
-        return " and ".join(f"{value} on rank{'s' if len(at) > 1 else ''} {_ranges(at)}" for value, at in found.items())
+        return " and ".join(f"{value} on rank{'s' if len(at) > 1 else ''} {ranges(at)}" for value, at in found.items())
 
     def two(self) -> tuple[tuple[int, str], tuple[int, str]]:
         """The first rank, and the first that differs from it, with what they have."""
@@ -144,7 +144,8 @@ def _innermost(place: str, values: list[Any]) -> tuple[str, list[Any]] | None:
     return next(filter(None, (_innermost(*pair) for pair in inside)), (place, values))
 
 
-def _ranges(ranks: Sequence[int]) -> str:
+def ranges(ranks: Sequence[int]) -> str:
+    """Ranks in ascending order, as in "0-2, 5"."""
     parts: list[list[int]] = []
     for rank in ranks:
         if parts and rank == parts[-1][-1] + 1:

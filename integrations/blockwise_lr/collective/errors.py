@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from ..blocks.types import BlockError
+from .roll_call import is_of_a_collective
 
 Result = TypeVar("Result")
 
@@ -16,7 +17,8 @@ def raise_on_all_ranks(error: Exception | None, what: str, error_type: type[Bloc
     """Raises on every rank if any rank has an error, so that no rank enters the next collective alone. Collective.
 
     Ranks without an error raise one with the text of the lowest failed rank. Without torch.distributed, raises this
-    process's error. Calls may be nested: an error already raised on all ranks is re-raised without communication.
+    process's error. Calls may be nested: an error already raised on all ranks is re-raised without communication, and so is one
+    of a collective, for the next would fail as it did.
 
     Args:
         error: this rank's error, or None.
@@ -26,7 +28,7 @@ def raise_on_all_ranks(error: Exception | None, what: str, error_type: type[Bloc
     Raises:
         Exception: ``error`` itself, or an ``error_type`` if the ranks' errors differ.
     """
-    if not dist.is_initialized() or getattr(error, "raised_on_all_ranks", False):
+    if not dist.is_initialized() or getattr(error, "raised_on_all_ranks", False) or is_of_a_collective(error):
         if error is not None:
             raise error
         return

@@ -76,8 +76,9 @@ def save(
         return upstream(engine, save_dir, tag=tag, save_latest=save_latest, **arguments)
     folder = os.path.join(save_dir, tag)
     saving = f"saving {folder}"
+    refuse_if_lost = owners.get(engine, lambda: None)
     if engine in owners:
-        run_on_all_ranks(owners[engine], saving)
+        run_on_all_ranks(refuse_if_lost, saving)
     layouts, records = zip(*gathered(run_on_all_ranks(lambda: _to_join(engine), saving)))
     joined, one_record = _joined_layouts(layouts), len(set(records)) == 1
     _begin_together(folder, saving)
@@ -88,6 +89,7 @@ def save(
     found = {name: entry for entries in gathered(own) for name, entry in entries.items()}
 
     def finish() -> None:
+        refuse_if_lost()
         record = replace(engine.basic_optimizer.record(), tensors=None)  # what lies where is in the layout
         mark_complete(
             folder,
@@ -165,14 +167,16 @@ def _noting_files(engine: Any, folder: str, checksums: bool) -> Iterator[dict[st
     files: dict[str, Future[Entry]] = {}
     checkpoint_engine, rank = engine.checkpoint_engine, dist.get_rank()
     write, copy_script = checkpoint_engine.save, engine._copy_recovery_script
+    refuse_if_lost = owners.get(engine, lambda: None)
 
     def save_and_note(state_dict: Any, path: str) -> Any:
         name, result = name_in(folder, path), None
         try:
+            refuse_if_lost()  # before each file, for a run that is stopped for a while goes on where it was
             result = write(_described(engine, state_dict), path)
         except Exception as error:
             files[name] = Future()
-            files[name].set_exception(write_error(path, error))
+            files[name].set_exception(error if isinstance(error, CheckpointError) else write_error(path, error))
         else:
             files[name] = pool.submit(entry_of, path, rank, checksums)
         return result

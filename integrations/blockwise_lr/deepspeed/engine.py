@@ -11,6 +11,7 @@ from deepspeed.utils import log_dist
 
 from ..blocks import BlockError
 from ..checkpoint.target import SavePolicy
+from ..collective import roll_call
 from ..collective.errors import run_on_all_ranks
 from ..optim.attachment import Attachment
 from ..optim.base import BlockwiseOptimizer
@@ -111,6 +112,7 @@ def check_built(engine: Any) -> None:
         BlockError: as :func:`~blockwise_lr.deepspeed.own_keys.start_own_keys`.
     """
     start_own_keys(engine)
+    roll_call.listen()
     if isinstance(engine.basic_optimizer, BlockwiseOptimizer):
         run_on_all_ranks(
             lambda: UPSTREAM.check_instance(engine, engine.checkpoint_engine, engine.monitor), "building the engine"

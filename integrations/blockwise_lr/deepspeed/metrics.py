@@ -46,6 +46,7 @@ class EngineMetrics:
             updates=options.updates,
             steps_done=lambda: self.engine.global_steps,
             sinks=[self._write],
+            model=engine,
         )
 
     def after_step(self) -> None:

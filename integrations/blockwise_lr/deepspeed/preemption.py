@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import subprocess
 import threading
 import uuid
 import weakref
@@ -25,14 +23,14 @@ import torch.distributed as dist
 from ..blocks import BlockError
 from ..checkpoint.errors import run_on_all_ranks
 from ..checkpoint.ownership import Owner, claim, count_start, find_claim, refuse_if_lost, this_run
-from ..collective import gathered, is_rank_zero
+from ..collective import gathered, is_rank_zero, roll_call
+from ..jobs.requeue import EXIT_PREEMPTED, requeue
 from ..patches.deepspeed_instances import STEPS
 from .after_step import after_each_step
 from .checkpoint import SECONDS_TO_APPEAR, is_ours, load_newest, owners
 
 log = logging.getLogger("blockwise_lr")
 
-EXIT_PREEMPTED = 85  # for schedulers that start a failed job again
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -96,7 +94,7 @@ class Preemption:
         if is_rank_zero():
             log.warning("a signal asks this run to end: saving after step %d", self._engine.global_steps)
         self._engine.save_checkpoint(self._folder, client_state=dict(self._to_save()))
-        requeued = gathered(_requeue() if is_rank_zero() else False)[0]
+        requeued = gathered(requeue() if is_rank_zero() else False)[0]
         raise SystemExit(0 if requeued else self._exit_code)
 
 
@@ -111,6 +109,8 @@ def preemption(
     **load: Any,
 ) -> Preemption:
     """Goes on from the newest complete checkpoint of a folder, and from then on saves and leaves when a signal comes.
+
+    An error that ends a rank from then on is told to the others, which say whose it was or which ranks are missing.
 
     All ranks call it after ``deepspeed.initialize``. The folder belongs to this run from then on: the processes of an older
     one that live on can no longer save there. Under Slurm the job is requeued (submit it with ``--requeue``), and ranks
@@ -135,7 +135,11 @@ def preemption(
             "preemption looks after engines with a blockwise optimizer; give one as the ds_config's optimizer"
         )
     folder, what = os.fspath(folder), f"claiming {folder}"
-    token = gathered(uuid.uuid4().hex)[0]
+    tokens, hosts = zip(*gathered((uuid.uuid4().hex, roll_call.node_name())))
+    token = tokens[0]
+    roll_call.remember_hosts(hosts)
+    roll_call.install()
+    roll_call.listen()
     mine = this_run(token)
     before = run_on_all_ranks(lambda: claim(folder, mine) if is_rank_zero() else None, what)
     run_on_all_ranks(lambda: find_claim(folder, token, SECONDS_TO_APPEAR), what)
@@ -147,18 +151,3 @@ def preemption(
     after_each_step(engine, STEPS, made.after_step)
     made.watch(signals)
     return made
-
-
-def _requeue() -> bool:
-    """Has Slurm start the job again; False where this is no Slurm job, or it is not to be requeued."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None or shutil.which("scontrol") is None:
-        return False
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("scontrol requeue %s: %s", job, error)
-        return False
-    if done.returncode:
-        log.warning("scontrol requeue %s: %s (submit with --requeue)", job, done.stderr.strip())
-    return done.returncode == 0

@@ -49,6 +49,7 @@ class PBS(Cluster):
         return f"qsub {job.name}.pbs\n\n# {job.name}.pbs\n{self.script(job)}"
 
     def send(self, job: Job) -> tuple[str, str]:
+        self.run("qsub", "--version")  # before a file is left here
         file = Path.cwd() / f"{job.name}.pbs"
         file.write_text(self.script(job))
         number = self.run("qsub", str(file))

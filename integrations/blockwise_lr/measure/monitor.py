@@ -17,6 +17,7 @@ from ..plan.dtensor import local
 from .loss_ratio import LossRatio
 from .metrics import BlockSums, figures
 from .sinks import Sink
+from .stragglers import ForwardTimes
 
 
 class BlockMonitor:
@@ -29,6 +30,10 @@ class BlockMonitor:
       yet by ``block_clip``);
     - ``update_rms`` and ``update_to_weight``: the root mean square of what the step changed, weight decay included, and its
       ratio to that of the weights;
+    - ``forward_time/slowest``, the seconds of a step that the slowest rank spends in the model's forward passes,
+      ``forward_time/to_median``, their ratio to the median of all ranks, and ``forward_time/rank``, which it is: where the
+      model is given and there are several ranks. Of each rank the median of its steps since the last report counts. Under
+      ZeRO-3, FSDP2 and tensor parallelism ranks wait for one another within a forward pass, and a slow one slows all alike;
     - ``loss_ratio``, ``loss_ratio_max`` and ``loss_ratio_share``, where losses are given: see
       :class:`~blockwise_lr.measure.LossRatio`.
 
@@ -40,6 +45,8 @@ class BlockMonitor:
             count (and have counted a step when they call :meth:`report`).
         updates: False: without the update's size, and its copy.
         sinks: each called as ``sink(figures, step)`` on rank 0.
+        model: what the training loop calls (the model, its DDP wrapper, an engine), or several, to time their forward
+            passes; a report is then collective over all ranks.
 
     Raises:
         BlockError: ``every`` below 1; or as :func:`~blockwise_lr.measure.block_metrics`.
@@ -52,6 +59,7 @@ class BlockMonitor:
         steps_done: int | Callable[[], int] = 0,
         updates: bool = True,
         sinks: Iterable[Sink] = (),
+        model: Any = None,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise BlockError(f"every is {shown(every)}; give a whole number of steps, 1 or above")
@@ -60,11 +68,13 @@ class BlockMonitor:
         self._done = 0 if callable(steps_done) else steps_done
         self.sinks = list(sinks)
         self.loss_ratio = LossRatio()
+        models = () if model is None else model if isinstance(model, list | tuple) else (model,)
         self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
         self._sums: dict[int, BlockSums] = {}
         self._weights: dict[int, torch.Tensor] = {}  # before the step, by id of the tensor
         for optimizer in optimizers:
             BlockSums(optimizer)  # refuses before the first step
+        self._times = ForwardTimes(models) if models else None
         self._hooks = [
             hook
             for optimizer in optimizers
@@ -96,6 +106,8 @@ class BlockMonitor:
         self._done += 1
         step = self.steps_done
         ratio = None if loss is None else self.loss_ratio.add(loss)
+        if self._times is not None:
+            self._times.end_step()
         if step % self.every:
             return None
         every = [
@@ -105,6 +117,8 @@ class BlockMonitor:
             sums.add_states()
         found = figures(every)
         self._sums, self._weights = {}, {}
+        if self._times is not None:
+            found.update(self._times.figures())
         if ratio is not None:
             found["loss_ratio"] = ratio
             found["loss_ratio_max"], found["loss_ratio_share"] = self.loss_ratio.largest, self.loss_ratio.share
@@ -117,6 +131,8 @@ class BlockMonitor:
         """Watches no more."""
         for hook in self._hooks:
             hook.remove()
+        if self._times is not None:
+            self._times.close()
         self._sums, self._weights = {}, {}
 
     def state_dict(self) -> dict[str, Any]:

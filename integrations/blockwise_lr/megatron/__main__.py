@@ -42,10 +42,12 @@ def main() -> None:
         PATCH.apply()
     with errors_in_a_sentence("blockwise_lr.megatron", BlockError, PatchError):
         from .door import apply_patches
+        from .preemption import requeued_when_asked
 
         apply_patches()
         try:
-            runpy.run_path(arguments[0], run_name="__main__")
+            with requeued_when_asked(arguments):
+                runpy.run_path(arguments[0], run_name="__main__")
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "megatron":
                 raise

@@ -155,8 +155,8 @@ _ARGUMENTS = megatron_arguments.Hooks(add_arguments=add_arguments)
 _GUARD = megatron_guard.Hooks(state=guard.state, loaded=guard.loaded)
 
 
-def _before_step(arguments: Any, optimizer: Any) -> None:
-    metrics.before_step(arguments, optimizer)
+def _before_step(arguments: Any, optimizer: Any, model: Any) -> None:
+    metrics.before_step(arguments, optimizer, model)
     guard.before_step(arguments, optimizer)
 
 

@@ -41,7 +41,11 @@ class BlockMetricsCallback(TrainerCallback):
                 f"optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {{...}}), or the type in the ds_config"
             )
         self.monitor = BlockMonitor(
-            inner, every=self.every, updates=self.updates, steps_done=lambda: self.trainer.state.global_step
+            inner,
+            every=self.every,
+            updates=self.updates,
+            steps_done=lambda: self.trainer.state.global_step,
+            model=self.trainer.model_wrapped,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
