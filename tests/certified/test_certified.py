@@ -48,10 +48,11 @@ def test_every_row_is_there_and_of_the_same_images():
 
 RESUMED = """
 import json, sys, torch
-from train import Run, Training, ds_config
+from pathlib import Path
+from train import Run, Training
 from images import load
 torch.set_num_threads(1)
-data = load("mnist-5k")
+data, folder = load("mnist-5k"), Path(sys.argv[1])
 run = Run("tiny", "all", 0, (("conv", 2.0), ("linear", 0.5)))
 
 def weights(training):
@@ -62,9 +63,9 @@ losses = [whole.step()["loss"] for _ in range(9)]
 first = Training(run, data)
 for _ in range(6):
     first.step()
-first.save(sys.argv[1], {"so": "far"})
+first.save(folder, {"so": "far"})
 second = Training(run, data)
-row = second.load(sys.argv[1])
+row = second.load(folder)
 at = second.epsilon.value
 rest = [second.step()["loss"] for _ in range(3)]
 groups = second.engine.optimizer.param_groups
