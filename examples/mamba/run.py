@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import Rows, commit, fill, load_rows, machine, table, versions, with_tables
 
 HERE = Path(__file__).parent
-STEPS, BATCH, LENGTH, EVERY = 150, 16, 64, 15
-ARMS = {"uniform": (1e-3, 2e-3, 4e-3), "paper": (1.5e-4, 3e-4, 6e-4)}  # preset of ratios -> learning rates
+STEPS, BATCH, LENGTH, EVERY = 100, 16, 64, 20
+ARMS = {"uniform": (2e-3, 4e-3), "paper": (3e-4, 6e-4)}  # preset of ratios -> learning rates
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Setting:
 
 SETTINGS = {
     "tiny": Setting(16, 1, 2, 14, 50, 6, 1, 1),  # for the tests
-    "small": Setting(48, 3, 4, 7, 50, 400, 5, 3),
+    "small": Setting(48, 3, 4, 7, 50, 300, 4, 3),
 }
 # an optimizer's type in a ds_config, the middle of its learning rates, and further options
 ARMS: dict[str, tuple[str, float, dict[str, Any]]] = {

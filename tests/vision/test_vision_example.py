@@ -39,8 +39,8 @@ def test_every_arm_has_as_many_trials_and_seeds():
     assert {"adamw", "blockwise", "mini", "muon"} <= arms and len({row["images"] for row in rows.values()}) == 1
     for arm in arms:
         runs = [row["run"] for row in rows.values() if row["run"]["arm"] == arm]
-        assert len({run["lr"] for run in runs if run["seed"] == 0}) == 5 and {run["seed"] for run in runs} == {0, 1, 2}
-        assert len(runs) == 7
+        assert len({run["lr"] for run in runs if run["seed"] == 0}) == 4 and {run["seed"] for run in runs} == {0, 1, 2}
+        assert len(runs) == 6
     assert len({row["curve"]["step"][-1] for row in rows.values()}) == 1
 
 
