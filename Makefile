@@ -22,7 +22,7 @@ help:
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make seqlen-demo    a small GPT at high rates with and without sequence length warmup, three seeds (10 minutes)"
 	@echo "make certified      certified training by interval bounds with a short warmup, three seeds (20 minutes)"
-	@echo "make vision         a small vision transformer with each optimizer, as many trials each, three seeds (8 minutes)"
+	@echo "make vision         a small vision transformer with each optimizer, as many trials each, three seeds (10 minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test-gpu       run the tests that need a GPU, in an environment whose PyTorch has CUDA (GPU_PYTHON=...)"

@@ -43,9 +43,9 @@ class SmoothedEpsilon:
         middle: float = 0.25,
         power: float = 4.0,
     ) -> None:
-        for name, value in (("warmup_num_steps", warmup_num_steps), ("start_num_steps", start_num_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise BlockError(f"SmoothedEpsilon: {name} is {shown(value)}; give a whole number of steps, 0 or above")
+        for name, steps in (("warmup_num_steps", warmup_num_steps), ("start_num_steps", start_num_steps)):
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+                raise BlockError(f"SmoothedEpsilon: {name} is {shown(steps)}; give a whole number of steps, 0 or above")
         for name, value, least, most, wanted in (
             ("epsilon", epsilon, 0.0, math.inf, "a number above 0"),
             ("middle", middle, 0.0, 1.0, "a share above 0, at most 1"),
