@@ -28,7 +28,7 @@ from rows import Rows, commit, fill, load_rows, machine, table, versions, with_t
 
 HERE = Path(__file__).parent
 STEPS, BATCH, LENGTH, EVERY = 100, 16, 64, 20
-ARMS = {"uniform": (2e-3, 4e-3), "paper": (3e-4, 6e-4)}  # preset of ratios -> learning rates
+ARMS = {"uniform": (2e-3,), "paper": (3e-4,)}  # preset of ratios -> learning rates
 
 
 @dataclass(frozen=True)
