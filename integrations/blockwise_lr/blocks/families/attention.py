@@ -99,6 +99,7 @@ _SCORES = (
     Rule("*.{linear_pos,relative_k_proj,pos_proj,pos_key_proj,pos_query_proj,pos_q_proj,pos_k_proj}.*", QK),
     Rule("*.{r_w_bias,r_r_bias,r_s_bias,r_kernel,seg_embed,pos_bias_u,pos_bias_v,bias_u}", QK, within=WITHIN),
     Rule("*.{bias_v,q_bias,k_bias,logit_scale,A,dt_proj.weight,dt_proj.bias,conv.weight}", QK, within=WITHIN),
+    Rule("*{attn,attention}*.{q_bias,k_bias}", QK, tail=2),  # BEiT's and EVA's, beside a qkv without one
     Rule("*.sink_proj.*", QK),
     Rule("*.{attn,xca}.temperature", QK, batch_dims=None),  # XCiT's, per head
     Rule("*.attn.{proj_l,gating_param}*", QK),  # CaiT mixes heads' scores, ConViT scores of contents and of positions
@@ -123,6 +124,7 @@ _GATES = (
     Rule("*.{gate_proj,g_proj,output_gate,o_gate,gate}.*", VO, within="*Attention/Linear/"),
     Rule("*.gate_proj.*", VO, within="*Attention/*GatedProjection/*"),
     Rule("*.{gate_bias,s_gate,v_bias}", VO, within=WITHIN),
+    Rule("*{attn,attention}*.v_bias", VO, tail=2),
     Rule("*.exclusive_self_attention.alpha", VO),
     Rule("*.compressor.{kv_proj,gate_proj}.*", VO),  # DeepSeek V4: weighs several tokens' k and v into one
 )
@@ -152,6 +154,8 @@ _FUSED = (
     # all q, all k, all v: timm and the vision towers after it
     Rule("*.{attn,self_attn,attention,self_attention}.qkv.*", split=QKV),
     Rule("*.qkv.{weight,bias}", split=QKV, within=WITHIN),
+    # torch.nn.MultiheadAttention, which its class tells where there are modules
+    Rule("*.{attn,self_attn,attention,self_attention}.{in_proj_weight,in_proj_bias}", split=QKV),
     Rule("*.Wqkv.*", split=QKV),  # flash-attn's order, and ModernBERT, MPT and DBRX after it
     Rule("*.att_proj.*", split=QKV, within="*Bark*"),
     Rule("*.{queries_keys_values,keys_values}.linear.*", special=_levit, within=WITHIN),
