@@ -181,7 +181,7 @@ def draw(rows: list[dict], file: Path) -> None:
     for axis in axes:
         axis.set_xlabel("steps on the new text")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=90, metadata={"Software": None})
     plt.close(figure)

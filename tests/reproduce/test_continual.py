@@ -49,6 +49,8 @@ def test_a_tiny_run_goes_on_where_the_old_one_ended(tmp_path):
     kept, warmed = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert kept["curve"]["old"][0] == warmed["curve"]["old"][0]  # of one checkpoint
     assert kept["curve"]["lr"] == pytest.approx([5e-4 / 20] * 3)
-    assert warmed["curve"]["lr"][0] == pytest.approx(5e-4) and warmed["curve"]["lr"][-1] == pytest.approx(5e-4 / 20)
+    assert warmed["curve"]["lr"][0] == pytest.approx(5e-4, rel=0.01) and warmed["curve"]["lr"][-1] == pytest.approx(
+        5e-4 / 20
+    )
     assert warmed["curve"]["new"][-1] < kept["curve"]["new"][-1]
     assert (tmp_path / "curves.png").exists() and "| re-warmed, 0% | 1 |" in done.stdout
