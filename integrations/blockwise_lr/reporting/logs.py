@@ -8,7 +8,17 @@ from datetime import datetime
 from pathlib import Path
 
 from ..tuning.runs import LOSS as PRINTED
-from .names import BLOCK_FIGURES, LOSS, LOSS_RATIOS, MEMORY, RATE, SAMPLES_PER_SECOND, SECONDS_PER_STEP, VALIDATION
+from .names import (
+    BLOCK_FIGURES,
+    FORWARD_TIME,
+    LOSS,
+    LOSS_RATIOS,
+    MEMORY,
+    RATE,
+    SAMPLES_PER_SECOND,
+    SECONDS_PER_STEP,
+    VALIDATION,
+)
 from .runs import Records
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf)"
@@ -17,7 +27,9 @@ _TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[.,]?(\d*)\]")
 
 _MEGATRON = re.compile(r"\biteration +(\d+)/ *\d+ \|(.*)")
 _FIELD = re.compile(rf"([^|:][^|]*?): *({_NUMBER}) *(?=\||$)")
-_BLOCKS = re.compile(rf"\biteration (\d+) (learning rates|{'|'.join((*BLOCK_FIGURES, *LOSS_RATIOS))}) \|(.*)")
+_BLOCKS = re.compile(
+    rf"\biteration (\d+) (learning rates|{'|'.join((*BLOCK_FIGURES, FORWARD_TIME, *LOSS_RATIOS))}) \|(.*)"
+)
 _OF_BLOCK = re.compile(rf"([\w.-]*): *({_NUMBER})(?: and ({_NUMBER}))?")
 _VALIDATION = re.compile(rf"validation loss at iteration (\d+) \| lm loss value: ({_NUMBER})")
 _MEMORY = re.compile(rf"\(after (\d+) iterations\) memory \(MB\) \|.*?max allocated: ({_NUMBER})")

@@ -22,6 +22,7 @@ FINAL = "final validation loss"  # where it was measured otherwise than the curv
 SHARPNESS, SHARPNESS_ERROR = "sharpness", "sharpness_error"
 # what BlockMonitor reports, in the order of the page
 BLOCK_FIGURES = ("gradient_norm", "update_to_weight", "update_rms", "weight_rms", "variance_l1", "variance_max")
+FORWARD_TIME = "forward_time"  # of ranks: the slowest's, over the median, and which it is
 LOSS_RATIOS = ("loss_ratio", "loss_ratio_max", "loss_ratio_share")
 
 _SAME = {
@@ -49,7 +50,7 @@ _SAME = {
 }
 _OF = {spelt: name for name, every in _SAME.items() for spelt in every}
 _OF_BLOCK = re.compile(
-    rf"(?:^|/)(?P<kind>{'|'.join((*BLOCK_FIGURES, SHARPNESS_ERROR, SHARPNESS))})/(?P<block>[\w.-]+)$"
+    rf"(?:^|/)(?P<kind>{'|'.join((*BLOCK_FIGURES, FORWARD_TIME, SHARPNESS_ERROR, SHARPNESS))})/(?P<block>[\w.-]+)$"
 )
 _OF_LOSS_RATIO = re.compile(rf"(?:^|/)({'|'.join(LOSS_RATIOS)})$")
 _RATE_OF_BLOCK = re.compile(r"(?:^|/)(?:learning[-_]rate|lr)/(?P<block>[\w.-]+)$")
