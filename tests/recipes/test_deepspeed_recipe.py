@@ -49,6 +49,7 @@ def curve(out, *keys):
     ]
 
 
+@pytest.mark.full  # the parts run below in ranks that are there already
 def test_it_trains_under_torchrun_and_goes_on_to_the_bit(data, tmp_path):
     """The newest checkpoint is taken away; the second run starts from the one before."""
     arguments = words("blockwise-adamw", "gpt2-124m", data, tmp_path, "--lr", "3e-3")
