@@ -9,8 +9,8 @@ from transformers.trainer_callback import TrainerCallback
 from ..blocks import BlockError
 from ..measure import Guard, Unstable
 from ..measure.guard import GuardOptions
-from ..optim.base import BlockwiseOptimizer
 from ..patches.transformers_losses import LOSSES
+from .wrapped import blockwise_optimizer
 
 _KEY = "blockwise_lr_guard"  # of the state in trainer_state.json
 
@@ -47,14 +47,7 @@ class GuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Watches the run's losses from now on."""
-        inner = optimizer
-        while inner is not None and not isinstance(inner, BlockwiseOptimizer):  # Accelerate's wrapper, and DeepSpeed's
-            inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise BlockError(
-                f"GuardCallback needs a blockwise optimizer, and the Trainer has {type(optimizer).__name__}; give "
-                f"optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {{...}}), or the type in the ds_config"
-            )
+        inner = blockwise_optimizer(optimizer, "GuardCallback")
         self.guard = Guard(inner, save=self._save, **self.options)
         if state.stateful_callbacks.get(_KEY):
             self.guard.load_state_dict(state.stateful_callbacks[_KEY])

@@ -6,10 +6,9 @@ from typing import Any
 
 from transformers.trainer_callback import TrainerCallback
 
-from ..blocks import BlockError
 from ..measure import BlockMonitor
-from ..optim.base import BlockwiseOptimizer
 from .logs import log_beside
+from .wrapped import blockwise_optimizer
 
 
 class BlockMetricsCallback(TrainerCallback):
@@ -32,14 +31,7 @@ class BlockMetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Watches the optimizer from now on."""
         self._close()
-        inner = optimizer
-        while inner is not None and not isinstance(inner, BlockwiseOptimizer):  # Accelerate's wrapper, and DeepSpeed's
-            inner = getattr(inner, "optimizer", None)
-        if inner is None:
-            raise BlockError(
-                f"BlockMetricsCallback needs a blockwise optimizer, and the Trainer has {type(optimizer).__name__}; give "
-                f"optimizer_cls_and_kwargs=(BlockwiseAdamWFactory, {{...}}), or the type in the ds_config"
-            )
+        inner = blockwise_optimizer(optimizer, "BlockMetricsCallback")
         self.monitor = BlockMonitor(
             inner,
             every=self.every,
