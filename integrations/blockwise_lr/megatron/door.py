@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..collective import roll_call
 from ..optim.base import BlockwiseOptimizer
 from ..patches import (
     megatron_arguments,
@@ -156,6 +157,7 @@ _GUARD = megatron_guard.Hooks(state=guard.state, loaded=guard.loaded)
 
 
 def _before_step(arguments: Any, optimizer: Any, model: Any) -> None:
+    roll_call.listen()  # from the first step on, this rank answers roll calls
     metrics.before_step(arguments, optimizer, model)
     guard.before_step(arguments, optimizer)
 

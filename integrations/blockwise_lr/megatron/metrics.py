@@ -6,7 +6,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..blocks import BlockError
-from ..collective import roll_call
 from ..collective.errors import run_on_all_ranks
 from ..measure import BlockMonitor
 from .build import optimizers_of
@@ -26,7 +25,7 @@ _watched: WeakKeyDictionary[Any, _Watched] = WeakKeyDictionary()
 
 
 def before_step(arguments: Any, optimizer: Any, model: Any) -> None:
-    """Watches the step that is about to be taken, where the flag asks for it; from the first on, this rank answers roll calls.
+    """Watches the step that is about to be taken, where the flag asks for it.
 
     Args:
         arguments: Megatron's.
@@ -35,7 +34,6 @@ def before_step(arguments: Any, optimizer: Any, model: Any) -> None:
     Raises:
         BlockError: the optimizer is none of ours; on every rank.
     """
-    roll_call.listen()
     every = getattr(arguments, "block_metrics_interval", None)
     if not every:
         return
