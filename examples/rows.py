@@ -127,3 +127,16 @@ def with_tables(text: str, tables: Mapping[str, str]) -> str:
         text,
         flags=re.S,
     )
+
+
+def write_page(page: Path, tables: Mapping[str, str]) -> None:
+    """Makes a page's tables anew, in place."""
+    page.write_text(with_tables(page.read_text(), tables))
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """A matplotlib figure as a picture that is the same wherever it is drawn by the same versions."""
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=90, metadata={"Software": None})

@@ -25,7 +25,7 @@ from train import ARMS, SETTINGS, Run, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import load
-from rows import Rows, fill, load_rows, table, with_tables
+from rows import Rows, fill, load_rows, save_figure, table, write_page
 
 HERE = Path(__file__).parent
 COLORS = dict(zip(ARMS, ("#888888", "#d1671b", "#2a9d4a", "#1f5fbf")))
@@ -113,11 +113,9 @@ def draw(rows: Rows, setting: str, file: Path) -> None:
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="epoch")
         axis.axvline(SETTINGS[setting].clean + SETTINGS[setting].grows, color="#bbbbbb", lw=0.8, ls=":")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[2].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=90, metadata={"Software": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 
@@ -149,8 +147,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only README.md and its picture, from rows/")
     args = parser.parse_args()
     if args.report:
-        rows, page = load_rows(HERE / "rows"), HERE / "README.md"
-        page.write_text(with_tables(page.read_text(), tables(rows, "small")))
+        rows = load_rows(HERE / "rows")
+        write_page(HERE / "README.md", tables(rows, "small"))
         draw(rows, "small", HERE / "curves.png")
         return
     torch.set_num_threads(1)

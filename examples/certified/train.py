@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,7 +16,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from bounds import bounds, box_around
 from losses import figures, relu_balance, robust_loss, tightness
 from network import cnn7, ibp_initialize
@@ -29,6 +26,7 @@ import blockwise_lr.deepspeed  # noqa: F401  registers BlockwiseAdamW
 from blockwise_lr.schedules import SmoothedEpsilon
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import alone
 from images import Images
 from rows import commit, machine, versions
 
@@ -167,10 +165,7 @@ class Training:
 
     def __init__(self, run: Run, data: Images) -> None:
         self.run, self.of, self.data = run, SETTINGS[run.setting], data
-        if not dist.is_initialized():  # this process alone; torchrun would have said more
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.utils.logger.setLevel(logging.ERROR)
+        alone.start()
         self.steps_per_epoch = data.steps_per_epoch(self.of.batch)
         milestones = [epoch * self.steps_per_epoch for epoch in self.of.milestones]
         model = build(run, tuple(data.training.shape[1:]))

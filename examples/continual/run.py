@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +26,10 @@ import blockwise_lr.deepspeed  # noqa: F401  registers BlockwiseAdamW and the sc
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "reproduce"))
 from model import build_model
-from training import Place, commit, machine, versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import alone
+from rows import commit, machine, save_figure, table, versions, write_page
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -117,7 +116,6 @@ def train(given: argparse.Namespace, arm: str, seed: int, texts: Texts) -> dict[
         run.engine.load_checkpoint(str(old_run(given, seed, texts)))
     run.train("new", given.steps, ARMS.get(arm, (None, 0.0))[1])
     run.engine.destroy()
-    place = Place()
     return {
         "arm": arm,
         "seed": seed,
@@ -125,9 +123,9 @@ def train(given: argparse.Namespace, arm: str, seed: int, texts: Texts) -> dict[
         "old_steps": given.old_steps,
         "steps": given.steps,
         "curve": run.curve,
-        "machine": machine(place),
-        "versions": versions(),
-        "commit": commit(),
+        "machine": machine(),
+        "versions": versions("torch", "deepspeed", "transformers", "blockwise-lr"),
+        "commit": commit(HERE),
     }
 
 
@@ -136,10 +134,9 @@ def of_arm(rows: list[dict], arm: str) -> list[dict]:
     return sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"])
 
 
-def table(rows: list[dict]) -> str:
+def losses(rows: list[dict]) -> str:
     """Means over the seeds, and their range."""
-    head = "| arm | seeds | new text | max - min | old text | max - min | highest on the old text |"
-    lines = [head, "|---|--:|--:|--:|--:|--:|--:|"]
+    lines = [["arm", "seeds", "new text", "max - min", "old text", "max - min", "highest on the old text"]]
     for arm in [*ARMS, ANEW]:
         found = of_arm(rows, arm)
         if not found:
@@ -149,8 +146,8 @@ def table(rows: list[dict]) -> str:
             finals = [row["curve"][which][-1] for row in found]
             cells += [f"{np.mean(finals):.3f}", f"{np.ptp(finals):.3f}"]
         highest = np.mean([max(row["curve"]["old"]) for row in found])
-        lines.append(f"| {' | '.join([*cells, '' if arm == ANEW else f'{highest:.3f}'])} |")
-    return "\n".join(lines)
+        lines.append([*cells, "" if arm == ANEW else f"{highest:.3f}"])
+    return table(lines)
 
 
 def draw(rows: list[dict], file: Path) -> None:
@@ -180,32 +177,13 @@ def draw(rows: list[dict], file: Path) -> None:
     axes[2].set(title="old text")
     for axis in axes:
         axis.set_xlabel("steps on the new text")
-        axis.spines[["top", "right"]].set_visible(False)
     axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, dpi=90, metadata={"Software": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 
 def _highest(rows: list[dict], which: str) -> float:
     return max((max(row["curve"][which]) for row in rows if row["arm"] != ANEW), default=1.0)
-
-
-def with_table(text: str, rows: list[dict]) -> str:
-    """A page with its table made anew."""
-    made = f"<!-- continual -->\n{table(rows)}\n<!-- end -->"
-    return re.sub(r"<!-- continual -->\n.*?<!-- end -->", lambda _: made, text, flags=re.S)
-
-
-def one_process() -> None:
-    """DeepSpeed on this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo")
-    torch.set_num_threads(1)
 
 
 def main() -> None:
@@ -221,13 +199,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.report:
         rows, page = _rows(HERE / "rows.jsonl"), HERE / "README.md"
-        page.write_text(with_table(page.read_text(), rows))
+        write_page(page, {"losses": losses(rows)})
         draw(rows, HERE / "curves.png")
         return
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "rows.jsonl"
     rows = _rows(file)
-    one_process()
+    torch.set_num_threads(1)
+    alone.start()
     texts = Texts(given.text)
     for seed in range(given.seeds):
         for arm in given.arms:
@@ -240,7 +219,7 @@ def main() -> None:
             curve = rows[-1]["curve"]
             print(f"{arm}, seed {seed}: new {curve['new'][-1]}, old {curve['old'][-1]}", file=sys.stderr, flush=True)
     draw(rows, given.out / "curves.png")
-    print(table(rows), f"picture: {given.out / 'curves.png'}", sep="\n\n")
+    print(losses(rows), f"picture: {given.out / 'curves.png'}", sep="\n\n")
 
 
 def _rows(file: Path) -> list[dict]:

@@ -24,7 +24,7 @@ from blockwise_lr import BlockwiseAdamW, map_blocks
 from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from rows import Rows, commit, fill, load_rows, machine, table, versions, with_tables
+from rows import Rows, commit, fill, load_rows, machine, table, versions, write_page
 
 HERE = Path(__file__).parent
 STEPS, BATCH, LENGTH, EVERY = 100, 16, 64, 20
@@ -113,8 +113,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only the table of README.md, from rows/")
     args = parser.parse_args()
     if args.report:
-        page = HERE / "README.md"
-        page.write_text(with_tables(page.read_text(), {"losses": losses(load_rows(HERE / "rows"))}))
+        write_page(HERE / "README.md", {"losses": losses(load_rows(HERE / "rows"))})
         return
     torch.set_num_threads(1)
     data = text()

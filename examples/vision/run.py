@@ -25,7 +25,7 @@ from train import ARMS, SETTINGS, Run, learning_rates, train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from images import load
-from rows import Rows, fill, load_rows, table, with_tables
+from rows import Rows, fill, load_rows, save_figure, table, write_page
 
 HERE = Path(__file__).parent
 NAMES = {name: kind for name, (kind, _, _) in ARMS.items()}
@@ -130,10 +130,7 @@ def draw(rows: Rows, setting: str, file: Path) -> None:
     left.set(xscale="log", xlabel="learning rate", ylabel="validation loss", title="every trial, seed 0")
     right.set(xlabel="step", title="every seed at the best rate", yscale="log")
     left.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(file, dpi=90, metadata={"Software": None})
+    save_figure(figure, file)
     plt.close(figure)
 
 
@@ -154,8 +151,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only README.md and its picture, from rows/")
     args = parser.parse_args()
     if args.report:
-        rows, page = load_rows(HERE / "rows"), HERE / "README.md"
-        page.write_text(with_tables(page.read_text(), tables(rows, "small")))
+        rows = load_rows(HERE / "rows")
+        write_page(HERE / "README.md", tables(rows, "small"))
         draw(rows, "small", HERE / "curves.png")
         return
     torch.set_num_threads(1)

