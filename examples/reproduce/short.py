@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from arms import CLIP, WARMUP, Arm, build_optimizer
+from arms import CLIP, Arm, build_optimizer
 from data import Text
 from model import RUNGS, build_model
 from training import FINAL, Place
@@ -34,8 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     place, text = Place("cpu"), Text(args.text, args.rung)
     model = build_model(args.rung, args.seed)
-    optimizer = build_optimizer(Arm("BlockwiseAdamW", 0, {"block_lr_ratios": args.ratios}), model, args.lr)
-    schedule = BlockwiseWarmupCosine(optimizer, args.steps, max(round(WARMUP * args.steps), 1))
+    arm = Arm("BlockwiseAdamW", 0, {"block_lr_ratios": args.ratios})
+    optimizer = build_optimizer(arm, model, args.lr)
+    schedule = BlockwiseWarmupCosine(optimizer, args.steps, max(round(arm.warmup * args.steps), 1))
     for step in range(args.steps):
         for part in (parts := place.parts(text.batch(args.seed, step, args.batch // text.length))):
             (place.loss(model, part) / len(parts)).backward()

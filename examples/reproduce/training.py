@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from arms import ARMS, CLIP, WARMUP, build_optimizer, learning_rate
+from arms import ARMS, CLIP, build_optimizer, learning_rate
 from data import Text
 from model import body_parameters, build_model
 
@@ -119,7 +119,7 @@ class Training:
         arm, lr = ARMS[run.arm], learning_rate(run.k)
         self.model = place.model(run)
         self.optimizer = build_optimizer(arm, self.model, lr)
-        warmup = max(round(WARMUP * run.steps), 1)
+        warmup = max(round(arm.warmup * run.steps), 1)
         self.schedule = BlockwiseWarmupCosine(self.optimizer, run.steps, warmup, min_lr=arm.floor * lr)
         self.sequences = run.batch // text.length
         at = {max(round(share * run.steps), 1) for share in arm.auto_at}

@@ -58,10 +58,10 @@ SETTINGS = {
 # an optimizer's type in a ds_config, the middle of its learning rates, and further options
 ARMS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "adamw": ("AdamW", 2e-3, {}),
-    "blockwise": ("BlockwiseAdamW", 3.2e-4, {}),  # the paper's ratios
-    "mini": ("BlockwiseAdamMini", 3.2e-4, {}),
+    "blockwise": ("BlockwiseAdamW", 3.2e-4, {"block_lr_ratios": "paper"}),
+    "mini": ("BlockwiseAdamMini", 3.2e-4, {"block_lr_ratios": "paper"}),
     # what sharpness says here: both ends of the model are the sharpest blocks, so their ratio is the norms'
-    "sharp-ends": ("BlockwiseAdamW", 3.2e-4, {"block_lr_ratios": {"embedding": 1, "head": 1}}),
+    "sharp-ends": ("BlockwiseAdamW", 3.2e-4, {"block_lr_ratios": {"preset": "paper", "embedding": 1, "head": 1}}),
     "muon": ("BlockwiseMuon", 2e-3, {}),  # q, k, v, output and FFN by Muon, the rest by AdamW; its own default ratios
 }
 
