@@ -102,6 +102,9 @@ def _is_set(field: Field, owner: Any) -> bool:
 
 
 def options_of(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that an optimizer has."""
-    known = KINDS[kind].optimizer.Options.model_fields if kind in KINDS else options
-    return {name: value for name, value in options.items() if name in known}
+    """Those of the options that an optimizer has, with the paper's ratios, which tell all block types apart as the default's
+    do not, where none are among them."""
+    if kind not in KINDS:
+        return dict(options)
+    known = KINDS[kind].optimizer.Options.model_fields
+    return {"block_lr_ratios": "paper", **{name: value for name, value in options.items() if name in known}}

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import transformers
 
-RATIOS = {"embedding": 10.0, "head": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "norm": 1.0}
+RATIOS = {"embedding": 10.0, "head": 10.0, "qk": 8.0, "ffn": 6.0, "vo": 4.0, "norm": 1.0}  # the paper's
+DEFAULT_RATIOS = {"embedding": 10.0, "head": 10.0, "qk": 1.0, "ffn": 1.0, "vo": 1.0, "norm": 1.0}
 VOCABULARY = 61
 
 
@@ -138,7 +139,9 @@ class Twin:
         self.leaves: dict[str, Leaf] = {}
         for name, p in model.named_parameters():
             for part, tensor in self._split(name, p.detach()).items():
-                self.leaves[part] = self._leaf(part, tensor.clone().requires_grad_())
+                self.leaves[part] = self._leaf(
+                    part, tensor.clone(memory_format=torch.contiguous_format).requires_grad_()
+                )
 
     def _leaf(self, name: str, tensor: torch.Tensor) -> Leaf:
         bias, norm = name.split("#")[0].endswith("bias"), _block(name) == "norm"

@@ -1,8 +1,8 @@
 """The arms: what is compared, as data. Everything that is not in this table is the same for all of them.
 
-The schedule is BlockwiseWarmupCosine for every arm: warmup over a tenth of the run, then a cosine from each peak to ``floor`` x
-base learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1. Lion's betas are (0.95, 0.98), its
-weight decay 1.
+The schedule is BlockwiseWarmupCosine for every arm: warmup over a tenth of the run, then a cosine from each peak to
+``floor`` x base learning rate; betas (0.9, 0.95), eps 1e-8, weight decay 0.1, gradients clipped at norm 1. Lion's betas are
+(0.95, 0.98), its weight decay 1.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def build_optimizer(arm: Arm, model: torch.nn.Module, lr: float) -> torch.optim.
             {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": norms},
         ]
         fused = next(model.parameters()).is_cuda
-        return torch.optim.AdamW(groups, lr=lr, betas=(BETA1, arm.beta2), eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused)
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=(BETA1, arm.beta2), eps=EPS, weight_decay=WEIGHT_DECAY, fused=fused
+        )
     of_adam = {"betas": (BETA1, arm.beta2), "eps": EPS, "weight_decay": WEIGHT_DECAY}
     optimizer, settings = {
         "BlockwiseAdamW": (BlockwiseAdamW, of_adam),

@@ -326,35 +326,50 @@ def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
     _save(figure, file)
 
 
-def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
-    """The gain of BlockwiseAdamW on AdamW over the batch and over the steps, with 95% intervals."""
-    figure, (*axes, beside) = _grid(3)
-    beside.axis("off")
-    lines: dict[str, list[tuple[int, int, float, float]]] = {}
+def _points(found: dict[str, dict[str, Result]], arm: str) -> dict[str, list[tuple[int, int, float, float]]]:
+    """Model and budget -> (tokens of a batch, steps, mean gain on AdamW, half of its 95% interval) of each cell."""
+    points: dict[str, list[tuple[int, int, float, float]]] = {}
     for arms in found.values():
-        if _comparable(arms.get(BASE), arms.get("blockwise")):
+        if _comparable(arms.get(BASE), arms.get(arm)):
             run = Run(**arms[BASE].seeds[0]["run"])
-            mean, half = interval(gains(arms[BASE], arms["blockwise"]))
+            mean, half = interval(gains(arms[BASE], arms[arm]))
             if math.isfinite(mean):
-                lines.setdefault(f"{run.rung}, {run.tokens_per_parameter:g} tokens per parameter", []).append(
+                points.setdefault(f"{run.rung}, {run.tokens_per_parameter:g} tokens per parameter", []).append(
                     (run.batch, arms[BASE].steps, mean, 0.0 if math.isnan(half) else half)
                 )
-    for one, column, label in zip(axes, (0, 1), ("tokens of a batch", "steps")):
-        for name, points in lines.items():
-            points = sorted(points, key=lambda point: point[column])
-            one.errorbar(
-                [point[column] for point in points],
-                [point[2] for point in points],
-                [point[3] for point in points],
-                marker="o",
-                ms=4,
-                capsize=3,
-                label=name,
-            )
+    return points
+
+
+def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
+    """The gains of BlockwiseAdamW on AdamW over the batch and over the steps, with 95% intervals: the default's filled, the
+    paper's ratios open."""
+    figure, (*axes, beside) = _grid(3)
+    beside.axis("off")
+    of_arm = {arm: _points(found, arm) for arm in ("embedding-head-10", "blockwise")}
+    names = list(dict.fromkeys(name for points in of_arm.values() for name in points))
+    colors = {name: f"C{number}" for number, name in enumerate(names)}
+    for one, (column, label) in zip(axes, ((0, "tokens of a batch"), (1, "steps"))):
+        for arm, points in of_arm.items():
+            for name, values in points.items():
+                values = sorted(values, key=lambda value: value[column])
+                one.errorbar(
+                    *([value[place] for value in values] for place in (column, 2, 3)),
+                    color=colors[name],
+                    marker="o",
+                    ms=4,
+                    mfc=colors[name] if arm != "blockwise" else "white",
+                    ls="-" if arm != "blockwise" else ":",
+                    capsize=3,
+                )
         one.axhline(0, color="#888888", lw=0.8, ls="--")
         one.set(xscale="log", xlabel=label, ylabel="gain on AdamW (nats)")
         _log_ticks(one)
-    beside.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="center left")
+    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    handles += [
+        plt.Line2D([], [], color="#444444", marker="o", ms=4, label="default: embedding and head 10"),
+        plt.Line2D([], [], color="#444444", marker="o", ms=4, mfc="white", ls=":", label="the paper's ratios"),
+    ]
+    beside.legend(handles=handles, frameon=False, fontsize=9, loc="center left")
     _save(figure, file)
 
 

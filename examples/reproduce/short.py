@@ -1,6 +1,6 @@
 """One short run of the ladder for `blockwise-lr tune`: prints its loss on held-out tokens, as a user's script would.
 
-    blockwise-lr tune --out runs/tune --lr 4e-3 -- \
+    blockwise-lr tune --out runs/tune --lr 4e-3 --start paper -- \
         python examples/reproduce/short.py --lr {lr} --ratios {ratios} --seed {seed}
 """
 

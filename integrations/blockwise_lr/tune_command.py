@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .blocks.presets import PRESETS
+from .blocks.presets import DEFAULT, PRESETS
 from .blocks.types import BlockError
 from .terminal import console, refuse, refuse_without, say
 from .tuning.runs import LOSS, Command
@@ -32,7 +32,7 @@ def tune(
     ] = 1e-3,
     start: Annotated[
         str, typer.Option(help=f"Ratios to start from: {', '.join(PRESETS)}, or JSON by block type.")
-    ] = "paper",
+    ] = DEFAULT,
     blocks: Annotated[
         str, typer.Option(help="Block types whose ratios are searched.")
     ] = "embedding,head,qk,vo,ffn,norm",

@@ -137,11 +137,19 @@ def test_head_counts_that_do_not_fit_are_refused():
         map_blocks(llama(), config={"num_attention_heads": 5})
 
 
-def test_ratios_follow_the_paper():
-    named = {block.value: ratio for block, ratio in lr_ratios().items()}
+def test_ratios_of_the_paper_and_where_nothing_is_said():
+    named = {block.value: ratio for block, ratio in lr_ratios("paper").items()}
     assert named == {"embedding": 10, "head": 10, "qk": 8, "vo": 4, "ffn": 6, "norm": 1, "router": 6, "ssm": 6}
+    ones = dict.fromkeys(("qk", "vo", "ffn", "norm", "router", "ssm"), 1)
+    for nothing in (None, {}, "embedding"):
+        assert {block.value: ratio for block, ratio in lr_ratios(nothing).items()} == {
+            "embedding": 10,
+            "head": 10,
+            **ones,
+        }
     assert lr_ratios({"embedding": 5})[BlockType.HEAD] == 5
     assert lr_ratios({"head": 1})[BlockType.EMBEDDING] == 10
+    assert lr_ratios({"ffn": 6})[BlockType.SSM] == 6
 
 
 def test_the_fingerprint_tells_layouts_apart():

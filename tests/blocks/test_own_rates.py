@@ -117,8 +117,8 @@ def test_layer_wise_decay_is_that_of_beit():
 def test_rates_of_scaled_blocks_are_told_by_their_ends():
     optimizer = optimizer_of(make("llama"), [{"match": "*", "layer_decay": 0.5}])
     now = optimizer.block_lrs()[0]
-    assert (now["qk"], now["qk.lowest"]) == pytest.approx((4e-3, 2e-3)) and "head.lowest" not in now
-    assert "qk 3,072 at 0.002 to 0.004" in optimizer.describe()
+    assert (now["qk"], now["qk.lowest"]) == pytest.approx((5e-4, 2.5e-4)) and "head.lowest" not in now
+    assert "qk 3,072 at 0.00025 to 0.0005" in optimizer.describe()
 
 
 def test_the_first_rule_that_says_something_says_it():
@@ -213,7 +213,7 @@ def test_inspect_shows_own_blocks_and_factors():
         rows["transformer.h.0.mlp.c_fc.weight"].block == "low" and rows["transformer.h.0.mlp.c_fc.weight"].ratio == 0.5
     )
     assert (
-        rows["transformer.h.1.mlp.c_fc.weight"].block == "ffn" and rows["transformer.h.1.mlp.c_fc.weight"].ratio == 3.0
+        rows["transformer.h.1.mlp.c_fc.weight"].block == "ffn" and rows["transformer.h.1.mlp.c_fc.weight"].ratio == 0.5
     )
 
 

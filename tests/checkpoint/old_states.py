@@ -29,7 +29,8 @@ def build(kind: str) -> tuple[torch.nn.Module, Any, Any]:
             n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8, bos_token_id=None, eos_token_id=None
         )
     )
-    optimizer = KINDS[kind](model.named_parameters(), lr=2e-3, block_map=map_blocks(model), kernel="reference")
+    options = {"lr": 2e-3, "kernel": "reference", "block_lr_ratios": "paper"}  # what the default was until 0.2
+    optimizer = KINDS[kind](model.named_parameters(), block_map=map_blocks(model), **options)
     return model, optimizer, BlockwiseWarmupCosine(optimizer, 12, 3)
 
 

@@ -80,7 +80,7 @@ def on_one_rank(kind, stage, change):
 @pytest.mark.parametrize(
     "kind, stage, change, words",
     [
-        (ADAMW, 2, "ratios", ["optimizer.params.block_lr_ratios is unset on rank 0 and", '"qk": 2.0', "on rank 1"]),
+        (ADAMW, 2, "ratios", ['optimizer.params.block_lr_ratios is "paper" on rank 0 and', '"qk": 2.0', "on rank 1"]),
         (MINI, 1, "betas", ["optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.9, 0.99] on rank 1"]),
         (ADAMW, 0, "weight_decay", ["optimizer.params.weight_decay is 0.1 on rank 0 and 0.3 on rank 1"]),
         (MINI, 3, "lr", ["optimizer.params.lr is 0.002 on rank 0 and 0.0001 on rank 1"]),

@@ -186,7 +186,7 @@ def test_a_rank_that_fails_before_the_first_step_leaves_none_hanging(how, server
     ((name, message),) = started.events[0]
     assert name != "trained"
     if how == "misconfigured":
-        assert 'block_lr_ratios is unset on rank 0 and {"qk": -1.0} on rank 1' in message
+        assert 'block_lr_ratios is "paper" on rank 0 and {"qk": -1.0} on rank 1' in message
     if how == "silent":
         assert f"{1000 * SECONDS}ms" in message
     started.processes[0].join(seconds)

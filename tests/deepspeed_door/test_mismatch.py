@@ -46,7 +46,7 @@ def refusal(kind, stage, folder, optimizer=None, model="llama", seed=5):
 
 CHANGES = {
     "block_lr_ratios": (
-        {"block_lr_ratios": {"qk": 4, "embedding": 9}},
+        {"block_lr_ratios": {"preset": "paper", "qk": 4, "embedding": 9}},
         ["block_lr_ratios: embedding 10.0 -> 9.0", "qk 8.0 -> 4.0"],
     ),
     "block_map": (

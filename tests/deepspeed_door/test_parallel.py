@@ -122,7 +122,7 @@ def settings_of(kind, stage, model, parallel):
         kind,
         stage,
         gradient_accumulation_steps=1,
-        optimizer={"block_lr_ratios": {"router": 1.0}},
+        optimizer={"block_lr_ratios": {"preset": "paper", "router": 1.0}},
         scheduler={
             "type": "WarmupLR",
             "params": {"warmup_min_lr": LR, "warmup_max_lr": LR, "warmup_num_steps": 2, "warmup_type": "linear"},

@@ -79,7 +79,10 @@ def engine_of(kind, stage, change=None):
     arguments = {}
     if kind.startswith("Blockwise"):
         settings["optimizer"]["params"]["block_rules"] = RULES
-        settings["optimizer"]["params"]["block_lr_ratios"] = {"qk": 2.0 if odd and change == "ratios" else 8.0}
+        settings["optimizer"]["params"]["block_lr_ratios"] = {
+            "preset": "paper",
+            "qk": 2.0 if odd and change == "ratios" else 8.0,
+        }
     else:
         made = plain_groups(Named(module))
         arguments["optimizer"] = PLAIN[kind](made)

@@ -136,7 +136,7 @@ def _optimizer(rng: random.Random, kind: str) -> dict[str, Any]:
         "kernel": rng.choice(["reference", "cpp", "auto"]),
     }
     if ratios or rng.random() < 0.3:
-        found["block_lr_ratios"] = ratios
+        found["block_lr_ratios"] = {**rng.choice([{}, {"preset": "paper"}]), **ratios}
     if rng.random() < 0.3:
         found["decay_norms_and_biases"] = rng.random() < 0.5
     if rng.random() < 0.3:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from deepspeed_door.engines import config, start, train, weights
 from fuzz.configs import LR, STEPS, Drawn
-from twins import RATIOS, REFERENCES, Twin, make, paper_lr, token_ids, worst_difference
+from twins import DEFAULT_RATIOS, RATIOS, REFERENCES, Twin, make, paper_lr, token_ids, worst_difference
 
 
 def outcome(drawn: Drawn) -> tuple[str, str | float]:
@@ -36,8 +36,9 @@ def reference(drawn: Drawn) -> dict[str, torch.Tensor]:
     """The twin's weights after the same steps."""
     accumulation, clip = config("", 0)["gradient_accumulation_steps"], config("", 0)["gradient_clipping"]
     twin = Twin(drawn.model, make(drawn.model))
-    given = drawn.optimizer.get("block_lr_ratios") or {}
-    ratios = {**RATIOS, **given}
+    given = drawn.optimizer["block_lr_ratios"]
+    given = {"preset": given} if isinstance(given, str) else dict(given)
+    ratios = {**(RATIOS if given.pop("preset", "") == "paper" else DEFAULT_RATIOS), **given}
     ratios["head"] = given.get("head", ratios["embedding"])  # an untied output layer follows the embedding
     if drawn.optimizer.get("decay_norms_and_biases"):
         for leaf in twin.leaves.values():

@@ -12,7 +12,7 @@ import torch
 from twins import VOCABULARY, make
 
 STEPS, SAVE_AT = 6, 3
-OPTIMIZER = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+OPTIMIZER = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1, "block_lr_ratios": "paper"}
 
 
 class Tokens(torch.utils.data.Dataset):
@@ -185,7 +185,9 @@ def _accelerate_alone(folder: str, resumed: bool) -> list[dict[str, float]]:
     logging.disable(logging.WARNING)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     model = make("llama", seed=int(resumed))
-    optimizer = BlockwiseAdamW(model.named_parameters(), lr=OPTIMIZER["lr"], block_map=map_blocks(model))
+    optimizer = BlockwiseAdamW(
+        model.named_parameters(), lr=OPTIMIZER["lr"], block_map=map_blocks(model), block_lr_ratios="paper"
+    )
     schedule = BlockwiseWarmupCosine(optimizer, STEPS, 2)
     data = torch.utils.data.DataLoader(Tokens(), batch_size=2)
     model, wrapped, data, schedule = accelerator.prepare(model, optimizer, data, schedule)

@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,10 +57,26 @@ def test_the_sweep_is_a_job_by_kubernetes_strict_schema():
 SCRIPT = """
 import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
-seen = torch.ones(1) * dist.get_rank()
+rank, ranks = dist.get_rank(), dist.get_world_size()
+seen = torch.ones(1) * rank
 dist.all_reduce(seen)
-print("rank", dist.get_rank(), "of", dist.get_world_size(), "sum", int(seen), sys.argv[1:], flush=True)
+# who leaves while the other is still in a collective of gloo breaks it, and torchrun waits 300 s for the broken one
+store = dist.distributed_c10d._get_default_store()
+store.set(f"done {rank}", "")
+store.wait([f"done {one}" for one in range(ranks)])
+print("rank", rank, "of", ranks, "sum", int(seen), sys.argv[1:], flush=True)
 """
+
+
+def outputs(pods, seconds):
+    """What processes print; those that have not ended by then are killed, so that what all of them printed is told."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and any(pod.poll() is None for pod in pods):
+        time.sleep(0.1)
+    for pod in pods:
+        if pod.poll() is None:
+            os.killpg(pod.pid, signal.SIGKILL)  # its ranks too, which hold its output open
+    return [pod.communicate()[0] for pod in pods]
 
 
 def test_the_pods_of_a_job_meet_by_what_kubeflow_sets(tmp_path):
@@ -83,10 +101,11 @@ def test_the_pods_of_a_job_meet_by_what_kubeflow_sets(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         for number in range(2)
     ]
-    said = [pod.communicate(timeout=240)[0] for pod in pods]
+    said = outputs(pods, 240)
     assert [pod.returncode for pod in pods] == [0, 0], said
     for rank, text in enumerate(said):
         assert f"rank {rank} of 2 sum 1 ['--deepspeed_config', 'a b.json']" in text

@@ -16,7 +16,9 @@ from blockwise_lr.measure import Guard, Unstable
 
 def optimizer_of(model=None):
     model = model or make("llama")
-    return BlockwiseAdamW(model.named_parameters(), lr=1e-3, weight_decay=0.0, block_map=map_blocks(model))
+    return BlockwiseAdamW(
+        model.named_parameters(), lr=1e-3, weight_decay=0.0, block_map=map_blocks(model), block_lr_ratios="paper"
+    )
 
 
 def test_rates_are_lowered_for_a_while_whatever_the_schedule_says():

@@ -56,7 +56,7 @@ def _run(job: Job, folder: str, load: bool) -> dict[str, Any]:
 
     first = _first_weights(job.variant, job.layout.layers)
     with megatron(job.layout), _fused_adam(job.fused):
-        undo = blockwise_lr.megatron.register(**job.settings)
+        undo = blockwise_lr.megatron.register(**{"block_lr_ratios": "paper", **job.settings})
         try:
             chunks = build_chunks(job.variant, job.layout)
             load_full(chunks, {name: value * 0 + 1 for name, value in first.items()} if load else first)

@@ -74,7 +74,7 @@ def schedule_and_buffers():
 
     layout = Layout(distributed=True)
     with megatron(layout):
-        undo = blockwise_lr.megatron.register(block_lr_ratios={"qk": 5.0})
+        undo = blockwise_lr.megatron.register(block_lr_ratios={"preset": "paper", "qk": 5.0})
         try:
             wrapped = wrap(build_chunks("gpt", layout), layout)
             adam = make_optimizer(wrapped, "adam", layout)

@@ -146,7 +146,12 @@ def test_contradictions_are_refused_on_every_rank(layout, form, changes, words):
 
 def test_accepted_ratios_fade_in():
     job, folder, _ = saved(2, ADAMW, "gqa", PP)
-    for found in loaded(2, job, folder, **accepting("block_lr_ratios", block_lr_ratios={"qk": 4}, ratio_fade_steps=10)):
+    for found in loaded(
+        2,
+        job,
+        folder,
+        **accepting("block_lr_ratios", block_lr_ratios={"preset": "paper", "qk": 4}, ratio_fade_steps=10),
+    ):
         faded = 8 + (4 - 8) * (TOTAL - SAVED_AT) / 10
         assert found["rates"][0]["qk"] == pytest.approx(megatron_lr(TOTAL, faded))
         assert found["rates"][0]["vo"] == pytest.approx(megatron_lr(TOTAL, 4))

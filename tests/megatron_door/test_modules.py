@@ -239,7 +239,7 @@ def grouped_experts():
         for matrix, p in zip(used, module.parameters()):  # an expert's column is an output unit: one second moment
             gradient = p.grad.view(matrix.shape)
             mean = gradient.square().mean(1, keepdim=True).sqrt()
-            wanted.append((matrix.detach() - 0.06 * gradient / (mean + 1e-8)).view(p.shape))
+            wanted.append((matrix.detach() - 0.01 * gradient / (mean + 1e-8)).view(p.shape))
         optimizer.step()
         return [matrix.shape for matrix in used], [
             float((p - w).norm() / w.norm()) for p, w in zip(module.parameters(), wanted)

@@ -149,7 +149,7 @@ def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
         "--optimizer",
         "blockwise_adam_mini",
         "--block-lr-ratios",
-        "embedding=10",
+        "paper",
         "ffn=3",
         "--tensorboard-dir",
         str(tmp_path),
@@ -174,7 +174,16 @@ def test_loss_and_block_learning_rates_are_in_the_log(data, tmp_path):
 
 def test_logged_rates_are_those_used_under_mup(data):
     """Twice the base width: weights have half the peak and the minimum, embeddings and vectors all of it."""
-    code, log = launch(data, "--optimizer", "blockwise_adamw", "--use-mup", "--mup-base-hidden-size", "16")
+    code, log = launch(
+        data,
+        "--optimizer",
+        "blockwise_adamw",
+        "--block-lr-ratios",
+        "paper",
+        "--use-mup",
+        "--mup-base-hidden-size",
+        "16",
+    )
     assert code == 0, log[-3000:]
     assert (
         "iteration 5 learning rates | embedding: 1.000000E-02 | qk: 4.000000E-03 and 8.000000E-03 | "
@@ -232,7 +241,7 @@ def test_a_run_resumes_to_the_bit_and_refuses_other_ratios(data, tmp_path):
     assert code == 0, resumed[-3000:]
     assert losses(resumed)[-1] == losses(log)[-1] and len(losses(resumed)) == len(losses(log)) - 2
     code, refused = launch(data, *flags, "--load", str(tmp_path), "--block-lr-ratios", "qk=4")
-    assert code != 0 and "block_lr_ratios: qk 8.0 -> 4.0" in refused
+    assert code != 0 and "block_lr_ratios: qk 1.0 -> 4.0" in refused
     assert "pass --accept-mismatch block_lr_ratios" in refused
 
 

@@ -237,7 +237,7 @@ def trained(
     import blockwise_lr.megatron
 
     with megatron(layout):
-        undo = blockwise_lr.megatron.register(**settings)
+        undo = blockwise_lr.megatron.register(**{"block_lr_ratios": "paper", **settings})
         try:
             chunks = build_chunks(variant, layout)
             load_full(chunks, first)

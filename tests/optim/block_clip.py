@@ -78,6 +78,7 @@ def in_fsdp(model_kind: str, kind: str) -> tuple[float, float]:
         weight_decay=0.1,
         block_map=map_blocks(model),
         block_clip=LIMITS,
+        block_lr_ratios="paper",
         betas=BETAS,
         eps=EPS,
     )

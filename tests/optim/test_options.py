@@ -84,7 +84,10 @@ def test_a_factory_needs_its_own_learning_rate():
     with pytest.raises(BlockError, match="BlockwiseLionFactory needs its own learning rate") as told:
         BlockwiseLionFactory()(model)
     assert "adamw_lr" not in str(told.value)
-    assert BlockwiseAdamWFactory()(model, adamw_lr=6e-4).param_groups[0]["lr"] == pytest.approx(1e-4)
+    assert BlockwiseAdamWFactory()(model, adamw_lr=6e-4, block_lr_ratios="paper").param_groups[0][
+        "lr"
+    ] == pytest.approx(1e-4)
+    assert BlockwiseAdamWFactory()(model, adamw_lr=6e-4).param_groups[0]["lr"] == 6e-4
 
 
 @pytest.mark.parametrize("name, value, words", IN_GROUPS)
@@ -137,7 +140,7 @@ def test_partial_ratios_of_a_group_are_filled_up():
         block_map=map_blocks(model),
     )
     rates = optimizer.block_lrs()
-    assert rates[0]["qk"] == pytest.approx(8e-3) and rates[1]["qk"] == pytest.approx(2e-2)
+    assert rates[0]["qk"] == pytest.approx(1e-3) and rates[1]["qk"] == pytest.approx(2e-2)
     assert rates[1]["embedding"] == pytest.approx(1e-1)
 
 
@@ -150,18 +153,19 @@ def rates_of(**options):
 def test_presets_are_ratios_with_a_name():
     ones = {"embedding": 1e-3, "head": 1e-3, "qk": 1e-3, "vo": 1e-3, "ffn": 1e-3, "norm": 1e-3}
     assert rates_of(block_lr_ratios="uniform") == pytest.approx(ones)
-    assert rates_of(block_lr_ratios="paper") == rates_of() == rates_of(block_lr_ratios={"preset": "paper"})
+    paper = {"embedding": 1e-2, "head": 1e-2, "qk": 8e-3, "vo": 4e-3, "ffn": 6e-3, "norm": 1e-3}
+    assert rates_of(block_lr_ratios="paper") == rates_of(block_lr_ratios={"preset": "paper"}) == pytest.approx(paper)
     assert rates_of(block_lr_ratios="embedding") == pytest.approx({**ones, "embedding": 1e-2, "head": 1e-2})
+    assert rates_of(block_lr_ratios="embedding") == rates_of() == rates_of(block_lr_ratios={})
     mixed = rates_of(block_lr_ratios={"preset": "embedding", "head": 2, "norm": 0.5})
     assert mixed == pytest.approx({**ones, "embedding": 1e-2, "head": 2e-3, "norm": 5e-4})
 
 
 def test_the_base_rate_follows_from_adamws_so_that_the_ffn_trains_at_it():
-    assert rates_of(adamw_lr=3e-3)["ffn"] == pytest.approx(3e-3) and rates_of(adamw_lr=3e-3)["norm"] == pytest.approx(
-        5e-4
-    )
+    paper = rates_of(adamw_lr=3e-3, block_lr_ratios="paper")
+    assert paper["ffn"] == pytest.approx(3e-3) and paper["norm"] == pytest.approx(5e-4)
     assert rates_of(lr="from_adamw", adamw_lr=3e-3) == rates_of(adamw_lr=3e-3)
-    assert rates_of(adamw_lr=3e-3, block_lr_ratios="embedding")["norm"] == pytest.approx(3e-3)
+    assert rates_of(adamw_lr=3e-3) == rates_of(lr=3e-3)
     with pytest.raises(
         BlockError, match="adamw_lr is 0.003, and the rates of this optimizer do not follow from AdamW's"
     ):
@@ -171,11 +175,12 @@ def test_the_base_rate_follows_from_adamws_so_that_the_ffn_trains_at_it():
 
 
 def test_adamws_rate_as_the_base_rate_is_warned_of(caplog):
-    rates_of(lr=1e-3)
+    rates_of(lr=1e-3, block_lr_ratios="paper")
     rates_of(lr=3e-2, block_lr_ratios="uniform")
+    rates_of(lr=1e-2)
     assert not caplog.records
-    rates_of(lr=3e-3)
+    rates_of(lr=3e-3, block_lr_ratios="paper")
     assert [record.getMessage() for record in caplog.records] == [
-        "BlockwiseAdamW: lr 0.003 is that of the norms and trains ffn blocks at 0.018, above what one learning rate "
+        "BlockwiseAdamW: lr 0.003 trains ffn blocks at 0.018, above what one learning rate "
         "usually is (0.01 at most); if 0.003 is the rate of a run with one rate, give adamw_lr=0.003 in place of lr"
     ]

@@ -8,7 +8,7 @@ from blockwise_lr import BlockError, BlockwiseRAdam, map_blocks
 from blockwise_lr.kernels import usable
 from blockwise_lr.rules.radam import rectification
 
-LR = 2e-3
+LR, PAPER = 2e-3, {"block_lr_ratios": "paper"}
 KERNELS = [name for name in ("reference", "cpp") if usable()[name].startswith("yes")]
 
 
@@ -36,7 +36,7 @@ def theirs(model, **options):
 def test_with_sgd_it_is_torchs(betas, kernel):
     model, plain = make("llama"), make("llama")
     ours = BlockwiseRAdam(
-        model.named_parameters(), LR, betas, block_map=map_blocks(model), unrectified="sgd", kernel=kernel
+        model.named_parameters(), LR, betas, block_map=map_blocks(model), unrectified="sgd", kernel=kernel, **PAPER
     )
     found, wanted = trained(ours, model, 12), trained(theirs(plain, betas=betas), plain, 12)
     if kernel == "reference":
@@ -49,7 +49,7 @@ def test_with_sgd_it_is_torchs(betas, kernel):
 def test_steps_that_cannot_be_rectified_leave_the_weights_and_keep_the_moments(kernel):
     model, plain = make("llama"), make("llama")
     before = [p.detach().clone() for p in model.parameters()]
-    ours = BlockwiseRAdam(model.named_parameters(), LR, block_map=map_blocks(model), kernel=kernel)
+    ours = BlockwiseRAdam(model.named_parameters(), LR, block_map=map_blocks(model), kernel=kernel, **PAPER)
     reference = theirs(plain, betas=(0.9, 0.95))
     assert all(torch.equal(p, q) for p, q in zip(trained(ours, model, 5, scale=100.0), before))
     for group in reference.param_groups:

@@ -10,6 +10,7 @@ from blockwise_lr.schedules import BlockwiseWarmupCosine
 
 def optimizer(**settings):
     model = make("llama")
+    settings = {"block_lr_ratios": "paper", **settings}
     return BlockwiseAdamW(model.named_parameters(), lr=1e-3, block_map=map_blocks(model), **settings)
 
 

@@ -111,6 +111,7 @@ def copies_cut_apart(model, name, kernel, seed):
             lr=LR,
             betas=BETAS,
             eps=EPS,
+            block_lr_ratios="paper",
             kernel=kernel,
         )
         for mine, others in (edges, edges[::-1])
@@ -161,6 +162,7 @@ def test_one_moment_per_bias_vector_under_any_cut(model):
             betas=BETAS,
             eps=EPS,
             weight_decay=DECAY,
+            block_lr_ratios="paper",
             bias_segments="vector",
         )
         shards.train(flat_gradients(make(model), 3))
@@ -211,7 +213,9 @@ def test_plain_adam_mini_is_the_official_one(capsys):
 def test_names_alone_are_enough_for_adamw():
     model = make("llama")
     wanted = whole("BlockwiseAdamW", make("llama"))
-    optimizer = BlockwiseAdamW(model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    optimizer = BlockwiseAdamW(
+        model.named_parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, block_lr_ratios="paper"
+    )
     for step in range(3):
         for name, p in model.named_parameters():
             p.grad = gradients(model, step)[name]
@@ -231,8 +235,8 @@ def test_adam_mini_refuses_unknown_heads_and_transposed_names():
 def test_state_dicts_come_back_to_the_bit():
     for kind in (each.optimizer for each in KINDS.values()):
         model, again = make("gpt2"), make("gpt2")
-        first = kind(model.named_parameters(), lr=LR, block_map=map_blocks(model))
-        second = kind(again.named_parameters(), lr=LR, block_map=map_blocks(again))
+        first = kind(model.named_parameters(), lr=LR, block_map=map_blocks(model), block_lr_ratios="paper")
+        second = kind(again.named_parameters(), lr=LR, block_map=map_blocks(again), block_lr_ratios="paper")
         for step in range(4):
             for name, p in model.named_parameters():
                 p.grad = gradients(model, step)[name]
@@ -255,6 +259,7 @@ def test_decay_of_everything_as_the_paper_does():
         weight_decay=0.5,
         decay_norms_and_biases=True,
         block_weight_decay={"vo": 0.25},
+        block_lr_ratios="paper",
         block_map=map_blocks(model),
     )
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

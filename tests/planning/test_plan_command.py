@@ -48,7 +48,7 @@ def test_it_writes_what_it_recommends(tmp_path):
     )
     assert config["train_batch_size"] == int(flags["--global-batch-size"]) and config["train_batch_size"] % 16 == 0
     assert config["scheduler"]["params"]["total_num_steps"] == int(flags["--train-iters"])
-    assert config["optimizer"]["params"]["adamw_lr"] / 6 == pytest.approx(float(flags["--lr"]), rel=1e-2)
+    assert config["optimizer"]["params"]["adamw_lr"] == pytest.approx(float(flags["--lr"]), rel=1e-2)
 
 
 def test_under_a_sequence_length_warmup_the_same_tokens_take_more_steps(tmp_path):

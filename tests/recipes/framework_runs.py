@@ -109,7 +109,7 @@ def whole(kind: str, family: str) -> dict[str, torch.Tensor]:
 
 # ---- torchtitan
 
-TITAN = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5, "block_lr_ratios": {"qk": 8, "vo": 4}}
+TITAN = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-5, "block_lr_ratios": {"preset": "paper", "qk": 8, "vo": 4}}
 
 
 def _titan_model() -> Any:

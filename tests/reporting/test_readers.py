@@ -194,7 +194,9 @@ def test_a_block_map_that_inspect_has_written(tmp_path):
     CliRunner().invoke(app, ["inspect", target, "--format", "json", "--output", str(tmp_path / "blocks.json")])
     csv_sink(tmp_path / "m.csv")({"weight_rms/qk": 1.0}, 1)
     (run,) = find_runs(str(tmp_path))
-    assert run.facts["blocks"]["qk"].endswith("ratio 8, peak lr 0.008")
+    assert run.facts["blocks"]["qk"].endswith("ratio 1, peak lr 0.001") and run.facts["blocks"]["head"].endswith(
+        "ratio 10, peak lr 0.01"
+    )
 
 
 def test_each_log_of_a_folder_is_a_run(tmp_path):

@@ -94,7 +94,7 @@ def in_megatron(settings, steps, resumed_at):
 
     layout = Layout(distributed=True)
     with megatron(layout):
-        undo = blockwise_lr.megatron.register(block_schedule=settings)
+        undo = blockwise_lr.megatron.register(block_schedule=settings, block_lr_ratios="paper")
         try:
             ours = make_optimizer(wrap(build_chunks("gpt", layout), layout), "blockwise_adamw", layout)
             scheduler, seen = make_scheduler(ours), []

@@ -9,6 +9,7 @@ from blockwise_lr import BlockError, BlockwiseAdamW, BlockwiseLion, map_blocks, 
 from blockwise_lr.schedules import SCHEDULES, BlockwiseInfinite, BlockwiseRewarm, BlockwiseWarmupCosine, BlockwiseWSD
 
 LR, LOW, WARMUP, TOTAL = 1e-3, 2e-5, 5, 24
+DEFAULTS = {"lr": LR, "min_lr": LOW, "block_lr_ratios": "paper"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def block_map(model):
 @pytest.fixture
 def optimizer(model, block_map):
     def made(kind=BlockwiseAdamW, **options):
-        return kind(model.named_parameters(), **{"lr": LR, "min_lr": LOW, "block_map": block_map, **options})
+        return kind(model.named_parameters(), **{**DEFAULTS, "block_map": block_map, **options})
 
     return made
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from .types import DEFAULT_RATIO_OF, PAPER_RATIOS, BlockError, BlockType, block_values, did_you_mean, finite, shown
 
+DEFAULT = "embedding"  # what won the comparison of examples/reproduce
 # What a preset may be given beside ratios, and how configs spell the model's own.
 BASES = {"base_hidden_size": "hidden_size", "base_num_layers": "num_layers"}
 _SPELLINGS = {
@@ -79,12 +80,12 @@ def _roles(embedding: Any, head: Any, matrices: Any, norm: Any, others: Any = No
 _ONES = dict.fromkeys(PAPER_RATIOS, 1.0)
 
 PRESETS: Mapping[str, Preset] = {
-    "paper": Preset(PAPER_RATIOS, "arXiv 2502.19002, tuned by hand on one LLaMA of 0.25B parameters; the default"),
+    "paper": Preset(PAPER_RATIOS, "arXiv 2502.19002, tuned by hand on one LLaMA of 0.25B parameters"),
     "uniform": Preset(_ONES, "one learning rate for all, as AdamW; what everything else is to be compared with"),
     "embedding": Preset(
         {**_ONES, BlockType.EMBEDDING: 10.0},
-        "embedding and head at ten times the rate of all the rest: the best of what was tried on LLaMAs of 0.3M "
-        "parameters in up to 756 steps (examples/reproduce, arm embedding-head-10)",
+        "the default: embedding and head at ten times the rate of all the rest, which keeps AdamW's; the best of what was "
+        "tried on small LLaMAs in short runs (examples/reproduce, arm embedding-head-10)",
     ),
     "sqrt_width": Preset(
         _roles(Scaled(width=0.5), 1.0, 1.0, 1.0),
@@ -129,8 +130,8 @@ def lr_ratios(
     own: Mapping[str, float | None] = MappingProxyType({}),
     config: Mapping[str, Any] | None = None,
 ) -> dict[BlockType | str, float]:
-    """The ratio of every block type: the given one, else the preset's (the paper's where none is named), else that of a
-    similar block type. Behind them, that of every block of the user's own: the given one, else its rule's.
+    """The ratio of every block type: the given one, else the preset's (:data:`DEFAULT` where none is named), else that of
+    a similar block type. Behind them, that of every block of the user's own: the given one, else its rule's.
 
     Args:
         values: a preset's name, or ratios by block type, among them perhaps ``preset`` with such a name, and sizes for it.
@@ -142,7 +143,7 @@ def lr_ratios(
             block, set requires_grad=False), none for a block of the user's own, or a size that is not known.
     """
     given: Any = {"preset": values} if isinstance(values, str) else values
-    name = preset_of(given) or "paper"
+    name = preset_of(given) or DEFAULT
     sizes = {}
     if isinstance(given, Mapping):
         sizes = {key: given[key] for key in given if key in SIZES}

@@ -1,4 +1,4 @@
-"""The block types of a Transformer and the paper's ratios between their learning rates."""
+"""The block types of a Transformer, and the ratios between their learning rates that the paper uses."""
 
 from __future__ import annotations
 

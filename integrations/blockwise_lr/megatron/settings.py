@@ -289,9 +289,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=_ratio,
         action=BlockValues,
         metavar="BLOCK=RATIO",
-        help="Peak learning rate of block types over --lr, which is that of the norms; all decay to the "
-        f"same --min-lr. Default: embedding=10 qk=8 ffn=6 vo=4 norm=1. Or a preset, those of muP with base_hidden_size=256 "
-        f"(and base_num_layers=8) beside it: {', '.join(PRESETS)}.",
+        help="Peak learning rate of block types over --lr; all decay to the same --min-lr. Default: embedding=10, which the "
+        "head follows, and 1 for all else. Or a preset, paper for embedding=10 qk=8 ffn=6 vo=4 norm=1, those of muP with "
+        f"base_hidden_size=256 (and base_num_layers=8) beside it: {', '.join(PRESETS)}.",
     )
     group.add_argument(
         "--block-weight-decay",

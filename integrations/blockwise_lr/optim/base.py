@@ -183,14 +183,14 @@ class BlockwiseOptimizer(Saving):
         self._warn_of_high_rates()
 
     def _warn_of_high_rates(self) -> None:
-        """AdamW's learning rate as ``lr`` is the likeliest mistake: the FFN would train at six times it."""
+        """AdamW's learning rate as ``lr`` is the likeliest mistake with the paper's ratios: the FFN trains at six times it."""
         high = self.rule.highest_usual_lr
         for group in self.param_groups:
             lr, rate = float(group["lr"]), group_lr(group, Rate(BlockType.FFN.value))
             if rate > high and rate > lr and is_rank_zero():
                 cure = f"give adamw_lr={lr:g} in place of lr" if self.Options.FOLLOWS_ADAMW else "give a lower lr"
                 logger.warning(
-                    f"{type(self).__name__}: lr {lr:g} is that of the norms and trains ffn blocks at {rate:g}, above what one "
+                    f"{type(self).__name__}: lr {lr:g} trains ffn blocks at {rate:g}, above what one "
                     f"learning rate usually is ({high:g} at most); if {lr:g} is the rate of a run with one rate, {cure}"
                 )
                 return

@@ -15,7 +15,7 @@ from .segmentwise import SegmentwiseOptimizer
 
 _PARAMS = """params: ``model.named_parameters()``, or param groups of such pairs, as torch.optim takes them; tensors without
 names where ``block_map`` comes from their model. A group may have options of its own: its ``lr`` is the base rate that ratios
-multiply in it, its ``weight_decay`` holds for everything in it, and ratios that it does not name are the paper's."""
+multiply in it, its ``weight_decay`` holds for everything in it, and ratios that it does not name are the default's."""
 _BLOCK_MAP = """block_map: from :func:`blockwise_lr.map_blocks`; needed where names do not tell the layout (fused, interleaved
 or transposed QKV). Made from the names otherwise."""
 _RAISES = """BlockError: a value out of range, an unknown block type, or a parameter that is not mapped."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..blocks import BlockError, BlockType, lr_ratios
+from ..blocks.presets import DEFAULT
 from ..sequence_length import LengthSchedule, WarmupOptions
 from .laws import LAWS, Budget, Law, chinchilla, optimum, optimum_range
 from .size import Size
@@ -86,7 +87,7 @@ class Recipe:
             return self.budget.flops
         return self.size.flops_per_token(self.length) * self.budget.tokens
 
-    def base_lr(self, ratios: str | Mapping[str, float] = "paper") -> float:
+    def base_lr(self, ratios: str | Mapping[str, float] = DEFAULT) -> float:
         """The base learning rate of some ratios, by the rule of the option ``adamw_lr``."""
         return self.adamw_lr / lr_ratios(ratios)[BlockType.FFN]
 
@@ -108,7 +109,7 @@ class Recipe:
             "sequence_length_warmup": None if self.lengths is None else _warmup(self.lengths),
             "warmup_steps": self.warmup_steps,
             "adamw_lr": self.adamw_lr,
-            "base_lr": {"paper": self.base_lr("paper"), "embedding": self.base_lr("embedding")},
+            "base_lr": {"embedding": self.base_lr("embedding"), "paper": self.base_lr("paper")},
             "laws": [self._of_law(law) for law in LAWS],
             "size": None if self.size is None else {**asdict(self.size), "active": self.size.active},
             "memory": None if self.memory is None else _memory_dict(self.memory),

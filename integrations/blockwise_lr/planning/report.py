@@ -51,8 +51,8 @@ def _budget(made: Recipe, days: str | None) -> Table:
         ("batch", f"{short(made.batch)} tokens, {made.sequences:,} sequences of {made.length:,}"),
         ("steps", f"{made.steps:,}, warmup {made.warmup_steps:,}" + _growing(made)),
         ("adamw_lr", f"{made.adamw_lr:.3g} (AdamW's single rate)"),
-        ("lr, paper's ratios", f"{made.base_lr('paper'):.3g} (what adamw_lr makes of it)"),
-        ("lr, embedding preset", f"{made.base_lr('embedding'):.3g}"),
+        ("lr, default ratios", f"{made.base_lr():.3g} (what adamw_lr makes of it)"),
+        ("lr, paper's ratios", f"{made.base_lr('paper'):.3g}"),
     ]
     for name, said in rows:
         table.add_row(name, said)

@@ -17,9 +17,9 @@ class LionOptions(OptimizerOptions):
 
     FOLLOWS_ADAMW = False
 
-    lr: Annotated[Rate, Field(description="the base learning rate, that of the norms; 3 to 10 times below AdamW's")] = (
-        1e-4
-    )
+    lr: Annotated[
+        Rate, Field(description="the base learning rate, that of block types of ratio 1; 3 to 10 times below AdamW's")
+    ] = 1e-4
     betas: Annotated[
         Betas, Field(description="weight of the momentum in the update's direction, and its decay rate")
     ] = (0.95, 0.98)

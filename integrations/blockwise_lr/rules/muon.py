@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field
 
 from ..blocks.types import BlockType
 from .adamw import AdamW, AdamWOptions
-from .options import NotNegative, Truth, as_number, one_of, ratios_of
+from .options import NotNegative, Truth, as_number, one_of
 
 MATRIX_BLOCKS = (BlockType.QK, BlockType.VO, BlockType.FFN)
 MATCH_RMS, ORIGINAL = "match_rms_adamw", "original"
-
-
-def _ratios(value: Any, info: ValidationInfo) -> dict[str, float]:
-    """Muon's own blocks have one rate where nothing is said: no others are published."""
-    if value is None or (isinstance(value, Mapping) and "preset" not in value):
-        value = {**dict.fromkeys((block.value for block in MATRIX_BLOCKS), 1.0), **(value or {})}
-    return ratios_of(value, info)
 
 
 def _momentum(value: Any) -> float:
@@ -40,14 +32,6 @@ class MuonOptions(AdamWOptions):
 
     FOLLOWS_ADAMW = False
 
-    block_lr_ratios: Annotated[
-        dict[str, float],
-        BeforeValidator(_ratios),
-        Field(
-            description="peak learning rate of block types over ``lr``; qk, vo and ffn, which Muon steps, have 1 and "
-            "the others the paper's where they are not named. Or a preset's name"
-        ),
-    ] = {}
     momentum: Annotated[float, BeforeValidator(_momentum), Field(description="decay rate of Muon's momentum")] = 0.95
     nesterov: Annotated[Truth, Field(description="Nesterov's form of the momentum")] = True
     ns_steps: Annotated[int, BeforeValidator(_count), Field(description="Newton-Schulz iterations")] = 5

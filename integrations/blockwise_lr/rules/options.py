@@ -236,7 +236,7 @@ class CheckedOptions(BaseModel):
 class GroupOptions(CheckedOptions):
     """What a param group may say for itself, and what the optimizer says for all groups, whatever its rule."""
 
-    lr: Annotated[Rate, Field(description="the base learning rate, that of the norms")] = 1e-3
+    lr: Annotated[Rate, Field(description="the base learning rate, that of block types of ratio 1")] = 1e-3
     weight_decay: Annotated[NotNegative, Field(description="decoupled; not applied to norms and biases by default")] = (
         0.1
     )
@@ -244,9 +244,9 @@ class GroupOptions(CheckedOptions):
         dict[str, float],
         BeforeValidator(ratios_of),
         Field(
-            description="peak learning rate of block types over ``lr``; those not named keep the paper's (embedding 10, qk 8, "
-            "ffn 6, vo 4, norm 1; the head follows the embedding), own blocks their rule's. Or the name of a preset (see "
-            ":mod:`blockwise_lr.blocks.presets`), alone or as ``preset`` beside ratios"
+            description="peak learning rate of block types over ``lr``; those not named keep the default's (embedding 10, "
+            "which the head follows, all else 1), own blocks their rule's. Or the name of a preset (see "
+            ":mod:`blockwise_lr.blocks.presets`), ``paper`` for those of Blockwise LR, alone or as ``preset`` beside ratios"
         ),
     ] = {}
     block_weight_decay: Annotated[
@@ -446,8 +446,8 @@ def with_base_lr(
         return dict(values)
     if values.get("lr", FROM_ADAMW) != FROM_ADAMW:
         raise BlockError(
-            f"lr is {shown(values['lr'])} and adamw_lr {shown(given)}; give one of them: lr is the norms' rate, adamw_lr "
-            f"that of an AdamW run, which lr is derived from"
+            f"lr is {shown(values['lr'])} and adamw_lr {shown(given)}; give one of them: lr is what ratios multiply, "
+            f"adamw_lr the rate of an AdamW run, which lr is derived from"
         )
     try:
         rate = _at_least_0(given)

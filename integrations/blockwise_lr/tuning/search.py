@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ..blocks.presets import lr_ratios
+from ..blocks.presets import DEFAULT, lr_ratios
 from ..blocks.types import DEFAULT_RATIO_OF, BlockError, BlockType
 from .statistics import interval
 
@@ -72,7 +72,7 @@ class Search:
 
     lr: float
     blocks: tuple[BlockType, ...]
-    start: str | Mapping[str, float] = "paper"
+    start: str | Mapping[str, float] = DEFAULT
     seeds: int = 3
     trials: int = 60
     margin: float = 0.0
