@@ -6,7 +6,8 @@ import re
 import pytest
 from megatron_door.test_pretrain import data, launch, losses  # noqa: F401  the fixture of a small corpus
 
-OURS = ["--optimizer", "blockwise_adamw", "--log-interval", "1", "--lr", "3e-2"]  # at which losses jump
+# at which losses jump
+OURS = ["--optimizer", "blockwise_adamw", "--block-lr-ratios", "paper", "--log-interval", "1", "--lr", "3e-2"]
 EAGER = ["--guard-loss-ratio", "1.0001", "--guard-after", "3"]
 
 

@@ -44,7 +44,12 @@ class MegatronTwin:
                 segments = (
                     1 if block == "norm" else int(vector_biases) if bias else self._segments(part, tensor.shape[0])
                 )
-                self.leaves[part] = Leaf(tensor.clone().requires_grad_(), block, not bias and block != "norm", segments)
+                self.leaves[part] = Leaf(
+                    tensor.clone(memory_format=torch.contiguous_format).requires_grad_(),
+                    block,
+                    not bias and block != "norm",
+                    segments,
+                )
 
     def _segments(self, part: str, rows: int) -> int:
         """Query and key weights have a segment per head, the rotary key that all heads share one; others one per row."""
