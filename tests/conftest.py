@@ -15,6 +15,9 @@ for folder in (HERE, os.path.join(HERE, "..", "examples")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# read when PyTorch is imported, here and in what tests start: side by side, threads of several processes on the same cores
+# spend twice their time on waiting for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "BLOCKWISE_LR_TEST_REFERENCES" not in os.environ:  # the ranks, which share it, have it from here (references.py)
     os.environ["BLOCKWISE_LR_TEST_REFERENCES"] = tempfile.mkdtemp(prefix="blockwise-lr-references-")
     atexit.register(shutil.rmtree, os.environ["BLOCKWISE_LR_TEST_REFERENCES"], ignore_errors=True)
