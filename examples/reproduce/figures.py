@@ -6,7 +6,8 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +27,12 @@ from training import Run
 from blockwise_lr.blocks import BlockType, lr_ratios
 from blockwise_lr.tuning.statistics import interval
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rows import save_figure, table
+
 HERE = Path(__file__).parent
 BASE = "adamw"
 COLORS = {"adamw": "#888888", "blockwise": "#1f5fbf", "mini": "#d1671b", "embedding-head-10": "#2a9d4a"}
-
-
-def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
-    rule = ["---"] + ["--:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *lines])
 
 
 def _plus_minus(values: list[float], form: Callable[[float], str]) -> str:
@@ -65,7 +64,7 @@ def final_table(rows: Rows) -> str:
                     spread,
                 ]
             )
-    return _markdown(["cell", "steps", "arm", "rates tried", "best lr", "seeds", "final loss", "max - min"], lines)
+    return table([["cell", "steps", "arm", "rates tried", "best lr", "seeds", "final loss", "max - min"], *lines])
 
 
 def _comparable(base: Result | None, other: Result | None) -> bool:
@@ -94,8 +93,8 @@ def gain_table(rows: Rows) -> str:
                     "" if not crossing else "never" if math.inf in crossing else f"{np.mean(crossing):.0%}",
                 ]
             )
-    return _markdown(
-        ["cell", "steps", "arm", "seeds", "gain on AdamW (nats)", "steps to AdamW's loss", "below AdamW from"], lines
+    return table(
+        [["cell", "steps", "arm", "seeds", "gain on AdamW (nats)", "steps to AdamW's loss", "below AdamW from"], *lines]
     )
 
 
@@ -114,7 +113,7 @@ def speed_table(rows: Rows) -> str:
             ]
             if speed:
                 lines.append([cell, arm, str(len(speed)), _plus_minus(speed, "{:.2f}".format)])
-    return _markdown(["cell", "arm", "seeds", "AdamW's steps over the arm's"], lines) if lines else "No rows yet."
+    return table([["cell", "arm", "seeds", "AdamW's steps over the arm's"], *lines]) if lines else "No rows yet."
 
 
 def base_table(rows: Rows) -> str:
@@ -138,7 +137,7 @@ def base_table(rows: Rows) -> str:
     counts = [f"{sum(column)} of {len(right)}" for column in zip(*right)]
     lines.append(["within a factor of 2, best inside", *[""] * 4, *counts])
     head = ["cell", "arm", "AdamW's best lr", "`adamw_lr` gives", "best lr found", "over the best", "by the mean ratio"]
-    return _markdown(head, lines)
+    return table([head, *lines])
 
 
 def same_rate_table(rows: Rows) -> str:
@@ -167,7 +166,7 @@ def same_rate_table(rows: Rows) -> str:
                         f"{lost - other['final']:+.3f}",
                     ]
                 )
-    return _markdown(["cell", "arm", "AdamW's best lr", "AdamW", "the arm at the same lr", "gain"], lines)
+    return table([["cell", "arm", "AdamW's best lr", "AdamW", "the arm at the same lr", "gain"], *lines])
 
 
 def _mean_ratio(ratios: Mapping[BlockType | str, float], rung: str) -> float:
@@ -202,7 +201,7 @@ def cost_table(rows: Rows) -> str:
                 f"{_median(found, 'optimizer_state_bytes') / 2**20:.2f}",
             ]
         )
-    return _markdown(["rung", "batch", "arm", "runs", "tokens/s", "peak memory (MiB)", "optimizer state (MiB)"], lines)
+    return table([["rung", "batch", "arm", "runs", "tokens/s", "peak memory (MiB)", "optimizer state (MiB)"], *lines])
 
 
 def _median(rows: list[dict], key: str) -> float:
@@ -220,7 +219,7 @@ def ratio_table(rows: Rows) -> str:
             if last:
                 means = {of: np.exp(np.mean([math.log(one[of] / one["ffn"]) for one in last])) for of in blocks}
                 lines.append([cell, arm, f"{result.lr:g}", str(len(last)), *(f"{means[of]:.2g}" for of in blocks)])
-    return _markdown(["cell", "arm", "best lr", "seeds", *blocks], lines)
+    return table([["cell", "arm", "best lr", "seeds", *blocks], *lines])
 
 
 def order_table(rows: Rows) -> str:
@@ -238,7 +237,7 @@ def tune_table(rows: Rows) -> str:
     ]
     gain = f"{found['gain'][0]:+.3f} ± {found['gain'][1]:.3f}"
     lines.append([f"gain, 2 further seeds, of {len(found['runs'])} runs", *[""] * (len(blocks) + 1), gain])
-    return _markdown(["", "lr", *blocks, "loss"], lines)
+    return table([["", "lr", *blocks, "loss"], *lines])
 
 
 TABLES = {
@@ -281,12 +280,6 @@ def _log_ticks(axes: plt.Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=90, metadata={"Software": None})
-    plt.close(figure)
-
-
 def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
     """Final loss on seed 0 over the learning rate, a panel per cell."""
     figure, axes = _grid(len(found))
@@ -304,7 +297,8 @@ def draw_rates(found: dict[str, dict[str, Result]], file: Path) -> None:
         one.set(xscale="log", title=cell, xlabel="base learning rate", ylabel="final validation loss")
         _log_ticks(one)
         one.legend(frameon=False, fontsize=7)
-    _save(figure, file)
+    save_figure(figure, file)
+    plt.close(figure)
 
 
 def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
@@ -323,7 +317,8 @@ def draw_curves(found: dict[str, dict[str, Result]], file: Path) -> None:
         low = min(min(result.finals()) for arm, result in arms.items() if arm in COLORS)
         one.set(title=cell, xlabel="step", ylabel="validation loss", ylim=(low - 0.05, low + 1.0))
         one.legend(frameon=False, fontsize=7)
-    _save(figure, file)
+    save_figure(figure, file)
+    plt.close(figure)
 
 
 def _points(found: dict[str, dict[str, Result]], arm: str) -> dict[str, list[tuple[int, int, float, float]]]:
@@ -370,7 +365,8 @@ def draw_gains(found: dict[str, dict[str, Result]], file: Path) -> None:
         plt.Line2D([], [], color="#444444", marker="o", ms=4, mfc="white", ls=":", label="the paper's ratios"),
     ]
     beside.legend(handles=handles, frameon=False, fontsize=9, loc="center left")
-    _save(figure, file)
+    save_figure(figure, file)
+    plt.close(figure)
 
 
 def main() -> None:
